@@ -1,0 +1,36 @@
+# Each target first makes .venv with everything in it (once; again when setup.py
+# or constraints.txt change), so a fresh clone needs no other step.
+
+PYTHON ?= python3
+DEMO_OUT ?= demo_output
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench lint clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
+
+demo: $(INSTALLED) ## register a synthetic chest and write the results to demo_output
+	$(BIN)/python -m evaluation.demo --out $(DEMO_OUT)
+
+test: $(INSTALLED) ## run the tests that need neither a GPU nor minutes
+	$(BIN)/python -m pytest
+
+bench: $(INSTALLED) ## measure the speed and memory of the core
+	$(BIN)/python -m evaluation.bench_field
+
+lint: $(INSTALLED) ## check format, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy --strict icon_nephi
+
+clean: ## delete what the other targets wrote, except .venv and evaluation results
+	rm -rf $(DEMO_OUT) build dist *.egg-info .hypothesis .pytest_cache .ruff_cache .mypy_cache
+	find icon_nephi evaluation training tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(INSTALLED): setup.py constraints.txt
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	touch $@

@@ -1,0 +1,56 @@
+"""Neural deformation fields (NePhi, arXiv 2309.07322) for icon_registration."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from icon_nephi.codes import LatentCode, LatentCodeTable
+from icon_nephi.fields import LatentMLP, ModulatedSiren
+from icon_nephi.losses import GradientICONPoints, gradient_inverse_consistency
+from icon_nephi.sampling import Patches, Points
+from icon_nephi.transforms import (
+    FirstTransform,
+    FunctionFromNeuralField,
+    NePhi,
+    TwoStepPair,
+)
+
+if TYPE_CHECKING:
+    from icon_nephi import itk_wrapper as itk_wrapper
+    from icon_nephi.registration import Registration, load, register
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FirstTransform",
+    "FunctionFromNeuralField",
+    "GradientICONPoints",
+    "LatentCode",
+    "LatentCodeTable",
+    "LatentMLP",
+    "ModulatedSiren",
+    "NePhi",
+    "Patches",
+    "Points",
+    "Registration",
+    "TwoStepPair",
+    "gradient_inverse_consistency",
+    "load",
+    "register",
+]
+
+_LAZY = ("Registration", "load", "register")
+
+
+def __getattr__(name: str) -> Any:
+    """What is not needed to build networks is imported when it is first asked for."""
+    if name in _LAZY:
+        return getattr(importlib.import_module("icon_nephi.registration"), name)
+    if name == "itk_wrapper":
+        return importlib.import_module("icon_nephi.itk_wrapper")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY, "itk_wrapper"})

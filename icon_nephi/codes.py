@@ -1,0 +1,154 @@
+"""What a deformation is described by: a global vector and local grids of vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from icon_nephi.interpolation import read_grid
+
+
+@dataclass(frozen=True)
+class LatentCode:
+    """A global vector and local grids; plain tensors, so codes stack, save and load.
+
+    Attributes:
+        global_code: ``[B, C]``.
+        local_codes: one or several ``[B, C_l, *grid_l]`` over the unit box (a single
+            tensor is taken as one).
+        interpolation: how the grids are read: ``"quadratic"`` (B-spline, continuous
+            Jacobians) or ``"linear"`` (the paper's).
+    """
+
+    global_code: Tensor
+    local_codes: tuple[Tensor, ...]
+    interpolation: str = "quadratic"
+
+    def __post_init__(self) -> None:
+        """Take a single grid as a tuple of one; refuse differing batches."""
+        if isinstance(self.local_codes, Tensor):
+            object.__setattr__(self, "local_codes", (self.local_codes,))
+        object.__setattr__(self, "local_codes", tuple(self.local_codes))
+        for grid in self.local_codes:
+            if grid.shape[0] != self.global_code.shape[0]:
+                raise ValueError(
+                    f"LatentCode: global code has batch {self.global_code.shape[0]}, a "
+                    f"local grid has {grid.shape[0]}; both describe the same pairs"
+                )
+
+    @property
+    def batch(self) -> int:
+        """How many pairs the code describes."""
+        return self.global_code.shape[0]
+
+    @property
+    def size(self) -> int:
+        """The number of code values at a point."""
+        return self.global_code.shape[1] + sum(g.shape[1] for g in self.local_codes)
+
+    def at(self, points: Tensor, *, gradient: bool = False) -> Tensor:
+        """``[R, B, N, C]``: z(x) = [z_g, z_l1(x), ...] (Eq. 6) and its derivatives.
+
+        Args:
+            points: ``[B, N, d]`` rows in the unit box.
+            gradient: R = 1 + d, with the derivative by coordinate a in row 1 + a;
+                else R = 1.
+        """
+        batch, count, dimension = points.shape
+        rows = 1 + (dimension if gradient else 0)
+        parts = []
+        if self.global_code.shape[1]:
+            value = self.global_code[None, :, None, :].expand(1, batch, count, -1)
+            parts.append(
+                torch.cat(
+                    [
+                        value,
+                        value.new_zeros(1, 1, 1, 1).expand(dimension, *value.shape[1:]),
+                    ]
+                )
+                if gradient
+                else value
+            )
+        for grid in self.local_codes:
+            parts.append(
+                read_grid(grid, points, order=self.interpolation, gradient=gradient)
+            )
+        if not parts:
+            return points.new_zeros(rows, batch, count, 0)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def prior(self, sigma: float = 1.0) -> Tensor:
+        """Scalar: |z_g|^2 / sigma^2 + mean over grid points of |z_l|^2 / sigma^2.
+
+        Eq. 7, averaged over the batch; several grids add up. Differs from the official
+        code, which averages unsquared norms and has no sigma.
+        """
+        total = self.global_code.square().sum(1)
+        for grid in self.local_codes:
+            total = total + grid.square().sum(1).flatten(1).mean(1)
+        return total.mean() / sigma**2
+
+    def detached(self) -> LatentCode:
+        """An own copy of the numbers, cut from the graph."""
+        return replace(
+            self,
+            global_code=self.global_code.detach().clone(),
+            local_codes=tuple(g.detach().clone() for g in self.local_codes),
+        )
+
+
+class LatentCodeTable(nn.Module):
+    """One learned code per pair (auto-decoder), N(0, sigma^2) at the start.
+
+    As an ICON ``net``: ``forward(image_A, image_B)`` returns the codes of the pairs
+    chosen by ``index`` (default: all of them, which for a table of one is the pair's).
+
+    Args:
+        count: number of pairs.
+        grids: nodes of each local grid, e.g. ``[(8, 8, 8), (16, 16, 16)]``.
+        channels: channels of each local grid.
+        global_size: size of the global vector.
+        sigma: standard deviation at the start, and in the prior.
+        interpolation: see `LatentCode`.
+        generator: source of the initial numbers.
+    """
+
+    def __init__(
+        self,
+        count: int = 1,
+        *,
+        grids: Sequence[Sequence[int]] = ((16, 16, 16),),
+        channels: Sequence[int] = (32,),
+        global_size: int = 32,
+        sigma: float = 0.1,
+        interpolation: str = "quadratic",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if len(grids) != len(channels):
+            raise ValueError(
+                f"LatentCodeTable: {len(grids)} grids but {len(channels)} channel counts"
+            )
+        self.interpolation = interpolation
+
+        def normal(*shape: int) -> nn.Parameter:
+            return nn.Parameter(sigma * torch.randn(shape, generator=generator))
+
+        self.global_codes = normal(count, global_size)
+        self.local_codes = nn.ParameterList(
+            normal(count, c, *grid) for c, grid in zip(channels, grids, strict=True)
+        )
+
+    def forward(
+        self, image_A: Tensor, image_B: Tensor, index: Tensor | None = None
+    ) -> LatentCode:
+        """The `LatentCode` of the pairs in ``index`` ``[B]``; images are not looked at."""
+        chosen = slice(None) if index is None else index
+        return LatentCode(
+            self.global_codes[chosen],
+            tuple(grid[chosen] for grid in self.local_codes),
+            self.interpolation,
+        )

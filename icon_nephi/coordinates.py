@@ -1,0 +1,134 @@
+"""The frames and the ways between them; nobody else reorders axes.
+
+ICON frame: ``[B, d, *grid]``, unit box, channel c = tensor axis c, voxel i of axis a
+at ``i / (n_a - 1)``. Rows: the same numbers as ``[B, N, d]``. Physical frame: ITK/LPS
+millimetres, component order x, y(, z), which is the reverse of the tensor axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def identity_map(
+    shape: Sequence[int],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The voxel centres of a grid, ICON frame: ``[1, d, *shape]``."""
+    axes = [torch.linspace(0, 1, n, dtype=dtype, device=device) for n in shape]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"))[None]
+
+
+def to_rows(coordinates: Tensor) -> Tensor:
+    """Rows ``[B, N, d]`` of ICON-frame coordinates ``[B, d, *any]``."""
+    return coordinates.flatten(2).transpose(1, 2)
+
+
+def from_rows(rows: Tensor, like: Tensor) -> Tensor:
+    """ICON-frame ``[B, C, *any]`` of rows ``[B, N, C]``; ``*any`` is that of like."""
+    batch, _, channels = rows.shape
+    return rows.transpose(1, 2).reshape(batch, channels, *like.shape[2:])
+
+
+def points_as_grid(points: Tensor) -> Tensor:
+    """Degenerate grid ``[B, d, N, 1(, 1)]`` of rows ``[B, N, d]``: ICON takes these."""
+    dimension = points.shape[-1]
+    return points.transpose(1, 2).reshape(
+        points.shape[0], dimension, points.shape[1], *(1,) * (dimension - 1)
+    )
+
+
+def sample_image(image: Tensor, coordinates: Tensor, mode: str = "bilinear") -> Tensor:
+    """Intensities ``[B, C, *any]`` of ``[B, C, *grid]`` at ICON-frame coordinates.
+
+    Multilinear (``mode="nearest"`` for labels); outside the unit box the nearest
+    border value, as ICON's ``as_function``.
+    """
+    batch, dimension = coordinates.shape[:2]
+    size = max(batch, image.shape[0])
+    shape = coordinates.shape[2:]
+    locations = (2 * coordinates - 1).flatten(2).transpose(1, 2).flip(-1)
+    locations = locations.reshape(batch, -1, *(1,) * (dimension - 1), dimension)
+    values = F.grid_sample(
+        image.expand(size, *image.shape[1:]),
+        locations.to(image.dtype).expand(size, *locations.shape[1:]),
+        mode=mode,
+        padding_mode="border",
+        align_corners=True,
+    )
+    return values.reshape(size, image.shape[1], *shape)
+
+
+def inside(coordinates: Tensor) -> Tensor:
+    """Boolean ``[B, 1, *any]``: which ICON-frame coordinates lie in the unit box."""
+    return ((coordinates >= 0) & (coordinates <= 1)).all(dim=1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where an image lies in the physical frame.
+
+    Attributes:
+        size: voxels per tensor axis (the reverse of ITK's order).
+        spacing: millimetres, physical component order x, y(, z).
+        origin: LPS millimetres of the first voxel's centre.
+        direction: ``[d, d]`` direction cosines, columns are the index axes i, j(, k).
+    """
+
+    size: tuple[int, ...]
+    spacing: tuple[float, ...]
+    origin: tuple[float, ...]
+    direction: tuple[tuple[float, ...], ...]
+
+    @staticmethod
+    def unit(size: Sequence[int]) -> Geometry:
+        """A geometry whose physical frame is the ICON frame (axes reversed)."""
+        dimension = len(size)
+        return Geometry(
+            size=tuple(int(n) for n in size),
+            spacing=tuple(1.0 / (n - 1) for n in reversed(size)),
+            origin=(0.0,) * dimension,
+            direction=tuple(map(tuple, np.eye(dimension).tolist())),
+        )
+
+    @property
+    def dimension(self) -> int:
+        """The number of axes."""
+        return len(self.size)
+
+    @property
+    def extent(self) -> tuple[float, ...]:
+        """Millimetres from the first to the last voxel centre, per tensor axis."""
+        return tuple(
+            (n - 1) * s for n, s in zip(self.size, reversed(self.spacing), strict=True)
+        )
+
+    def unit_to_physical(self) -> Tensor:
+        """``[d + 1, d + 1]`` float64: homogeneous ICON frame -> LPS millimetres."""
+        d = self.dimension
+        reverse = torch.eye(d, dtype=torch.float64)[list(reversed(range(d)))]
+        direction = torch.tensor(self.direction, dtype=torch.float64)
+        steps = torch.tensor(self.spacing, dtype=torch.float64)
+        counts = torch.tensor([n - 1.0 for n in self.size], dtype=torch.float64)
+        matrix = torch.eye(d + 1, dtype=torch.float64)
+        matrix[:d, :d] = direction @ torch.diag(steps) @ reverse @ torch.diag(counts)
+        matrix[:d, d] = torch.tensor(self.origin, dtype=torch.float64)
+        return matrix
+
+    def physical_to_unit(self) -> Tensor:
+        """``[d + 1, d + 1]`` float64: homogeneous LPS millimetres -> ICON frame."""
+        return torch.linalg.inv(self.unit_to_physical())
+
+
+def apply_affine(matrix: Tensor, points: Tensor) -> Tensor:
+    """Rows ``[..., N, d]`` mapped by a homogeneous ``[d + 1, d + 1]`` matrix."""
+    d = points.shape[-1]
+    return points @ matrix[:d, :d].T + matrix[:d, d]

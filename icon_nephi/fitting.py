@@ -1,0 +1,308 @@
+"""Register one pair from scratch: affine start, coarse to fine, no folds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from icon_nephi.affine import (
+    centre_of_mass,
+    in_unit_boxes,
+    refine,
+    search,
+    voxel_stride,
+)
+from icon_nephi.coordinates import Geometry, apply_affine
+from icon_nephi.losses import GradientICONPoints, PatchNCC, inverse_consistency_term
+from icon_nephi.models import Fit, Settings, find_settings, make_pair
+from icon_nephi.optimize import Stage, gaussian_blur, optimize
+from icon_nephi.sampling import Patches, Points
+from icon_nephi.transforms import AffinePair, Map
+
+# Local spread of intensities below which there is nothing to match.
+CONTENT = 0.05
+# Steps of the short fits that choose between starts, and the advantage the first has.
+TRIAL_STEPS = 40
+DRAW = 0.03
+# Determinants below this share of the usual one are pushed up.
+GUARD = 0.25
+
+
+def fit_pair(
+    image_A: Tensor,
+    image_B: Tensor,
+    geometry_A: Geometry,
+    geometry_B: Geometry,
+    *,
+    mask_A: Tensor | None = None,
+    mask_B: Tensor | None = None,
+    similarity: Callable[[Tensor, Tensor], Tensor] | None = None,
+    field: str | Settings = "siren",
+    affine: bool = True,
+    seed: int = 0,
+    progress: bool = True,
+    time_limit: float | None = None,
+) -> Fit:
+    """Register one pair from scratch.
+
+    Args:
+        image_A: moving ``[1, C, *grid]``, about [0, 1] (see `icon_nephi.preprocess`).
+        image_B: fixed ``[1, C, *grid]``, on any grid.
+        geometry_A: where image_A lies.
+        geometry_B: where image_B lies.
+        mask_A: ``[1, 1, *grid]``, where image_A is to be matched.
+        mask_B: the same of image_B.
+        similarity: of blocks; default `PatchNCC`.
+        field: a name in `icon_nephi.models.PRESETS`, or `Settings`.
+        affine: look for an affine start; else start from the physical frames.
+        seed: of everything random.
+        progress: show a bar.
+        time_limit: seconds after which the deformable part stops early.
+
+    Raises:
+        ValueError: unknown field.
+    """
+    settings = find_settings(field, image_B.dim() - 2)
+    generator = torch.Generator().manual_seed(seed)
+    images = _Images(image_A, image_B, geometry_A, geometry_B, mask_A, mask_B)
+    similarity = similarity or PatchNCC(settings.floor)
+    warnings: list[str] = []
+    start = _overlapping(geometry_A, geometry_B)
+    if affine:
+        found = find_affine(images, start, similarity, generator, progress=progress)
+        start = _better_start(images, [start, found], similarity, settings, seed)
+    pair, losses = _fit(
+        images,
+        start,
+        similarity,
+        settings,
+        generator,
+        progress=progress,
+        time_limit=time_limit,
+    )
+    net: Any = pair.net
+    with torch.no_grad():
+        code = net.net(image_A, image_B).detached()
+    return Fit(
+        matrix=in_unit_boxes(start, geometry_B, geometry_A),
+        code=code,
+        field_AB=net.field_AB.requires_grad_(False),
+        field_BA=net.field_BA.requires_grad_(False),
+        losses=losses,
+        warnings=warnings,
+    )
+
+
+class _Images:
+    """A pair with its geometries and where its samples are drawn."""
+
+    def __init__(
+        self,
+        image_A: Tensor,
+        image_B: Tensor,
+        geometry_A: Geometry,
+        geometry_B: Geometry,
+        mask_A: Tensor | None,
+        mask_B: Tensor | None,
+    ) -> None:
+        self.image_A, self.image_B = image_A, image_B
+        self.geometry_A, self.geometry_B = geometry_A, geometry_B
+        self.unit = max(geometry_B.extent) / 160
+        self.spacing_A = tuple(reversed(geometry_A.spacing))
+        self.spacing_B = tuple(reversed(geometry_B.spacing))
+        self.masks = mask_A, mask_B
+        self.where_A = self._where(image_A, mask_A, self.spacing_A)
+        self.where_B = self._where(image_B, mask_B, self.spacing_B)
+
+    def _where(
+        self, image: Tensor, mask: Tensor | None, spacing: Sequence[float]
+    ) -> Tensor:
+        """The mask, or the voxels with something to match around them."""
+        if mask is not None:
+            return mask > 0
+        sigma = [2 * self.unit / s for s in spacing]
+        spread = gaussian_blur((image - gaussian_blur(image, sigma)).square(), sigma)
+        found = (spread.sqrt() > CONTENT).any(dim=1, keepdim=True)
+        return found if bool(found.any()) else torch.ones_like(found)
+
+    def blurred(self, units: float) -> tuple[Tensor, Tensor]:
+        """Both images smoothed by a Gaussian of that many units."""
+        size = units * self.unit
+        return (
+            gaussian_blur(self.image_A, [size / s for s in self.spacing_A]),
+            gaussian_blur(self.image_B, [size / s for s in self.spacing_B]),
+        )
+
+
+def _overlapping(geometry_A: Geometry, geometry_B: Geometry) -> Tensor:
+    """The identity where the boxes share most of their space, else their centres."""
+    d = geometry_B.dimension
+    corners = torch.cartesian_prod(*[torch.linspace(0, 1, 5, dtype=torch.float64)] * d)
+    inner = apply_affine(in_unit_boxes(_eye(d), geometry_B, geometry_A), corners)
+    share = ((inner >= 0) & (inner <= 1)).all(1).double().mean()
+    return _eye(d) if share > 0.5 else _between(geometry_A, geometry_B, None, None)
+
+
+def _eye(d: int) -> Tensor:
+    return torch.eye(d + 1, dtype=torch.float64)
+
+
+def _between(
+    geometry_A: Geometry,
+    geometry_B: Geometry,
+    weights_A: Tensor | None,
+    weights_B: Tensor | None,
+) -> Tensor:
+    """The translation between the centres of mass (or of the boxes)."""
+    d = geometry_B.dimension
+    centres = [
+        apply_affine(g.unit_to_physical(), torch.full((1, d), 0.5, dtype=torch.float64))[0]
+        if w is None
+        else centre_of_mass(w.float(), g)
+        for g, w in ((geometry_A, weights_A), (geometry_B, weights_B))
+    ]
+    matrix = _eye(d)
+    matrix[:d, d] = centres[0] - centres[1]
+    return matrix
+
+
+def find_affine(
+    images: _Images,
+    start: Tensor,
+    similarity: Callable[[Tensor, Tensor], Tensor],
+    generator: torch.Generator,
+    *,
+    progress: bool = False,
+) -> Tensor:
+    """The affine map in the physical frame, by search and then by refinement."""
+    d = images.geometry_B.dimension
+    starts = [
+        start,
+        _between(images.geometry_A, images.geometry_B, None, None),
+        _between(images.geometry_A, images.geometry_B, images.where_A, images.where_B),
+    ]
+    geometries = images.geometry_A, images.geometry_B
+    best = search(
+        *images.blurred(2.7),
+        *geometries,
+        starts,
+        angles=range(-180, 180, 15) if d == 2 else (),
+        mask_B=images.masks[1],
+        count=2000,
+        generator=generator,
+    )
+    return refine(
+        *images.blurred(2.0),
+        *geometries,
+        best,
+        strides=(12 * images.unit, 6 * images.unit),
+        steps=50,
+        similarity=similarity,
+        mask_A=images.where_A,
+        mask_B=images.where_B,
+        generator=generator,
+    )
+
+
+def _better_start(
+    images: _Images,
+    starts: Sequence[Tensor],
+    similarity: Callable[[Tensor, Tensor], Tensor],
+    settings: Settings,
+    seed: int,
+) -> Tensor:
+    """The start from which a short coarse fit gets furthest; the first on a draw.
+
+    An affine map fitted to a body of which only a part moves can be a worse start
+    than none, and its own similarity does not show it.
+    """
+    trial = replace(
+        settings,
+        steps=TRIAL_STEPS,
+        strides=settings.strides[:1],
+        shares=(1.0,),
+        patches=settings.patches // 3,
+        regularity_points=settings.regularity_points // 3,
+    )
+    results = []
+    for start in starts:
+        generator = torch.Generator().manual_seed(seed)
+        _, losses = _fit(images, start, similarity, trial, generator, progress=False)
+        last = losses[-10:]
+        results.append(sum(x["similarity_loss"] for x in last) / len(last))
+    best = min(range(len(starts)), key=lambda i: results[i] * (1 - DRAW * (i == 0)))
+    return starts[best]
+
+
+def _fit(
+    images: _Images,
+    start: Tensor,
+    similarity: Callable[[Tensor, Tensor], Tensor],
+    settings: Settings,
+    generator: torch.Generator,
+    *,
+    progress: bool,
+    time_limit: float | None = None,
+) -> tuple[AffinePair, list[dict[str, float]]]:
+    """The deformable part behind an affine start, coarse to fine."""
+    geometry = images.geometry_B
+    dtype, device = images.image_B.dtype, images.image_B.device
+    net = make_pair(settings, geometry.extent, generator)
+    matrix = in_unit_boxes(start, geometry, images.geometry_A)
+    pair = AffinePair(net, matrix.to(dtype)).to(device)
+    loss = GradientICONPoints(
+        pair,
+        similarity,
+        settings.lmbda,
+        prior_lmbda=settings.prior_lmbda,
+        regularity_sampler=Points(settings.regularity_points),
+        regularity=guarded_term,
+        extent=torch.tensor(geometry.extent, device=device),
+        generator=generator,
+    )
+    stages = [
+        Stage(
+            round(settings.steps * share),
+            Patches(
+                settings.patches,
+                settings.size,
+                voxel_stride(stride * images.unit, geometry),
+                corners=True,
+            ),
+        )
+        for stride, share in zip(settings.strides, settings.shares, strict=True)
+    ]
+    fields = [*net.field_AB.parameters(), *net.field_BA.parameters()]
+    losses = optimize(
+        loss,
+        images.image_A,
+        images.image_B,
+        stages,
+        [
+            {"params": list(net.net.parameters()), "lr": settings.code_rate},
+            {"params": fields, "lr": settings.field_rate},
+        ],
+        mask_A=images.where_A,
+        mask_B=images.where_B,
+        spacing_A=images.spacing_A,
+        spacing_B=images.spacing_B,
+        progress=progress,
+        time_limit=time_limit,
+    )
+    return pair, losses
+
+
+def guarded_term(
+    then: Map, moved: Tensor, jacobian: Tensor, extent: Tensor | None = None
+) -> Tensor:
+    """`inverse_consistency_term`, and a hinge on determinants near folding."""
+    determinant = torch.linalg.det(jacobian.flatten(3).permute(0, 3, 1, 2))
+    # Relative, because the affine part has a volume change of its own.
+    median = determinant.detach().median()
+    scale = torch.where(median.abs() < 1e-6, torch.ones_like(median), median)
+    hinge = (GUARD - determinant / scale).clamp(min=0).square().mean()
+    return inverse_consistency_term(then, moved, jacobian, extent) + hinge

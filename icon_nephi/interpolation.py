@@ -1,0 +1,162 @@
+"""Read grids of vectors at points: values and exact spatial gradients.
+
+Two orders. ``"linear"`` (the paper): node i of an axis with g nodes lies at
+i / (g - 1), so the box's corners are nodes. ``"quadratic"`` (the default): a quadratic
+B-spline, whose gradient is continuous, with nodes half a step outside the box, so
+every point of the box has its three neighbours on each axis.
+
+Reading is a product of a sparse matrix (nodes per point: 2^d or 3^d) with the table of
+node vectors. On a CPU ``embedding_bag`` is the quickest such product forward (8192
+points, 27 nodes, 8 channels, one thread: 0.37 ms, against 2.4 ms gather + bmm), and
+scipy's CSC product the quickest transposed one (0.45 ms, against 14 ms for
+embedding_bag's own backward and 4.3 ms for scatter_add).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import scipy.sparse
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+ORDERS = ("linear", "quadratic")
+
+
+def read_grid(
+    grid: Tensor, points: Tensor, *, order: str = "quadratic", gradient: bool = False
+) -> Tensor:
+    """Values, and with ``gradient`` their d spatial derivatives, of a grid at points.
+
+    Args:
+        grid: ``[B, C, *g]``, or batch 1 for all points.
+        points: ``[B, N, d]`` rows in the unit box; outside it the nearest border value
+            is read, with derivative zero across that border.
+        order: ``"linear"`` or ``"quadratic"``.
+        gradient: also return the derivatives.
+
+    Returns:
+        ``[R, B, N, C]``: the values and, with gradient (R = 1 + d, else R = 1),
+        the derivatives by each unit-box coordinate. Differentiable by grid and points.
+
+    Raises:
+        ValueError: unknown order, or an axis with too few nodes for it.
+    """
+    if order not in ORDERS:
+        raise ValueError(f"order must be one of {ORDERS}, got {order!r}")
+    shape = grid.shape[2:]
+    least = 2 if order == "linear" else 3
+    if min(shape) < least:
+        raise ValueError(
+            f"grid has {tuple(shape)} nodes, {order} reading needs at least {least} "
+            "on every axis"
+        )
+    batch, count, dimension = points.shape
+    base, value, derivative = _axis_weights(points.reshape(-1, dimension), shape, order)
+    near = torch.cartesian_prod(
+        *[torch.arange(least, device=points.device)] * dimension
+    ).reshape(-1, dimension)
+    strides = [shape[axis + 1 :].numel() for axis in range(dimension)]
+    step = torch.tensor(strides, device=points.device)
+    nodes = (base * step).sum(1, keepdim=True) + (near * step).sum(1)
+    weights = _tensor_product(value, derivative if gradient else None)
+    table = grid.flatten(2).transpose(1, 2).reshape(-1, grid.shape[1])
+    if grid.shape[0] != 1:
+        first = torch.arange(batch, device=grid.device) * shape.numel()
+        nodes = nodes + first.repeat_interleave(count)[:, None]
+    read = _WeightedRead.apply(table, nodes, weights)
+    return read.reshape(-1, batch, count, grid.shape[1])
+
+
+def _axis_weights(
+    points: Tensor, shape: torch.Size, order: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """First node ``[M, d]``; weights and their derivatives ``[M, d, 2 or 3]``."""
+    sizes = torch.tensor(shape, dtype=points.dtype, device=points.device)
+    # Beyond the border the weights stay constant: their derivative is zero there.
+    slope = ((points >= 0) & (points <= 1)).to(points.dtype)
+    x = points.clamp(0, 1)
+    if order == "linear":
+        steps = sizes - 1
+        t = x * steps
+        base = t.detach().floor().minimum(sizes - 2)
+        f = t - base
+        value = torch.stack([1 - f, f], -1)
+        derivative = torch.stack([-torch.ones_like(f), torch.ones_like(f)], -1)
+    else:
+        steps = sizes - 2
+        t = x * steps + 0.5
+        base = t.detach().round().clamp(min=1).minimum(sizes - 2) - 1
+        f = t - base - 1
+        value = torch.stack(
+            [0.5 * (0.5 - f).square(), 0.75 - f.square(), 0.5 * (0.5 + f).square()], -1
+        )
+        derivative = torch.stack([f - 0.5, -2 * f, f + 0.5], -1)
+    return base.long(), value, derivative * (slope * steps)[..., None]
+
+
+def _tensor_product(value: Tensor, derivative: Tensor | None) -> Tensor:
+    """``[R, M, K]``: products over the axes; row 1 + a derives along axis a."""
+    rows = value[None, :, 0]
+    if derivative is not None:
+        rows = torch.cat([rows, derivative[None, :, 0]])
+    for axis in range(1, value.shape[1]):
+        product = rows[..., None] * value[:, axis, None, :]
+        if derivative is not None:
+            last = rows[:1, ..., None] * derivative[:, axis, None, :]
+            product = torch.cat([product, last])
+        rows = product.flatten(2)
+    return rows
+
+
+class _WeightedRead(torch.autograd.Function):
+    """``out[r, m] = sum_k weights[r, m, k] * table[nodes[m, k]]``."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, nodes: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(table, nodes, weights)
+        rows, count, _ = weights.shape
+        if count == 0:
+            return table.new_zeros(rows, 0, table.shape[1])
+        out = F.embedding_bag(
+            nodes.repeat(rows, 1),
+            table,
+            mode="sum",
+            per_sample_weights=weights.flatten(0, 1),
+        )
+        return out.reshape(rows, count, -1)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:  # type: ignore[override]
+        table, nodes, weights = ctx.saved_tensors
+        grad_table = grad_weights = None
+        if ctx.needs_input_grad[0]:
+            grad_table = _scatter(grad, nodes, weights, table.shape[0])
+        if ctx.needs_input_grad[2]:
+            near = table.index_select(0, nodes.flatten()).view(*nodes.shape, -1)
+            grad_weights = torch.bmm(near, grad.permute(1, 2, 0)).permute(2, 0, 1)
+        return grad_table, None, grad_weights
+
+
+def _scatter(grad: Tensor, nodes: Tensor, weights: Tensor, size: int) -> Tensor:
+    """``[size, C]``: the transposed product, every row's gradient to its nodes."""
+    rows, count, near = weights.shape
+    if grad.device.type == "cpu" and count:
+        # One column per (row, point): its entries are the nodes it reads.
+        ends = torch.arange(0, rows * count * near + 1, near, dtype=torch.int32)
+        matrix = scipy.sparse.csc_matrix(
+            (
+                weights.detach().flatten().numpy(),
+                nodes.to(torch.int32).repeat(rows, 1).flatten().numpy(),
+                ends.numpy(),
+            ),
+            shape=(size, rows * count),
+            copy=False,
+        )
+        return torch.from_numpy(matrix @ grad.reshape(rows * count, -1).numpy())
+    spread = torch.einsum("rmk,rmc->mkc", weights, grad)
+    out = grad.new_zeros(size, grad.shape[-1])
+    return out.index_add_(0, nodes.flatten(), spread.flatten(0, 1))

@@ -1,0 +1,351 @@
+"""Similarity on sampled points or patches, gradient inverse consistency, prior."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from icon_registration import RegistrationModule
+from icon_registration.losses import ICONLoss
+from torch import Tensor, nn
+
+from icon_nephi._check import check_image, check_mask
+from icon_nephi.coordinates import inside, points_as_grid, sample_image
+from icon_nephi.sampling import Patches, Points, draw_points
+from icon_nephi.transforms import Map, value_and_jacobian
+
+
+class PatchNCC:
+    """1 - mean correlation of blocks, ``[B, C, *block]``; a similarity for `Patches`.
+
+    Differs from ICON's NCC in a variance floor, so constant blocks (background) count
+    as uncorrelated instead of dividing by zero, and in leaving out samples that the
+    map takes outside the moving image (ICON's ``isInterpolated`` tag).
+
+    Args:
+        floor: added to each block's variance; images are about [0, 1].
+        squared: 1 - mean squared correlation, for contrasts that may be inverted.
+    """
+
+    isInterpolated = True
+
+    def __init__(self, floor: float = 1e-4, squared: bool = False) -> None:
+        self.floor, self.squared = floor, squared
+
+    def __call__(self, warped: Tensor, fixed: Tensor) -> Tensor:
+        """Scalar; warped has the in-bounds tag (0 or 1) as its last channel."""
+        weight = warped[:, -1:].flatten(2)
+        a, b = warped[:, :-1].flatten(2), fixed.flatten(2)
+        total = weight.sum(2, keepdim=True).clamp(min=1)
+        a = (a - (a * weight).sum(2, keepdim=True) / total) * weight
+        b = (b - (b * weight).sum(2, keepdim=True) / total) * weight
+        covariance = (a * b).sum(2) / total[..., 0]
+        variance_a = a.square().sum(2) / total[..., 0] + self.floor
+        variance_b = b.square().sum(2) / total[..., 0] + self.floor
+        correlation = covariance * (variance_a * variance_b).rsqrt()
+        if self.squared:
+            correlation = correlation.square()
+        share = weight.mean(2)
+        return 1 - (correlation * share).sum() / share.expand_as(
+            correlation
+        ).sum().clamp(min=1)
+
+
+def gradient_inverse_consistency(phi_AB: Map, phi_BA: Map, points: Tensor) -> Tensor:
+    """Scalar: mean of |D(phi_AB o phi_BA) - I|_F^2 / d over the points.
+
+    Any ICON maps; exact Jacobians, carried forward. Normalised as ICON's GradientICON,
+    so ``lmbda`` means the same there and here. The paper's Eq. 5 has no 1 / d: its
+    lambda is ours / d; the official code divides by d^2 and averages both orders: its
+    lambda is ours * d.
+
+    Args:
+        phi_AB: second map.
+        phi_BA: first map.
+        points: ``[B, d, *any]``, ICON frame.
+    """
+    between, inner = value_and_jacobian(phi_BA, points)
+    return inverse_consistency_term(phi_AB, between, inner)
+
+
+def inverse_consistency_term(
+    then: Map, moved: Tensor, jacobian: Tensor, extent: Tensor | None = None
+) -> Tensor:
+    """Gradient inverse consistency of a map followed by another, from its values.
+
+    Args:
+        then: the second map.
+        moved: where the first took its points, ``[B, d, *any]``, ICON frame.
+        jacobian: of the first, ``[B, d, d, *any]``.
+        extent: ``[d]`` millimetres per unit along each axis; with it Jacobians are
+            physical ones, so anisotropic boxes are treated alike on every axis.
+    """
+    _, outer = value_and_jacobian(then, moved)
+    return _from_identity(
+        torch.einsum("bij...,bjk...->bik...", outer, jacobian), extent
+    )
+
+
+def diffusion_term(
+    then: Map, moved: Tensor, jacobian: Tensor, extent: Tensor | None = None
+) -> Tensor:
+    """Mean of |D phi - I|_F^2 / d of the first map alone (the paper's baseline)."""
+    return _from_identity(jacobian, extent)
+
+
+def no_term(
+    then: Map, moved: Tensor, jacobian: Tensor, extent: Tensor | None = None
+) -> Tensor:
+    """Zero: registration by similarity and prior alone (the paper's baseline)."""
+    return moved.new_zeros(())
+
+
+def _from_identity(jacobian: Tensor, extent: Tensor | None) -> Tensor:
+    d = jacobian.shape[1]
+    identity = torch.eye(d, dtype=jacobian.dtype, device=jacobian.device)
+    error = jacobian.flatten(3) - identity[:, :, None]
+    if extent is not None:
+        error = error * (extent[:, None] / extent)[:, :, None].to(error)
+    return error.square().sum((1, 2)).mean() / d
+
+
+class GradientICONPoints(RegistrationModule):
+    """GradICON on sampled points: memory does not follow the number of voxels.
+
+    ``all_loss = similarity(A o phi_AB, B) + similarity(B o phi_BA, A)
+    + lmbda * gradient_inverse_consistency + prior_lmbda * prior`` (Eq. 8 and 9).
+
+    Takes networks that return a pair (called once) and ICON's single networks (called
+    twice, images swapped). In ``train()`` no dense grid is made; ``phi_AB_vectorfield``,
+    ``warped_image_A`` etc. are computed when asked for. ``transform_magnitude`` and
+    ``flips`` of the returned ICONLoss are estimates from the regularity points,
+    scaled to ICON's meaning (mean squared displacement, folded voxels an image).
+
+    Differs from the paper: similarity is ICON's (the text has 1 - NCC^2), both orders
+    of the composition are averaged, and the prior is Eq. 7, squared.
+
+    Args:
+        network: returns phi_AB or (phi_AB, phi_BA).
+        similarity: any ICON similarity. On `Points` it sees ``[B, C, N, 1(, 1)]``
+            (NCC, SSD), on `Patches` ``[B * P, C, s, s(, s)]`` (LNCC, `PatchNCC`).
+        lmbda: weight of the regularity.
+        prior_lmbda: weight of the prior on the latent code.
+        similarity_sampler: `Points` or `Patches`.
+        regularity_sampler: `Points`.
+        regularity: `inverse_consistency_term`, `diffusion_term` or `no_term`.
+        sigma: standard deviation of the codes in the prior.
+        extent: see `inverse_consistency_term`.
+        generator: source of the sample positions.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        similarity: Callable[..., Tensor],
+        lmbda: float,
+        *,
+        prior_lmbda: float = 0.01,
+        similarity_sampler: Points | Patches | None = None,
+        regularity_sampler: Points | None = None,
+        regularity: Callable[..., Tensor] = inverse_consistency_term,
+        sigma: float = 1.0,
+        extent: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.regis_net = network
+        self.similarity, self.lmbda, self.prior_lmbda = similarity, lmbda, prior_lmbda
+        self.similarity_sampler = similarity_sampler or Points(10_000)
+        self.regularity_sampler = regularity_sampler or Points(500)
+        self.regularity, self.sigma, self.extent = regularity, sigma, extent
+        self.generator = generator
+
+    def forward(
+        self,
+        image_A: Tensor,
+        image_B: Tensor,
+        mask_A: Tensor | None = None,
+        mask_B: Tensor | None = None,
+    ) -> ICONLoss:
+        """The loss of a batch of pairs ``[B, C, *grid]``, A moving, B fixed.
+
+        Masks ``[B, 1, *grid]`` say where the samples of their image may lie.
+        """
+        self._check(image_A, image_B, mask_A, mask_B)
+        self.image_A, self.image_B = image_A, image_B
+        maps = self.regis_net(image_A, image_B)
+        pair = isinstance(maps, tuple)
+        self.phi_AB, self.phi_BA = (
+            maps if pair else (maps, self.regis_net(image_B, image_A))
+        )
+        similarity = self._similarity(
+            self.phi_AB, image_A, image_B, mask_B
+        ) + self._similarity(self.phi_BA, image_B, image_A, mask_A)
+        regularity, magnitude, flips = self._regularity(image_A, image_B)
+        loss = similarity + self.lmbda * regularity
+        if self.prior_lmbda:
+            self.prior = self._prior(similarity)
+            loss = loss + self.prior_lmbda * self.prior
+        return ICONLoss(loss, regularity, similarity, magnitude, flips)
+
+    def _check(
+        self,
+        image_A: Tensor,
+        image_B: Tensor,
+        mask_A: Tensor | None,
+        mask_B: Tensor | None,
+    ) -> None:
+        check_image("image_A", image_A)
+        check_image("image_B", image_B)
+        if image_A.shape[:2] != image_B.shape[:2]:
+            raise ValueError(
+                f"image_A is {tuple(image_A.shape)} and image_B {tuple(image_B.shape)}: "
+                "batch and channels must be the same"
+            )
+        for name, mask, image in (
+            ("mask_A", mask_A, image_A),
+            ("mask_B", mask_B, image_B),
+        ):
+            if mask is not None and tuple(mask.shape[2:]) != tuple(image.shape[2:]):
+                check_mask(name, mask, image.shape[2:])
+
+    def _similarity(
+        self, phi: Map, moving: Tensor, fixed: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Similarity of moving o phi and fixed at fresh samples of the fixed space."""
+        sampler = self.similarity_sampler
+        rows = draw_points(
+            sampler.count,
+            fixed.shape[0],
+            fixed.dim() - 2,
+            mask=mask,
+            generator=self.generator,
+            dtype=fixed.dtype,
+            device=fixed.device,
+        )
+        if isinstance(sampler, Points):
+            at = points_as_grid(rows)
+            return self._compare(phi(at), at, moving, fixed)
+        x, moved = patch_maps(phi, sampler, rows, fixed.shape[2:])
+        blocks = (x.shape[2] // sampler.size, *x.shape[3:])
+        return self._compare(moved, x, moving, fixed, blocks)
+
+    def _compare(
+        self,
+        moved: Tensor,
+        at: Tensor,
+        moving: Tensor,
+        fixed: Tensor,
+        blocks: tuple[int, ...] | None = None,
+    ) -> Tensor:
+        warped, target = sample_image(moving, moved), sample_image(fixed, at)
+        if getattr(self.similarity, "isInterpolated", False):
+            warped = torch.cat([warped, inside(moved).to(warped.dtype)], 1)
+        if blocks is not None:
+            warped, target = (as_blocks(i, blocks) for i in (warped, target))
+        return self.similarity(warped, target)
+
+    def _regularity(
+        self, image_A: Tensor, image_B: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Both orders averaged; mean squared displacement; folded voxels."""
+        terms = []
+        # phi_BA first, so that what is left after the loop is phi_AB's.
+        for first, then, image in (
+            (self.phi_BA, self.phi_AB, image_A),
+            (self.phi_AB, self.phi_BA, image_B),
+        ):
+            rows = draw_points(
+                self.regularity_sampler.count,
+                image.shape[0],
+                image.dim() - 2,
+                generator=self.generator,
+                dtype=image.dtype,
+                device=image.device,
+            )
+            x = points_as_grid(rows)
+            moved, jacobian = value_and_jacobian(first, x)
+            terms.append(self.regularity(then, moved, jacobian, self.extent))
+        with torch.no_grad():
+            magnitude = (moved - x).square().mean()
+            determinants = torch.linalg.det(jacobian.flatten(3).permute(0, 3, 1, 2))
+            voxels = image_B.shape[2:].numel()
+            flips = (determinants <= 0).to(magnitude.dtype).mean() * voxels
+        return (terms[0] + terms[1]) / 2, magnitude, flips
+
+    def _prior(self, like: Tensor) -> Tensor:
+        """Eq. 7 of every code the network made in this step."""
+        codes = [
+            module.code
+            for module in self.regis_net.modules()
+            if getattr(module, "code", None) is not None
+        ]
+        total = like.new_zeros(())
+        for code in codes:
+            total = total + code.prior(self.sigma)
+        return total
+
+    @property
+    def phi_AB_vectorfield(self) -> Tensor:
+        """phi_AB on the identity map, ``[B, d, *grid]``; computed when asked for."""
+        return self.phi_AB(self.identity_map)
+
+    @property
+    def phi_BA_vectorfield(self) -> Tensor:
+        """phi_BA on the identity map, ``[B, d, *grid]``; computed when asked for."""
+        return self.phi_BA(self.identity_map)
+
+    @property
+    def warped_image_A(self) -> Tensor:
+        """A on B's grid; computed when asked for."""
+        return sample_image(self.image_A, self.phi_AB_vectorfield)
+
+    @property
+    def warped_image_B(self) -> Tensor:
+        """B on A's grid; computed when asked for."""
+        return sample_image(self.image_B, self.phi_BA_vectorfield)
+
+    def clean(self) -> None:
+        """Let go of the last images and maps."""
+        self.image_A = self.image_B = self.phi_AB = self.phi_BA = None
+
+
+def patch_maps(
+    phi: Map, patches: Patches, centres: Tensor, shape: torch.Size
+) -> tuple[Tensor, Tensor]:
+    """Samples of blocks and where phi takes them, both ``[B, d, P * s, s(, s)]``.
+
+    Args:
+        phi: the map.
+        patches: size, stride, and whether phi is evaluated at the corners only.
+        centres: rows ``[B, P, d]``, ICON frame.
+        shape: grid the stride counts voxels of.
+    """
+    batch, count, d = centres.shape
+    size = patches.size
+    offsets = patches.offsets(shape, centres)
+    middle = centres.transpose(1, 2).reshape(batch, d, count, *(1,) * d)
+    samples = middle + offsets[:, None]
+    grid = (batch, d, count * size, *(size,) * (d - 1))
+    if not patches.corners:
+        return samples.reshape(grid), phi(samples.reshape(grid))
+    ends = torch.tensor([0, size - 1], device=centres.device)
+    share = torch.linspace(0, 1, size, dtype=centres.dtype, device=centres.device)
+    weights = torch.stack([1 - share, share])
+    for axis in range(1, d + 1):
+        offsets = offsets.index_select(axis, ends)
+    corners = middle + offsets[:, None]
+    at = corners.reshape(batch, d, count * 2, *(2,) * (d - 1))
+    moves = (phi(at) - at).reshape(corners.shape)
+    for axis in range(3, 3 + d):
+        moves = torch.tensordot(moves.movedim(axis, -1), weights, 1).movedim(-1, axis)
+    return samples.reshape(grid), (samples + moves).reshape(grid)
+
+
+def as_blocks(samples: Tensor, blocks: tuple[int, ...]) -> Tensor:
+    """``[B * P, C, s, s(, s)]`` of ``[B, C, P * s, s(, s)]``."""
+    batch, channels = samples.shape[:2]
+    count, *rest = blocks
+    size = samples.shape[2] // count
+    split = samples.reshape(batch, channels, count, size, *rest)
+    return split.transpose(1, 2).reshape(batch * count, channels, size, *rest)

@@ -1,0 +1,132 @@
+"""Maps in millimetres: points, Jacobians and whole grids, in chunks of bounded memory.
+
+A map of the network lives in unit boxes; people want it from the fixed image's
+millimetres to the moving image's. Rows here are numpy ``[N, d]`` float64 in the
+components of the frame (LPS x, y(, z), or the tensor axes of the ICON frame).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from icon_nephi.coordinates import (
+    Geometry,
+    apply_affine,
+    points_as_grid,
+    to_rows,
+)
+from icon_nephi.transforms import Map, value_and_jacobian
+
+Array: TypeAlias = npt.NDArray[Any]
+CHUNK = 50_000  # points at once: Jacobians of a wide field take about 100 MB
+
+
+class FramedMap:
+    """A map between two frames: rows in, rows out, never more than a chunk at once.
+
+    Args:
+        phi: between unit boxes, on ICON-frame coordinates ``[1, d, *any]``.
+        source: homogeneous ``[d + 1, d + 1]`` float64, source unit box -> its frame.
+        target: the same of the space that phi maps to.
+        device: where phi is evaluated.
+    """
+
+    def __init__(
+        self,
+        phi: Map,
+        source: Tensor,
+        target: Tensor,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.phi, self.device = phi, torch.device(device)
+        self.into, self.out = torch.linalg.inv(source), target
+        self.dimension = source.shape[0] - 1
+        # Metal has no float64; there a point is good to about 1e-5 of the image.
+        self.dtype = torch.float32 if self.device.type == "mps" else torch.float64
+
+    def __call__(self, points: Array) -> Array:
+        """The mapped points ``[N, d]``, target frame."""
+        with torch.no_grad():
+            parts = [
+                self._back(self.phi(self._coordinates(p))) for p in self._split(points)
+            ]
+        return np.concatenate(parts) if parts else np.empty((0, self.dimension))
+
+    def determinants(self, points: Array) -> Array:
+        """Analytic ``det`` of d target / d source at points, ``[N]`` float64."""
+        d = self.dimension
+        scale = float(torch.linalg.det(self.out[:d, :d] @ self.into[:d, :d]))
+        parts = [np.empty(0)]
+        with torch.no_grad():
+            for part in self._split(points):
+                jacobian = value_and_jacobian(self.phi, self._coordinates(part))[1]
+                matrices = jacobian[0].flatten(2).permute(2, 0, 1).cpu().double()
+                parts.append(scale * torch.linalg.det(matrices).numpy())
+        return np.concatenate(parts)
+
+    def _split(self, points: Array) -> Iterator[Tensor]:
+        rows = torch.from_numpy(np.array(points, dtype=np.float64))
+        return iter(rows.split(CHUNK)) if len(rows) else iter(())
+
+    def _coordinates(self, rows: Tensor) -> Tensor:
+        unit = apply_affine(self.into, rows)[None]
+        return points_as_grid(unit.to(dtype=self.dtype).to(self.device))
+
+    def _back(self, coordinates: Tensor) -> Array:
+        rows = to_rows(coordinates)[0].cpu().double()
+        moved: Array = apply_affine(self.out, rows).numpy()
+        return moved
+
+
+def slabs(size: Sequence[int], frame: Tensor) -> Iterator[tuple[slice, Array]]:
+    """Slices of flat voxel numbers, and those voxels' centres ``[n, d]`` in a frame.
+
+    Args:
+        size: voxels per tensor axis.
+        frame: homogeneous matrix, the grid's unit box -> the frame.
+    """
+    total = int(np.prod(size))
+    last = torch.tensor([n - 1.0 for n in size], dtype=torch.float64)
+    for start in range(0, total, CHUNK):
+        stop = min(start + CHUNK, total)
+        index = np.stack(np.unravel_index(np.arange(start, stop), tuple(size)), 1)
+        unit = torch.from_numpy(index.astype(np.float64)) / last
+        yield slice(start, stop), apply_affine(frame, unit).numpy()
+
+
+def over_grid(
+    function: Callable[[Array], Array],
+    size: Sequence[int],
+    frame: Tensor,
+    channels: int | None = None,
+    dtype: npt.DTypeLike = np.float32,
+) -> Array:
+    """A function of rows at every voxel: ``[*size]``, or ``[*size, channels]``.
+
+    Args:
+        function: rows ``[n, d]`` in the frame -> ``[n]`` or ``[n, channels]``.
+        size: voxels per tensor axis.
+        frame: homogeneous matrix, the grid's unit box -> the frame.
+        channels: of the result, None for one number a voxel.
+        dtype: of the result.
+    """
+    shape = () if channels is None else (channels,)
+    result = np.empty((int(np.prod(size)), *shape), dtype)
+    for part, points in slabs(size, frame):
+        result[part] = function(points)
+    return result.reshape(*size, *shape)
+
+
+def linear_part(
+    matrix: Tensor, source: Geometry, target: Geometry
+) -> tuple[Array, Array]:
+    """Matrix ``[d, d]`` and shift ``[d]`` in millimetres of a map of unit boxes."""
+    whole = target.unit_to_physical() @ matrix.cpu() @ source.physical_to_unit()
+    d = source.dimension
+    return whole[:d, :d].numpy(), whole[:d, d].numpy()

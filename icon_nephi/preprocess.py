@@ -1,0 +1,47 @@
+"""Intensities by modality: what comes out is about [0, 1], float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MODALITIES = (None, "ct", "mri")
+# Lung detail to soft tissue on one scale: a thousandth is one Hounsfield unit.
+_HOUNSFIELD = (-1000.0, 500.0)
+# Quantiles are read from at most this many voxels.
+_VOXELS = 500_000
+
+
+def prepare(image: Tensor, modality: str | None = None) -> Tensor:
+    """An image ``[B, C, *grid]`` scaled to about [0, 1], float32.
+
+    ``"ct"``: Hounsfield units clipped to [-1000, 500], a thousand to one. ``"mri"``
+    and None: the 1st and 99th percentile (None: 0.1th and 99.9th) of each channel go
+    to 0 and 1, a fifth beyond is kept.
+
+    Raises:
+        ValueError: unknown modality.
+    """
+    if modality not in MODALITIES:
+        raise ValueError(
+            f"modality must be one of {MODALITIES}, got {modality!r}; None scales by "
+            "quantiles"
+        )
+    image = image.float()
+    if modality == "ct":
+        low, high = _HOUNSFIELD
+        return (image.clamp(low, high) - low) / 1000
+    share = 0.01 if modality == "mri" else 0.001
+    flat = image.transpose(0, 1).flatten(1)
+    flat = flat[:, :: max(1, flat.shape[1] // _VOXELS)]
+    ends = torch.quantile(
+        flat, torch.tensor([share, 1 - share], device=image.device), dim=1
+    )
+    shape = (1, -1, *(1,) * (image.dim() - 2))
+    bottom, top = (end.reshape(shape) for end in ends)
+    # A mostly empty image can have equal quantiles; its extremes always differ.
+    flatness = (top <= bottom).to(image.dtype)
+    lowest, highest = (x.reshape(shape) for x in (flat.amin(1), flat.amax(1)))
+    bottom = bottom + flatness * (lowest - bottom)
+    top = top + flatness * (highest - top)
+    return ((image - bottom) / (top - bottom).clamp(min=1e-12)).clamp(-0.2, 1.2)

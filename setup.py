@@ -1,0 +1,40 @@
+"""Packaging of icon_nephi. Tools are configured in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+# The version is read as text, so that building does not import torch.
+INIT = Path(__file__).parent / "icon_nephi" / "__init__.py"
+VERSION = re.search(r'^__version__ = "(.+)"$', INIT.read_text("utf-8"), re.MULTILINE)[1]
+
+setup(
+    name="icon_nephi",
+    version=VERSION,
+    description="NePhi neural deformation fields for icon_registration",
+    license="Apache-2.0",
+    packages=["icon_nephi"],  # written out: training and tests are never installed
+    package_data={"icon_nephi": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.11",
+        "icon_registration>=1.1.9",
+        "itk>=5.4",
+        "numpy",
+        "scipy",
+        "safetensors",
+        "tqdm",
+        "matplotlib",
+    ],
+    extras_require={
+        "peers": ["antspyx", "itk-elastix", "convexAdam"],
+        "dev": ["pytest", "hypothesis", "ruff", "mypy"],
+    },
+    entry_points={
+        "console_scripts": [
+            "nephi-register = icon_nephi.cli:register",
+            "nephi-warp = icon_nephi.cli:warp",
+        ]
+    },
+)

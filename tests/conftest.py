@@ -1,0 +1,52 @@
+"""What every test shares: two precisions, seeds, one thread, who may be skipped."""
+
+import os
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A floating point type and how far two ways to the same number may differ."""
+
+    dtype: torch.dtype
+    rtol: float
+    atol: float
+
+    def close(self, actual, expected):
+        torch.testing.assert_close(actual, expected, rtol=self.rtol, atol=self.atol)
+
+
+SINGLE = Precision(torch.float32, rtol=2e-4, atol=2e-5)
+DOUBLE = Precision(torch.float64, rtol=1e-9, atol=1e-11)
+
+
+@pytest.fixture(params=[SINGLE, DOUBLE], ids=["float32", "float64"])
+def precision(request):
+    return request.param
+
+
+@pytest.fixture(params=[2, 3], ids=["2d", "3d"])
+def dimension(request):
+    return request.param
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("data") and not os.environ.get("NEPHI_DATA"):
+        pytest.skip("needs real image pairs: set NEPHI_DATA to their folder")

@@ -1,0 +1,321 @@
+"""The commands: what they write, and how they refuse."""
+
+import csv
+import subprocess
+import sys
+
+import itk
+import numpy as np
+import pytest
+import torch
+from small_fits import geometry, rows_in, small_fit, unit_matrix
+
+from icon_nephi import cli, itk_wrapper, registration
+from icon_nephi.inputs import voxel_geometry
+from icon_nephi.registration import Registration, load
+
+SIZE_A, SIZE_B = (12, 16, 14), (17, 11, 13)
+PLACE_A, PLACE_B = geometry(SIZE_A, 1), geometry(SIZE_B, 2)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with a pair, masks and labels, and a stand-in for the optimisation."""
+    generator = np.random.default_rng(0)
+    for name, place in (("moving", PLACE_A), ("fixed", PLACE_B)):
+        noise = 100 * generator.normal(size=place.size)
+        for end, array in (
+            ("", noise.astype(np.int16)),
+            ("_mask", np.ones(place.size, np.uint8)),
+            ("_labels", generator.integers(0, 5, place.size).astype(np.uint8)),
+        ):
+            image = itk_wrapper.image_of(array, place)
+            itk.imwrite(image, str(tmp_path / f"{name}{end}.nrrd"))
+
+    def fit(image_A, image_B, geometry_A, geometry_B, **options):
+        fit.options = options
+        return small_fit(3, unit_matrix(3))
+
+    monkeypatch.setattr(registration, "fit_pair", fit)
+    monkeypatch.chdir(tmp_path)
+    tmp_path.joinpath("out").mkdir()
+    fit.path = tmp_path
+    return fit
+
+
+def pair(**flags):
+    given = {"fixed": "fixed.nrrd", "moving": "moving.nrrd"} | flags
+    return [x for k, v in given.items() if v is not None for x in (f"--{k}", str(v))]
+
+
+def result():
+    return Registration(small_fit(3, unit_matrix(3)), PLACE_A, PLACE_B, itk=True)
+
+
+def write_points(path, rows, header="x,y,z"):
+    lines = [header, *(",".join(map(str, row)) for row in rows)]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def read_points(path):
+    with path.open() as file:
+        header, *rows = csv.reader(file)
+    assert header == ["x", "y", "z"]
+    return np.array(rows, dtype=float)
+
+
+def test_register_writes_what_is_asked_for(folder, capsys):
+    out = folder.path / "out"
+    flags = pair(
+        transform_out="out/T.hdf5",
+        inverse_transform_out="out/I.h5",
+        warped_moving_out="out/warped.nii.gz",
+        save="out/pair.nephi",
+        fixed_mask="fixed_mask.nrrd",
+        moving_mask="moving_mask.nrrd",
+        fixed_modality="ct",
+        moving_modality="mri",
+        seed=3,
+        time_limit=9,
+    )
+    cli.register([*flags, "--no_affine"])
+    names = ["I.h5", "T.hdf5", "pair.nephi", "warped.nii.gz"]
+    assert sorted(p.name for p in out.iterdir()) == names
+    text = capsys.readouterr()
+    assert "folds" in text.out
+    assert "inverse consistency" in text.out
+    assert "affine start is doubtful" in text.err
+    assert folder.options["seed"] == 3
+    assert folder.options["time_limit"] == 9
+    assert not folder.options["affine"]
+    assert folder.options["mask_A"].shape == (1, 1, *SIZE_A)
+    warped = itk.imread(str(out / "warped.nii.gz"))
+    again = itk_wrapper.geometry_of(warped)
+    np.testing.assert_allclose(
+        again.unit_to_physical(), PLACE_B.unit_to_physical(), atol=1e-3
+    )
+    saved = load(out / "pair.nephi")
+    points = rows_in(PLACE_B, 20, np.random.default_rng(0))
+    expected = result().transform_points(points)
+    np.testing.assert_allclose(saved.transform_points(points), expected)
+    forward, back = (
+        itk_wrapper.read_transform("T", out / n) for n in ("T.hdf5", "I.h5")
+    )
+    there = np.array([tuple(forward.TransformPoint(p)) for p in points.tolist()])
+    np.testing.assert_allclose(there, expected, atol=1e-3)
+    here = np.array([tuple(back.TransformPoint(p)) for p in expected.tolist()])
+    backward = saved.transform_points(expected, "moving_to_fixed")
+    np.testing.assert_allclose(here, backward, atol=0.1)  # kinks lie near the border
+
+
+def test_quiet_is_quiet(folder, capsys):
+    cli.register([*pair(save="out/pair.nephi"), "--quiet"])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("transform", ["pair.nephi", "T.hdf5"])
+def test_warp_moves_points_labels_and_images(folder, transform, capsys):
+    cli.register([*pair(save="pair.nephi", transform_out="T.hdf5"), "--quiet"])
+    points = rows_in(PLACE_B, 20, np.random.default_rng(0))
+    write_points(folder.path / "points.csv", points)
+    common = ["--transform", transform]
+    cli.warp([*common, "--points", "points.csv", "--out", "moved.csv"])
+    moved = read_points(folder.path / "moved.csv")
+    np.testing.assert_allclose(moved, result().transform_points(points), atol=2e-3)
+    for what in ("labels", "image"):
+        name = "moving_labels.nrrd" if what == "labels" else "moving.nrrd"
+        cli.warp(
+            [
+                *common,
+                *(f"--{what}", name, "--reference", "fixed.nrrd"),
+                *("--out", f"{what}.nii.gz"),
+            ]
+        )
+        warped = itk.imread(str(folder.path / f"{what}.nii.gz"))
+        moving = itk.imread(str(folder.path / name))
+        ours = (
+            result().warp_labels(moving) if what == "labels" else result().warp(moving)
+        )
+        theirs = np.asarray(warped)
+        same = np.isclose(np.asarray(ours), theirs, atol=0.5)
+        assert theirs.shape == SIZE_B
+        assert theirs.dtype == (np.uint8 if what == "labels" else np.float32)
+        # With an ITK transform what is outside the image gets its least value.
+        assert same.mean() > (0.99 if transform == "pair.nephi" else 0.6)
+    assert "out: " in capsys.readouterr().out
+
+
+def test_warp_the_other_way(folder):
+    result().save(folder.path / "pair.nephi")
+    common = ["--transform", "pair.nephi", "--inverse"]
+    cli.warp([*common, "--image", "fixed.nrrd", "--out", "back.nrrd"])
+    back = itk.imread(str(folder.path / "back.nrrd"))
+    assert np.asarray(back).shape == SIZE_A
+    points = rows_in(PLACE_A, 5, np.random.default_rng(0))
+    write_points(folder.path / "points.csv", points)
+    cli.warp([*common, "--points", "points.csv", "--out", "moved.csv"])
+    expected = result().transform_points(points, "moving_to_fixed")
+    np.testing.assert_allclose(
+        read_points(folder.path / "moved.csv"), expected, atol=1e-5
+    )
+
+
+def refused(command, arguments, words, folder, capfd):
+    """One line on stderr, exit code 2, nothing written."""
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        command(arguments)
+    assert stop.value.code == 2
+    text = capfd.readouterr()
+    assert text.err.count("\n") == 1
+    assert words in text.err
+    assert text.out == ""
+    assert sorted(folder.rglob("*")) == before
+
+
+def spoil(path):
+    """Files that nobody can register."""
+    good = itk.imread(str(path / "fixed.nrrd"), itk.F)
+    array = itk.array_from_image(good)
+
+    def write(name, values, **options):
+        itk.imwrite(itk.image_from_array(values, **options), str(path / name))
+
+    write("constant.nrrd", np.full_like(array, 7))
+    holed = array.copy()
+    holed[2, 2, 2] = np.nan
+    write("nan.nrrd", holed)
+    write("empty.nrrd", np.zeros(SIZE_B, np.uint8))
+    write("4d.nrrd", np.zeros((3, 4, 5, 6), np.float32))
+    write("thin.nrrd", np.random.default_rng(0).normal(size=(1, 9, 9)))
+    write("flat.nrrd", np.random.default_rng(0).normal(size=(9, 9)))
+    vector = np.zeros((4, 5, 6, 3), np.float32)
+    write("vector.nrrd", vector, ttype=(itk.Image[itk.Vector[itk.F, 3], 3],))
+    far = itk.image_from_array(np.ones(SIZE_B, np.uint8))
+    far.SetOrigin([5000.0, 5000, 5000])
+    itk.imwrite(far, str(path / "far.nrrd"))
+    itk.imwrite(good, str(path / "cut.nii.gz"))
+    for name in ("cut.nii.gz",):
+        whole = (path / name).read_bytes()
+        (path / name).write_bytes(whole[: len(whole) // 2])
+    (path / "text.nii").write_text("not an image")
+    # A header with a spacing of zero: x has no extent.
+    lines = (path / "fixed.nrrd").read_bytes().split(b"\n")
+    zero = [
+        b"spacings: 0 1 1" if x.startswith(b"space directions") else x for x in lines
+    ]
+    zero = [x for x in zero if not x.startswith(b"space ")]
+    (path / "zero.nrrd").write_bytes(b"\n".join(zero))
+
+
+OUT = {"save": "out/pair.nephi", "transform_out": "out/T.h5"}
+BAD_PAIRS = {
+    "constant": ({"fixed": "constant.nrrd"}, "--fixed is constant"),
+    "NaN": ({"moving": "nan.nrrd"}, "--moving has 1 NaN"),
+    "4D": ({"fixed": "4d.nrrd"}, "4D"),
+    "thin": ({"fixed": "thin.nrrd"}, "register in 2D"),
+    "2D and 3D": ({"fixed": "flat.nrrd"}, "two 2D or two 3D"),
+    "vector": ({"fixed": "vector.nrrd"}, "3 numbers per voxel"),
+    "missing": ({"fixed": "none.nrrd"}, "none.nrrd does not exist"),
+    "folder": ({"fixed": "out"}, "is a folder"),
+    "truncated": ({"fixed": "cut.nii.gz"}, "--fixed: cut.nii.gz is truncated"),
+    "no image": ({"fixed": "text.nii"}, "cannot be read as an image"),
+    "zero spacing": ({"fixed": "zero.nrrd"}, "--fixed: zero.nrrd"),
+    "empty mask": ({"fixed_mask": "empty.nrrd"}, "--fixed_mask is empty"),
+    "far mask": ({"fixed_mask": "far.nrrd"}, "--fixed_mask and --fixed do not overlap"),
+    "device": ({"device": "nowhere"}, "--device: 'nowhere' is not available"),
+    "time": ({"time_limit": -1}, "--time_limit must be positive"),
+    "modality": ({"fixed_modality": "pet"}, "--fixed_modality"),
+    "seed": ({"seed": "x"}, "--seed"),
+    "no moving": ({"moving": None}, "--moving"),
+    "ending": ({"transform_out": "out/T.mat"}, "must end in"),
+    "image ending": ({"warped_moving_out": "out/w.mhd"}, "must end in"),
+    "no folder": ({"save": "nowhere/p.nephi"}, "nowhere does not exist"),
+    "no output": ({"save": None, "transform_out": None}, "nothing to write"),
+    "same output": ({"inverse_transform_out": "out/T.h5"}, "same path"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PAIRS)
+def test_register_refuses(name, folder, capfd):
+    spoil(folder.path)
+    flags, words = BAD_PAIRS[name]
+    refused(cli.register, pair(**(OUT | flags)), words, folder.path, capfd)
+
+
+BAD_WARPS = {
+    "no transform": (
+        "--transform no.nephi --image moving.nrrd --out o.nrrd",
+        "no.nephi",
+    ),
+    "no file": ("--transform no.h5 --points points.csv --out o.csv", "no.h5"),
+    "kind": ("--transform fixed.nrrd --image moving.nrrd --out o.nrrd", "must end in"),
+    "broken": ("--transform bad.nephi --image moving.nrrd --out o.nrrd", "bad.nephi"),
+    "broken ITK": ("--transform bad.h5 --points points.csv --out o.csv", "bad.h5"),
+    "tensors": ("--transform tensor.nephi --image moving.nrrd --out o.nrrd", "tensors"),
+    "columns": ("--transform pair.nephi --points wrong.csv --out o.csv", "x,y,z"),
+    "numbers": (
+        "--transform pair.nephi --points words.csv --out o.csv",
+        "finite numbers",
+    ),
+    "ragged": (
+        "--transform pair.nephi --points ragged.csv --out o.csv",
+        "3 finite numbers",
+    ),
+    "2D points": (
+        "--transform pair.nephi --points flat.csv --out o.csv",
+        "points must be",
+    ),
+    "no points": (
+        "--transform pair.nephi --points no.csv --out o.csv",
+        "does not exist",
+    ),
+    "binary": ("--transform pair.nephi --points fixed.nrrd --out o.csv", "--points"),
+    "image": ("--transform pair.nephi --image no.nrrd --out o.nrrd", "does not exist"),
+    "2D image": ("--transform pair.nephi --image flat.nrrd --out o.nrrd", "2D"),
+    "ending": ("--transform pair.nephi --image moving.nrrd --out o.csv", "must end in"),
+    "csv": ("--transform pair.nephi --points points.csv --out o.nrrd", "must end in"),
+    "two": ("--transform pair.nephi --points p --image i --out o.nrrd", "not allowed"),
+    "none": ("--transform pair.nephi --out o.nrrd", "required"),
+    "reference": ("--transform T.h5 --image moving.nrrd --out o.nrrd", "--reference"),
+    "inverse": (
+        "--transform T.h5 --inverse --points points.csv --out o.csv",
+        "--inverse",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_WARPS)
+def test_warp_refuses(name, folder, capfd):
+    path = folder.path
+    spoil(path)
+    result().save(path / "pair.nephi")
+    place = voxel_geometry((8, 8, 8))
+    fit = small_fit(3, torch.eye(4, dtype=torch.float64))
+    Registration(fit, place, place, itk=False).save(path / "tensor.nephi")
+    (path / "bad.nephi").write_bytes(b"no")
+    (path / "bad.h5").write_bytes(b"no")
+    itk.transformwrite(itk.AffineTransform[itk.D, 3].New(), str(path / "T.h5"))
+    write_points(path / "points.csv", [[1, 2, 3]])
+    write_points(path / "wrong.csv", [[1, 2, 3]], "i,j,k")
+    write_points(path / "words.csv", [["a", "b", "c"]])
+    write_points(path / "ragged.csv", [[1, 2, 3], [4, 5]])
+    write_points(path / "flat.csv", [[1, 2]], "x,y")
+    arguments, words = BAD_WARPS[name]
+    refused(cli.warp, arguments.split(), words, path, capfd)
+
+
+def test_a_failure_while_writing_leaves_nothing(folder, monkeypatch, capfd):
+    monkeypatch.setattr(Registration, "save", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.register(pair(**OUT))
+    assert list(folder.path.joinpath("out").iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["register", "warp"])
+def test_the_help_has_examples(command):
+    code = f"from icon_nephi.cli import {command}; {command}(['--help'])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "examples:" in run.stdout
+    assert "fixed image" in run.stdout

@@ -1,0 +1,171 @@
+"""The rules of the house: which room may know which, and what no room may do."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "icon_nephi"
+
+# A file imports only files above it.
+ORDER = [
+    "_check",
+    "coordinates",
+    "interpolation",
+    "sampling",
+    "codes",
+    "fields",
+    "encoders",
+    "transforms",
+    "losses",
+    "affine",
+    "optimize",
+    "preprocess",
+    "models",
+    "metrics",
+    "phantoms",
+    "files",
+    "itk_wrapper",
+    "registration",
+    "pretrained_models",
+    "report",
+    "cli",
+]
+LEAVES = {"metrics", "phantoms"}  # these know only the two topmost files
+CORE = ORDER[: ORDER.index("losses") + 1]
+NOT_IN_CORE = ["itk", "footsteps", "matplotlib", "torchvision"]
+# Often broken or slow to import: only inside the function that needs it.
+NOT_AT_TOP = ["torchvision", "icon_registration.data", "icon_registration.constricon"]
+
+FILES = sorted(PACKAGE.glob("*.py"))
+ROOMS = [path for path in FILES if path.stem != "__init__"]
+CORE_FILES = [path for path in FILES if path.stem in CORE]
+ALL_FILES = [
+    path
+    for folder in ("icon_nephi", "evaluation", "training", "tests")
+    for path in sorted((ROOT / folder).glob("**/*.py"))
+]
+
+
+def nodes(tree, into_functions=True):
+    """Every node below `tree`; without function bodies, what runs on import."""
+    for child in ast.iter_child_nodes(tree):
+        function = isinstance(
+            child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+        )
+        if into_functions or not function:
+            yield child
+            yield from nodes(child, into_functions)
+
+
+def imported(source, into_functions=True):
+    """Dotted names that `source` imports, `from .a import b` as icon_nephi.a.b."""
+    names = set()
+    for node in nodes(ast.parse(source), into_functions):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inside = ["icon_nephi"] if node.level else []
+            base = ".".join(inside + ([node.module] if node.module else []))
+            names |= {f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+def rooms_of(names):
+    """The rooms of the package among dotted names; '' for the package itself."""
+    parts = [name.split(".") for name in names]
+    return {[*p, ""][1] for p in parts if p[0] == "icon_nephi"}
+
+
+def among(names, forbidden):
+    return {n for n in names for f in forbidden if n == f or n.startswith(f + ".")}
+
+
+def calls(source):
+    """Names of what `source` calls: 'print' for print(...), '.flip' for x.flip(...)."""
+    functions = [n.func for n in nodes(ast.parse(source)) if isinstance(n, ast.Call)]
+    plain = [f.id for f in functions if isinstance(f, ast.Name)]
+    return plain + [f".{f.attr}" for f in functions if isinstance(f, ast.Attribute)]
+
+
+def named(paths):
+    return pytest.mark.parametrize(
+        "path", paths, ids=lambda p: str(p.relative_to(ROOT))
+    )
+
+
+@named(ROOMS)
+def test_a_file_imports_only_files_above_it(path):
+    room = path.stem
+    assert room in ORDER, f"{path.name} has no place in the order of {__file__}"
+    above = ORDER[:2] if room in LEAVES else ORDER[: ORDER.index(room)]
+    below = rooms_of(imported(path.read_text("utf-8"))) - set(above)
+    assert not below, f"{path.name} may not import {sorted(below)}"
+
+
+@named(CORE_FILES)
+def test_the_core_does_without_itk_and_plotting(path):
+    assert not among(imported(path.read_text("utf-8")), NOT_IN_CORE)
+
+
+@named(ALL_FILES)
+def test_fragile_modules_are_imported_only_where_they_are_used(path):
+    at_top = imported(path.read_text("utf-8"), into_functions=False)
+    assert not among(at_top, NOT_AT_TOP)
+
+
+def test_importing_the_package_does_not_import_itk():
+    code = "import sys, icon_nephi; print(*sys.modules, sep='\\n')"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    loaded = result.stdout.split()
+    assert "icon_nephi" in loaded
+    assert not among(loaded, ["itk", "footsteps", "torchvision"])
+
+
+def test_axes_are_reversed_in_one_place_at_most():
+    flips = [f.name for f in FILES for c in calls(f.read_text("utf-8")) if c == ".flip"]
+    assert len(flips) <= 1, flips
+
+
+@named([path for path in FILES if path.stem != "cli"])
+def test_only_the_commands_print(path):
+    assert "print" not in calls(path.read_text("utf-8"))
+
+
+@named(FILES)
+def test_a_file_is_short_enough_to_read(path):
+    lines = path.read_text("utf-8").count("\n")
+    assert lines <= 400, f"{path.name} has {lines} lines: split it by what it knows"
+
+
+@pytest.mark.parametrize(
+    ("source", "rooms"),
+    [
+        ("from . import codes", {"codes"}),
+        ("from .codes import LatentCode", {"codes"}),
+        ("import icon_nephi.codes as c", {"codes"}),
+        ("from icon_nephi import codes, fields", {"codes", "fields"}),
+        ("import icon_nephi", {""}),
+        ("def f():\n    from .cli import warp", {"cli"}),
+        ("import icon_registration.losses, torch", set()),
+    ],
+)
+def test_the_reader_of_imports_sees(source, rooms):
+    assert rooms_of(imported(source)) == rooms
+
+
+def test_the_readers_see_what_they_forbid():
+    inside = "def f():\n    from icon_registration import data"
+    assert among(imported(inside), NOT_AT_TOP)
+    assert not among(imported(inside, into_functions=False), NOT_AT_TOP)
+    assert among(
+        imported("try:\n    import torchvision.ops\nexcept E: 0", False), NOT_AT_TOP
+    )
+    assert not among(imported("import itk_io"), NOT_IN_CORE)
+    assert calls("print(x.flip(1), torch.flip(x, [1]))") == ["print", ".flip", ".flip"]
