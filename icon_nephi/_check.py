@@ -19,7 +19,7 @@ def check_image(name: str, image: Tensor) -> None:
     if image.dim() not in (4, 5):
         raise ValueError(
             f"{name} must be [B, C, H, W] or [B, C, D, H, W], got shape "
-            f"{tuple(image.shape)}; add the batch and channel axes with image[None, None]"
+            f"{tuple(image.shape)}; add the missing axes with image[None, None]"
         )
     if image.numel() and min(image.shape[2:]) < 2:
         raise ValueError(

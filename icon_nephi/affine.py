@@ -204,7 +204,8 @@ def refine(
         delta = torch.cat([scaled, scaled.new_zeros(1, d + 1)]) + torch.eye(
             d + 1, dtype=torch.float64
         )
-        return start @ centre @ delta @ torch.linalg.inv(centre)
+        moved: Tensor = start @ centre @ delta @ torch.linalg.inv(centre)
+        return moved
 
     for stride in strides:
         for _ in range(steps):

@@ -130,7 +130,7 @@ class LatentCodeTable(nn.Module):
         super().__init__()
         if len(grids) != len(channels):
             raise ValueError(
-                f"LatentCodeTable: {len(grids)} grids but {len(channels)} channel counts"
+                f"LatentCodeTable: {len(grids)} grids, {len(channels)} channel counts"
             )
         self.interpolation = interpolation
 
@@ -145,7 +145,7 @@ class LatentCodeTable(nn.Module):
     def forward(
         self, image_A: Tensor, image_B: Tensor, index: Tensor | None = None
     ) -> LatentCode:
-        """The `LatentCode` of the pairs in ``index`` ``[B]``; images are not looked at."""
+        """The `LatentCode` of the pairs in ``index`` ``[B]``; images are ignored."""
         chosen = slice(None) if index is None else index
         return LatentCode(
             self.global_codes[chosen],

@@ -53,10 +53,12 @@ def sample_image(image: Tensor, coordinates: Tensor, mode: str = "bilinear") -> 
     border value, as ICON's ``as_function``.
     """
     batch, dimension = coordinates.shape[:2]
-    size = max(batch, image.shape[0])
+    size = batch if image.shape[0] == 1 else image.shape[0]
     shape = coordinates.shape[2:]
     locations = (2 * coordinates - 1).flatten(2).transpose(1, 2).flip(-1)
-    locations = locations.reshape(batch, -1, *(1,) * (dimension - 1), dimension)
+    locations = locations.reshape(
+        batch, locations.shape[1], *(1,) * (dimension - 1), dimension
+    )
     values = F.grid_sample(
         image.expand(size, *image.shape[1:]),
         locations.to(image.dtype).expand(size, *locations.shape[1:]),
@@ -125,7 +127,8 @@ class Geometry:
 
     def physical_to_unit(self) -> Tensor:
         """``[d + 1, d + 1]`` float64: homogeneous LPS millimetres -> ICON frame."""
-        return torch.linalg.inv(self.unit_to_physical())
+        inverse: Tensor = torch.linalg.inv(self.unit_to_physical())
+        return inverse
 
 
 def apply_affine(matrix: Tensor, points: Tensor) -> Tensor:

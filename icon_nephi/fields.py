@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ def displacement_and_jacobian(
     for axis in range(points.shape[-1]):
         seed = torch.zeros_like(points)
         seed[..., axis] = 1
-        displacement, column = torch.func.jvp(
+        displacement, column = torch.func.jvp(  # type: ignore[misc]
             field, (points, values[0]), (seed, values[1 + axis])
         )
         columns.append(column)
@@ -86,6 +86,17 @@ class ModulatedSiren(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        #: What to make the same field from, as saved files do.
+        self.arguments = {
+            "dimension": dimension,
+            "code_size": code_size,
+            "width": width,
+            "hidden_layers": hidden_layers,
+            "frequencies": frequencies,
+            "frequency_scale": frequency_scale,
+            "first_omega": first_omega,
+            "omega": omega,
+        }
         self.first_omega, self.omega = first_omega, omega
         drawn = torch.randn(frequencies, dimension, generator=generator)
         self.register_buffer("frequencies", frequency_scale * drawn)
@@ -133,7 +144,7 @@ class ModulatedSiren(nn.Module):
             features = torch.cat(
                 [features, torch.cat([slopes * cosine, -slopes * sine], -1)]
             )
-        codes = values.reshape(rows, batch * count, -1)
+        codes = values.flatten(1, 2)
         first = gate = _sine_layer(
             torch.cat([codes, features], -1), self.modulator[0], self.omega
         )
@@ -142,8 +153,10 @@ class ModulatedSiren(nn.Module):
             self.modulator[1:], self.synthesis[1:], strict=True
         ):
             gate = _sine_layer(gate, modulate, self.omega) + first
-            hidden = _Product.apply(gate, _sine_layer(hidden, synthesise, self.omega))
-        return _last_layer(hidden, self.last, 0.5).reshape(rows, batch, count, -1)
+            hidden = _product(gate, _sine_layer(hidden, synthesise, self.omega))
+        return _last_layer(hidden, self.last, 0.5).reshape(
+            rows, batch, count, dimension
+        )
 
 
 class LatentMLP(nn.Module):
@@ -172,6 +185,13 @@ class LatentMLP(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        self.arguments = {
+            "dimension": dimension,
+            "code_size": code_size,
+            "width": width,
+            "hidden_layers": hidden_layers,
+            "omega": omega,
+        }
         self.omega = omega
         sizes = [dimension + code_size] + [width] * hidden_layers
         self.hidden = nn.ModuleList(
@@ -192,17 +212,19 @@ class LatentMLP(nn.Module):
             axes = 2 * torch.eye(dimension, dtype=points.dtype, device=points.device)
             axes = axes[:, None, None, :].expand(dimension, batch, count, dimension)
             located = torch.cat([located, axes])
-        hidden = torch.cat([located, values], -1).reshape(rows, batch * count, -1)
+        hidden = torch.cat([located, values], -1).flatten(1, 2)
         for layer in self.hidden:
             hidden = _sine_layer(hidden, layer, self.omega)
-        return _last_layer(hidden, self.last, 1.0).reshape(rows, batch, count, -1)
+        return _last_layer(hidden, self.last, 1.0).reshape(
+            rows, batch, count, dimension
+        )
 
 
 def _linear(
     inputs: int, outputs: int, bound: float, generator: torch.Generator | None
 ) -> nn.Linear:
     """A linear layer, weights uniform within the bound, biases as torch's default."""
-    layer = nn.Linear(inputs, outputs)
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs)
     with torch.no_grad():
         layer.weight.uniform_(-bound, bound, generator=generator)
         layer.bias.uniform_(-1, 1, generator=generator).mul_(1 / math.sqrt(inputs))
@@ -210,7 +232,7 @@ def _linear(
 
 
 def _zero_linear(inputs: int, outputs: int) -> nn.Linear:
-    layer = nn.Linear(inputs, outputs)
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -219,7 +241,7 @@ def _zero_linear(inputs: int, outputs: int) -> nn.Linear:
 def _sine_layer(jet: Tensor, layer: nn.Module, omega: float) -> Tensor:
     """sin(omega (W x + b)) on a jet ``[R, M, C]``; omega is folded into W and b."""
     assert isinstance(layer, nn.Linear)
-    return _Sine.apply(F.linear(jet, layer.weight * omega), layer.bias * omega)
+    return _sine(F.linear(jet, layer.weight * omega), layer.bias * omega)
 
 
 def _last_layer(jet: Tensor, layer: nn.Linear, scale: float) -> Tensor:
@@ -241,7 +263,7 @@ class _Sine(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         out, cosine, jet = ctx.saved_tensors
         result = grad * cosine
         if jet is not None:
@@ -260,7 +282,7 @@ class _Product(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         first, second = ctx.saved_tensors
         return _product_grad(grad, second), _product_grad(grad, first)
 
@@ -270,3 +292,7 @@ def _product_grad(grad: Tensor, other: Tensor) -> Tensor:
     if len(grad) > 1:
         result[0] += (grad[1:] * other[1:]).sum(0)
     return result
+
+
+_sine = cast(Callable[[Tensor, Tensor], Tensor], _Sine.apply)
+_product = cast(Callable[[Tensor, Tensor], Tensor], _Product.apply)

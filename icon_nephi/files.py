@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from icon_nephi.codes import LatentCode
@@ -84,7 +84,8 @@ def save_fit(
     # A tensor that shares memory with another is refused, hence the copies.
     owned = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
     with written_whole(path) as (part,):
-        save_file(owned, part, metadata={"nephi": json.dumps(header)})
+        # Not save_file, whose files nobody else may read.
+        part.write_bytes(save(owned, metadata={"nephi": json.dumps(header)}))
 
 
 def load_fit(path: str | os.PathLike[str]) -> Saved:

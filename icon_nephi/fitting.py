@@ -27,7 +27,7 @@ from icon_nephi.transforms import AffinePair, Map
 CONTENT = 0.05
 # Steps of the short fits that choose between starts, and the advantage the first has.
 TRIAL_STEPS = 40
-DRAW = 0.03
+DRAW = 0.27
 # Determinants below this share of the usual one are pushed up.
 GUARD = 0.25
 
@@ -160,7 +160,9 @@ def _between(
     """The translation between the centres of mass (or of the boxes)."""
     d = geometry_B.dimension
     centres = [
-        apply_affine(g.unit_to_physical(), torch.full((1, d), 0.5, dtype=torch.float64))[0]
+        apply_affine(
+            g.unit_to_physical(), torch.full((1, d), 0.5, dtype=torch.float64)
+        )[0]
         if w is None
         else centre_of_mass(w.float(), g)
         for g, w in ((geometry_A, weights_A), (geometry_B, weights_B))
@@ -304,5 +306,5 @@ def guarded_term(
     # Relative, because the affine part has a volume change of its own.
     median = determinant.detach().median()
     scale = torch.where(median.abs() < 1e-6, torch.ones_like(median), median)
-    hinge = (GUARD - determinant / scale).clamp(min=0).square().mean()
+    hinge: Tensor = (GUARD - determinant / scale).clamp(min=0).square().mean()
     return inverse_consistency_term(then, moved, jacobian, extent) + hinge

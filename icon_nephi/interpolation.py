@@ -14,7 +14,8 @@ embedding_bag's own backward and 4.3 ms for scatter_add).
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import scipy.sparse
 import torch
@@ -66,8 +67,8 @@ def read_grid(
     if grid.shape[0] != 1:
         first = torch.arange(batch, device=grid.device) * shape.numel()
         nodes = nodes + first.repeat_interleave(count)[:, None]
-    read = _WeightedRead.apply(table, nodes, weights)
-    return read.reshape(-1, batch, count, grid.shape[1])
+    read = _weighted_read(table, nodes, weights)
+    return read.reshape(read.shape[0], batch, count, grid.shape[1])
 
 
 def _axis_weights(
@@ -129,8 +130,8 @@ class _WeightedRead(torch.autograd.Function):
         return out.reshape(rows, count, -1)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         table, nodes, weights = ctx.saved_tensors
         grad_table = grad_weights = None
         if ctx.needs_input_grad[0]:
@@ -139,6 +140,9 @@ class _WeightedRead(torch.autograd.Function):
             near = table.index_select(0, nodes.flatten()).view(*nodes.shape, -1)
             grad_weights = torch.bmm(near, grad.permute(1, 2, 0)).permute(2, 0, 1)
         return grad_table, None, grad_weights
+
+
+_weighted_read = cast(Callable[..., Tensor], _WeightedRead.apply)
 
 
 def _scatter(grad: Tensor, nodes: Tensor, weights: Tensor, size: int) -> Tensor:

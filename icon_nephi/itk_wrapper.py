@@ -18,8 +18,9 @@ from icon_nephi.coordinates import Geometry
 from icon_nephi.physical import Array, FramedMap, linear_part, over_grid
 from icon_nephi.transforms import Map
 
-#: Nodes of an exported field: three doubles each, so this is 200 MB.
-MOST_NODES = 2**23
+#: Nodes of an exported field, each three doubles. Steps finer than the voxels are
+#: taken up to the first number (200 MB), coarser ones from the second on (500 MB).
+FINE_NODES, MOST_NODES = 6_000_000, 2**24
 _HEADER = 348  # bytes of the smallest NIfTI header
 
 
@@ -245,12 +246,15 @@ def composite_transform(
 
     An ``itk.CompositeTransform``: a cubic B-spline field on the source image's own
     grid, then the exact affine map. At voxel centres the field equals the map; between
-    them the steps are refined until the estimated error is below the tolerance. (A
-    displacement field is read linearly: at 2 mm steps and 12 mm of motion 0.03 mm off
-    between voxels, the B-spline 0.001 mm.) In the margin around the image the field
-    passes near the map, within a step of the border up to a few hundredths of a
-    millimetre; beyond the margin only the affine map is left. An image with more than
-    `MOST_NODES` voxels gets coarser steps.
+    them the steps are refined until the estimated error is below the tolerance, unless
+    that takes more than `FINE_NODES`. (A displacement field is read linearly: at 2 mm
+    steps and 12 mm of motion 0.03 mm off between voxels, the B-spline 0.001 mm.)
+
+    The map has a kink where the fixed image ends. Where that lies inside the moving
+    image, the backward transform is up to a few hundredths of a millimetre off between
+    voxels. In the margin around the image the field continues the displacement, within
+    two steps of the border up to a few tenths off; beyond the margin only the affine
+    map is left. An image with more than `MOST_NODES` voxels gets coarser steps.
 
     Args:
         phi: from the source's unit box to the target's.
@@ -289,7 +293,10 @@ def composite_transform(
     numbers += np.array(grid.direction).ravel().tolist()
     parameters = itk.OptimizerParameters[itk.D]
     spline.SetFixedParameters(parameters([float(x) for x in numbers]))
-    spline.SetParameters(parameters(np.moveaxis(field, -1, 0).ravel()))
+    values = parameters(field.size)
+    # Copied as a block: from a sequence, ITK makes a Python object of every number.
+    values.update(itk.vnl_vector_from_array(np.moveaxis(field, -1, 0).ravel()), 0)
+    spline.SetParameters(values)
     affine = itk.AffineTransform[itk.D, d].New()
     affine.SetMatrix(itk.matrix_from_array(linear))
     affine.SetTranslation(shift.tolist())
@@ -328,7 +335,7 @@ def _node_counts(displacement: Any, source: Geometry, tolerance: float) -> list[
         factor = int(np.ceil((worst / tolerance) ** 0.3))
         factors.append(min(max(factor, 1, int(np.ceil(4 / (n - 1)))), 4))
     counts = [f * (n - 1) + 1 for f, n in zip(factors, source.size, strict=True)]
-    while np.prod(counts, dtype=float) > MOST_NODES and max(factors) > 1:
+    while np.prod(counts, dtype=float) > FINE_NODES and max(factors) > 1:
         factors[int(np.argmax(factors))] -= 1
         counts = [f * (n - 1) + 1 for f, n in zip(factors, source.size, strict=True)]
     if np.prod(counts, dtype=float) > MOST_NODES:

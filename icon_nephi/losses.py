@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from icon_registration import RegistrationModule
@@ -10,6 +11,7 @@ from icon_registration.losses import ICONLoss
 from torch import Tensor, nn
 
 from icon_nephi._check import check_image, check_mask
+from icon_nephi.codes import LatentCode
 from icon_nephi.coordinates import inside, points_as_grid, sample_image
 from icon_nephi.sampling import Patches, Points, draw_points
 from icon_nephi.transforms import Map, value_and_jacobian
@@ -116,9 +118,10 @@ class GradientICONPoints(RegistrationModule):
     + lmbda * gradient_inverse_consistency + prior_lmbda * prior`` (Eq. 8 and 9).
 
     Takes networks that return a pair (called once) and ICON's single networks (called
-    twice, images swapped). In ``train()`` no dense grid is made; ``phi_AB_vectorfield``,
-    ``warped_image_A`` etc. are computed when asked for. ``transform_magnitude`` and
-    ``flips`` of the returned ICONLoss are estimates from the regularity points,
+    twice, images swapped). In ``train()`` no dense grid is made;
+    ``phi_AB_vectorfield``, ``warped_image_A`` etc. are computed when asked for.
+    ``transform_magnitude`` and ``flips`` of the returned ICONLoss are estimates from
+    the regularity points,
     scaled to ICON's meaning (mean squared displacement, folded voxels an image).
 
     Differs from the paper: similarity is ICON's (the text has 1 - NCC^2), both orders
@@ -159,6 +162,10 @@ class GradientICONPoints(RegistrationModule):
         self.regularity_sampler = regularity_sampler or Points(500)
         self.regularity, self.sigma, self.extent = regularity, sigma, extent
         self.generator = generator
+        self.image_A: Any = None
+        self.image_B: Any = None
+        self.phi_AB: Any = None
+        self.phi_BA: Any = None
 
     def forward(
         self,
@@ -174,17 +181,20 @@ class GradientICONPoints(RegistrationModule):
         self._check(image_A, image_B, mask_A, mask_B)
         self.image_A, self.image_B = image_A, image_B
         maps = self.regis_net(image_A, image_B)
-        pair = isinstance(maps, tuple)
-        self.phi_AB, self.phi_BA = (
-            maps if pair else (maps, self.regis_net(image_B, image_A))
-        )
+        codes = self._codes()
+        if not isinstance(maps, tuple):
+            maps = maps, self.regis_net(image_B, image_A)
+            codes += self._codes()
+        self.phi_AB, self.phi_BA = maps
         similarity = self._similarity(
             self.phi_AB, image_A, image_B, mask_B
         ) + self._similarity(self.phi_BA, image_B, image_A, mask_A)
         regularity, magnitude, flips = self._regularity(image_A, image_B)
         loss = similarity + self.lmbda * regularity
         if self.prior_lmbda:
-            self.prior = self._prior(similarity)
+            self.prior = similarity.new_zeros(())
+            for code in codes:  # Eq. 7 of every code made in this step
+                self.prior = self.prior + code.prior(self.sigma)
             loss = loss + self.prior_lmbda * self.prior
         return ICONLoss(loss, regularity, similarity, magnitude, flips)
 
@@ -199,7 +209,7 @@ class GradientICONPoints(RegistrationModule):
         check_image("image_B", image_B)
         if image_A.shape[:2] != image_B.shape[:2]:
             raise ValueError(
-                f"image_A is {tuple(image_A.shape)} and image_B {tuple(image_B.shape)}: "
+                f"image_A is {tuple(image_A.shape)}, image_B {tuple(image_B.shape)}: "
                 "batch and channels must be the same"
             )
         for name, mask, image in (
@@ -240,7 +250,9 @@ class GradientICONPoints(RegistrationModule):
     ) -> Tensor:
         warped, target = sample_image(moving, moved), sample_image(fixed, at)
         if getattr(self.similarity, "isInterpolated", False):
-            warped = torch.cat([warped, inside(moved).to(warped.dtype)], 1)
+            # Beyond either image there is only its repeated border.
+            tag = inside(moved) & inside(at)
+            warped = torch.cat([warped, tag.to(warped.dtype)], 1)
         if blocks is not None:
             warped, target = (as_blocks(i, blocks) for i in (warped, target))
         return self.similarity(warped, target)
@@ -273,27 +285,23 @@ class GradientICONPoints(RegistrationModule):
             flips = (determinants <= 0).to(magnitude.dtype).mean() * voxels
         return (terms[0] + terms[1]) / 2, magnitude, flips
 
-    def _prior(self, like: Tensor) -> Tensor:
-        """Eq. 7 of every code the network made in this step."""
-        codes = [
-            module.code
-            for module in self.regis_net.modules()
-            if getattr(module, "code", None) is not None
-        ]
-        total = like.new_zeros(())
-        for code in codes:
-            total = total + code.prior(self.sigma)
-        return total
+    def _codes(self) -> list[LatentCode]:
+        """The codes that the network made in its last call."""
+        parts = self.regis_net.modules()
+        codes = [getattr(part, "code", None) for part in parts]
+        return [code for code in codes if isinstance(code, LatentCode)]
 
     @property
     def phi_AB_vectorfield(self) -> Tensor:
         """phi_AB on the identity map, ``[B, d, *grid]``; computed when asked for."""
-        return self.phi_AB(self.identity_map)
+        field: Tensor = self.phi_AB(self.identity_map)
+        return field
 
     @property
     def phi_BA_vectorfield(self) -> Tensor:
         """phi_BA on the identity map, ``[B, d, *grid]``; computed when asked for."""
-        return self.phi_BA(self.identity_map)
+        field: Tensor = self.phi_BA(self.identity_map)
+        return field
 
     @property
     def warped_image_A(self) -> Tensor:

@@ -155,7 +155,6 @@ def make_pair(
         "code_size": sum(settings.channels),
         **{k: int(v) if k != "omega" else v for k, v in settings.arguments},
     }
-    fields = [
-        _CLASSES[settings.field](**arguments, generator=generator) for _ in range(2)
-    ]
-    return NePhi(table, *fields)
+    make = _CLASSES[settings.field]
+    field_AB, field_BA = (make(**arguments, generator=generator) for _ in "AB")
+    return NePhi(table, field_AB, field_BA)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from icon_registration.losses import ICONLoss
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from icon_nephi.losses import GradientICONPoints
@@ -67,6 +67,7 @@ def optimize(
     spacing_B: Sequence[float] | None = None,
     progress: bool = False,
     time_limit: float | None = None,
+    patience: int | None = None,
     callback: Callable[[int, ICONLoss], None] | None = None,
 ) -> list[dict[str, float]]:
     """The loss history, one entry a step; the network is left at its optimum.
@@ -85,6 +86,8 @@ def optimize(
         spacing_B: the same of image_B.
         progress: show a bar.
         time_limit: seconds after which to stop early.
+        patience: steps without a new lowest moving average of the loss after which a
+            stage ends early (default: never).
         callback: called after every step with its number and ICONLoss.
     """
     total = sum(stage.steps for stage in stages)
@@ -105,6 +108,7 @@ def optimize(
                 for image, spacing in ((image_A, spacing_A), (image_B, spacing_B))
             ]
             loss.similarity_sampler = stage.sampler
+            average, lowest, waited = None, math.inf, 0
             for _ in range(stage.steps):
                 result = loss(*images, mask_A, mask_B)
                 optimizer.zero_grad(set_to_none=True)
@@ -118,6 +122,12 @@ def optimize(
                 bar.update()
                 if len(history) % 10 == 0:
                     bar.set_postfix(similarity=f"{values['similarity_loss']:.3f}")
+                level = values["all_loss"]
+                average = level if average is None else 0.9 * average + 0.1 * level
+                waited = 0 if average < lowest else waited + 1
+                lowest = min(lowest, average)
+                if patience is not None and waited >= patience:
+                    break
                 if ends is not None and time.monotonic() > ends:
                     return history
     return history

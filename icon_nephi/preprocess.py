@@ -44,4 +44,7 @@ def prepare(image: Tensor, modality: str | None = None) -> Tensor:
     lowest, highest = (x.reshape(shape) for x in (flat.amin(1), flat.amax(1)))
     bottom = bottom + flatness * (lowest - bottom)
     top = top + flatness * (highest - top)
-    return ((image - bottom) / (top - bottom).clamp(min=1e-12)).clamp(-0.2, 1.2)
+    scaled: Tensor = ((image - bottom) / (top - bottom).clamp(min=1e-12)).clamp(
+        -0.2, 1.2
+    )
+    return scaled

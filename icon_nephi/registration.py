@@ -17,10 +17,10 @@ from torch import Tensor
 from icon_nephi._check import check_intensities
 from icon_nephi.coordinates import Geometry, apply_affine, points_as_grid, sample_image
 from icon_nephi.files import load_fit, save_fit
+from icon_nephi.fitting import fit_pair
 from icon_nephi.inputs import choose_device, is_itk, place_of, read_input, voxels_of
 from icon_nephi.metrics import fold_fraction
-from icon_nephi.fitting import fit_pair
-from icon_nephi.models import Fit
+from icon_nephi.models import Fit, Settings
 from icon_nephi.physical import Array, FramedMap, over_grid, slabs
 from icon_nephi.preprocess import prepare
 from icon_nephi.transforms import Composition, MatrixTransform, NeuralTransform
@@ -36,7 +36,7 @@ def register(
     mask_A: Any = None,
     mask_B: Any = None,
     similarity: Any = None,
-    field: str = "grid",
+    field: str | Settings = "siren",
     affine: bool = True,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -54,7 +54,9 @@ def register(
             ``[1, 1, *grid]`` on image_A's.
         mask_B: the same of image_B.
         similarity: an ICON similarity in place of the default.
-        field: ``"grid"`` or ``"siren"``; see `icon_nephi.models`.
+        field: ``"siren"`` (the modulated sine field), ``"grid"`` (a smaller one,
+            about twice as fast, less exact on large motion), or
+            `icon_nephi.models.Settings`.
         affine: start from an affine map. Without, from where the headers (tensors:
             the unit boxes) put the images.
         seed: of every random number.
@@ -97,8 +99,10 @@ def register(
         )
     with torch.enable_grad():
         fit = fit_pair(
-            *prepared,
-            *geometries,
+            prepared[0],
+            prepared[1],
+            geometries[0],
+            geometries[1],
             mask_A=masks[0],
             mask_B=masks[1],
             similarity=similarity,
@@ -108,7 +112,7 @@ def register(
             progress=progress,
             time_limit=time_limit,
         )
-    return Registration(fit, *geometries, itk=itk)
+    return Registration(fit, geometries[0], geometries[1], itk=itk)
 
 
 def load(path: str | os.PathLike[str]) -> Registration:

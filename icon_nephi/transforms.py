@@ -28,6 +28,8 @@ from icon_nephi.fields import Field, displacement_and_jacobian
 
 Map = Callable[[Tensor], Tensor]
 CHUNK_SIZE = 2**14
+# What ICON's TwoStepRegistration returns.
+_TWO_STEPS = "TwoStepRegistration.forward.<locals>.<lambda>"
 
 
 class NeuralTransform:
@@ -64,7 +66,7 @@ class NeuralTransform:
     @property
     def __closure__(self) -> tuple[types.CellType, ...]:
         """What the map closes over: ICON's tools walk the closures of maps."""
-        return (types.CellType(self.field), types.CellType(self.code))
+        return (types.CellType((self.field, self.code)),)
 
     def __call__(self, coordinates: Tensor) -> Tensor:
         """phi of ICON-frame coordinates ``[B, d, *any]``."""
@@ -95,9 +97,15 @@ class NeuralTransform:
             else coordinates.shape[1]
         )
         check_coordinates("coordinates", coordinates, dimension)
-        if coordinates.shape[0] != 1:
-            return coordinates
-        return coordinates.expand(self.code.batch, *coordinates.shape[1:])
+        batch = self.code.batch
+        if coordinates.shape[0] == 1:
+            return coordinates.expand(batch, *coordinates.shape[1:])
+        if batch not in (1, coordinates.shape[0]):
+            raise ValueError(
+                f"coordinates have batch {coordinates.shape[0]} but the code describes "
+                f"{batch} pairs; give coordinates of batch 1 or {batch}"
+            )
+        return coordinates
 
     def _in_chunks(
         self, evaluate: Callable[[Tensor], tuple[Tensor, ...]], coordinates: Tensor
@@ -128,7 +136,7 @@ class NeuralTransform:
 
 
 class MatrixTransform:
-    """An affine map of the unit box by a homogeneous ``[B or 1, d + 1, d + 1]`` matrix."""
+    """An affine map of the unit box: homogeneous ``[B or 1, d + 1, d + 1]``."""
 
     def __init__(self, matrix: Tensor) -> None:
         owned = not torch.is_grad_enabled()
@@ -149,9 +157,9 @@ class MatrixTransform:
     def jacobian(self, coordinates: Tensor) -> Tensor:
         """The matrix's linear part at every point, ``[B, d, d, *any]``."""
         d, ones = coordinates.shape[1], (1,) * (coordinates.dim() - 2)
-        batch = max(coordinates.shape[0], self.matrix.shape[0])
         linear = self.matrix[:, :d, :d].to(coordinates)
-        return linear.reshape(-1, d, d, *ones).expand(
+        batch = coordinates.shape[0] if len(linear) == 1 else len(linear)
+        return linear.reshape(len(linear), d, d, *ones).expand(
             batch, d, d, *coordinates.shape[2:]
         )
 
@@ -198,14 +206,15 @@ def value_and_jacobian(phi: Map, coordinates: Tensor) -> tuple[Tensor, Tensor]:
     if known is not None:
         result: tuple[Tensor, Tensor] = known(coordinates)
         return result
-    names = getattr(getattr(phi, "__code__", None), "co_freevars", ())
-    if names == ("phi", "psi"):
-        outer, inner = (cell.cell_contents for cell in phi.__closure__)  # type: ignore[attr-defined]
+    if getattr(phi, "__qualname__", "") == _TWO_STEPS:
+        cells = getattr(phi, "__closure__", ())
+        outer, inner = (cell.cell_contents for cell in cells)
         return Composition(outer, inner).value_and_jacobian(coordinates)
     live = torch.is_grad_enabled()
     with torch.enable_grad():
-        batch = phi(coordinates[..., :1]).shape[0] if coordinates.shape[0] == 1 else 1
-        x = coordinates.expand(max(batch, coordinates.shape[0]), *coordinates.shape[1:])
+        x = coordinates
+        if x.shape[0] == 1:
+            x = x.expand(phi(x[..., :1]).shape[0], *x.shape[1:])
         if not (live and x.requires_grad):
             x = x.detach().requires_grad_()
         values = phi(x)

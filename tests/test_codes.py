@@ -143,7 +143,7 @@ def test_the_generator_decides_the_table():
 
 
 def test_grids_without_channels_are_refused():
-    with pytest.raises(ValueError, match="2 grids but 1 channel"):
+    with pytest.raises(ValueError, match="2 grids, 1 channel"):
         LatentCodeTable(grids=[(3, 3), (4, 4)], channels=[2])
 
 

@@ -130,6 +130,7 @@ def test_a_transform_file_reads_back_equal(tmp_path, dimension, ending):
 
 
 def test_huge_images_get_coarser_fields(monkeypatch):
+    monkeypatch.setattr(itk_wrapper, "FINE_NODES", 1000)
     monkeypatch.setattr(itk_wrapper, "MOST_NODES", 1000)
     result = registration(3)
     nodes = np.prod(list(result.phi_AB.GetNthTransform(1).GetFixedParameters())[:3])

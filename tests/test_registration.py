@@ -318,6 +318,29 @@ def test_masks_of_another_grid_are_read_at_the_voxels(monkeypatch):
     assert [i.dtype for i in asked["images"][:2]] == [torch.float32] * 2
 
 
+def test_two_shapes_are_registered_and_everything_is_answered(tmp_path):
+    grid = identity_map((40, 44))
+    middle, radius = torch.tensor([0.5, 0.5]).view(1, 2, 1, 1), 0.25
+    distance = (grid - middle).norm(dim=1, keepdim=True)
+    fixed = torch.sigmoid((radius - distance) / 0.02)
+    wide = ((grid - middle - 0.04) / torch.tensor([1.15, 0.9]).view(1, 2, 1, 1)).norm(
+        dim=1, keepdim=True
+    )
+    moving = torch.sigmoid((radius - wide) / 0.02)
+    result = register(moving, fixed, progress=False, time_limit=8)
+    before, after = (
+        float((i - fixed).abs().mean()) for i in (moving, result.warp(moving))
+    )
+    assert after < 0.4 * before
+    assert result.fold_fraction() == 0
+    assert result.losses
+    assert result.inverse_consistency_error().mean() < 1.0
+    result.save(tmp_path / "pair.nephi")
+    again = icon_nephi.load(tmp_path / "pair.nephi")
+    torch.testing.assert_close(again.warp(moving), result.warp(moving))
+    assert again.losses[-1].keys() == result.losses[-1].keys()
+
+
 def test_the_package_offers_it_without_importing_itk():
     assert icon_nephi.register is register
     assert icon_nephi.Registration is Registration
