@@ -17,11 +17,11 @@ from icon_nephi.affine import (
     voxel_stride,
 )
 from icon_nephi.coordinates import Geometry, apply_affine
-from icon_nephi.losses import GradientICONPoints, PatchNCC, inverse_consistency_term
+from icon_nephi.losses import GradientICONPoints, PatchNCC, from_identity
 from icon_nephi.models import Fit, Settings, find_settings, make_pair
 from icon_nephi.optimize import Stage, gaussian_blur, optimize
 from icon_nephi.sampling import Patches, Points
-from icon_nephi.transforms import AffinePair, Map
+from icon_nephi.transforms import AffinePair, Map, value_and_jacobian
 
 # Local spread of intensities below which there is nothing to match.
 CONTENT = 0.05
@@ -30,6 +30,8 @@ TRIAL_STEPS = 40
 DRAW = 0.27
 # Determinants below this share of the usual one are pushed up.
 GUARD = 0.25
+# Weight of the squared inverse-consistency error, in largest extents of the box.
+CONSISTENCY = 300.0
 
 
 def fit_pair(
@@ -227,6 +229,7 @@ def _better_start(
         steps=TRIAL_STEPS,
         strides=settings.strides[:1],
         shares=(1.0,),
+        exact=settings.exact[:1],
         patches=settings.patches // 3,
         regularity_points=settings.regularity_points // 3,
     )
@@ -273,10 +276,12 @@ def _fit(
                 settings.patches,
                 settings.size,
                 voxel_stride(stride * images.unit, geometry),
-                corners=True,
+                corners=not exact,
             ),
         )
-        for stride, share in zip(settings.strides, settings.shares, strict=True)
+        for stride, share, exact in zip(
+            settings.strides, settings.shares, settings.exact, strict=True
+        )
     ]
     fields = [*net.field_AB.parameters(), *net.field_BA.parameters()]
     losses = optimize(
@@ -299,12 +304,26 @@ def _fit(
 
 
 def guarded_term(
-    then: Map, moved: Tensor, jacobian: Tensor, extent: Tensor | None = None
+    then: Map,
+    points: Tensor,
+    moved: Tensor,
+    jacobian: Tensor,
+    extent: Tensor,
 ) -> Tensor:
-    """`inverse_consistency_term`, and a hinge on determinants near folding."""
+    """Gradient inverse consistency, and two small terms that one pair needs.
+
+    Where the images show nothing, gradients leave a constant shift between the two
+    maps free: the weak inverse consistency of the values holds it. The hinge pushes up
+    determinants near folding.
+    """
+    values, outer = value_and_jacobian(then, moved)
+    both = torch.einsum("bij...,bjk...->bik...", outer, jacobian)
+    scale = (extent / extent.max()).to(points).reshape(-1, *(1,) * (points.dim() - 2))
+    drift = ((values - points) * scale).square().sum(1).mean()
     determinant = torch.linalg.det(jacobian.flatten(3).permute(0, 3, 1, 2))
-    # Relative, because the affine part has a volume change of its own.
+    # Relative to the usual one, because the affine part has a volume change of its own.
     median = determinant.detach().median()
-    scale = torch.where(median.abs() < 1e-6, torch.ones_like(median), median)
-    hinge: Tensor = (GUARD - determinant / scale).clamp(min=0).square().mean()
-    return inverse_consistency_term(then, moved, jacobian, extent) + hinge
+    usual = torch.where(median.abs() < 1e-6, torch.ones_like(median), median)
+    hinge = (GUARD - determinant / usual).clamp(min=0).square().mean()
+    total: Tensor = from_identity(both, extent) + CONSISTENCY * drift + hinge
+    return total

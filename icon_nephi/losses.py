@@ -67,42 +67,54 @@ def gradient_inverse_consistency(phi_AB: Map, phi_BA: Map, points: Tensor) -> Te
         points: ``[B, d, *any]``, ICON frame.
     """
     between, inner = value_and_jacobian(phi_BA, points)
-    return inverse_consistency_term(phi_AB, between, inner)
+    return inverse_consistency_term(phi_AB, points, between, inner)
 
 
 def inverse_consistency_term(
-    then: Map, moved: Tensor, jacobian: Tensor, extent: Tensor | None = None
+    then: Map,
+    points: Tensor,
+    moved: Tensor,
+    jacobian: Tensor,
+    extent: Tensor | None = None,
 ) -> Tensor:
     """Gradient inverse consistency of a map followed by another, from its values.
 
     Args:
         then: the second map.
-        moved: where the first took its points, ``[B, d, *any]``, ICON frame.
+        points: of the first, ``[B, d, *any]``, ICON frame.
+        moved: where the first took them.
         jacobian: of the first, ``[B, d, d, *any]``.
         extent: ``[d]`` millimetres per unit along each axis; with it Jacobians are
             physical ones, so anisotropic boxes are treated alike on every axis.
     """
     _, outer = value_and_jacobian(then, moved)
-    return _from_identity(
-        torch.einsum("bij...,bjk...->bik...", outer, jacobian), extent
-    )
+    return from_identity(torch.einsum("bij...,bjk...->bik...", outer, jacobian), extent)
 
 
 def diffusion_term(
-    then: Map, moved: Tensor, jacobian: Tensor, extent: Tensor | None = None
+    then: Map,
+    points: Tensor,
+    moved: Tensor,
+    jacobian: Tensor,
+    extent: Tensor | None = None,
 ) -> Tensor:
     """Mean of |D phi - I|_F^2 / d of the first map alone (the paper's baseline)."""
-    return _from_identity(jacobian, extent)
+    return from_identity(jacobian, extent)
 
 
 def no_term(
-    then: Map, moved: Tensor, jacobian: Tensor, extent: Tensor | None = None
+    then: Map,
+    points: Tensor,
+    moved: Tensor,
+    jacobian: Tensor,
+    extent: Tensor | None = None,
 ) -> Tensor:
     """Zero: registration by similarity and prior alone (the paper's baseline)."""
     return moved.new_zeros(())
 
 
-def _from_identity(jacobian: Tensor, extent: Tensor | None) -> Tensor:
+def from_identity(jacobian: Tensor, extent: Tensor | None) -> Tensor:
+    """Mean of |J - I|_F^2 / d of Jacobians ``[B, d, d, *any]``."""
     d = jacobian.shape[1]
     identity = torch.eye(d, dtype=jacobian.dtype, device=jacobian.device)
     error = jacobian.flatten(3) - identity[:, :, None]
@@ -277,7 +289,7 @@ class GradientICONPoints(RegistrationModule):
             )
             x = points_as_grid(rows)
             moved, jacobian = value_and_jacobian(first, x)
-            terms.append(self.regularity(then, moved, jacobian, self.extent))
+            terms.append(self.regularity(then, x, moved, jacobian, self.extent))
         with torch.no_grad():
             magnitude = (moved - x).square().mean()
             determinants = torch.linalg.det(jacobian.flatten(3).permute(0, 3, 1, 2))

@@ -31,6 +31,8 @@ class Settings:
         strides: between the samples of a block, coarse to fine.
         shares: of the steps spent at each stride.
         steps: in all.
+        exact: at each stride, evaluate the maps at every sample, not at the corners of
+            the blocks only (see `Patches`).
         patches: blocks a step and direction.
         size: samples a side of a block.
         regularity_points: a step and direction.
@@ -49,10 +51,11 @@ class Settings:
     )
     grids: tuple[int, ...] = (6, 12, 24)
     channels: tuple[int, ...] = (16, 16, 8)
-    strides: tuple[float, ...] = (10.0, 5.0, 2.5)
-    shares: tuple[float, ...] = (0.34, 0.33, 0.33)
+    strides: tuple[float, ...] = (10.0, 5.0, 2.5, 1.5)
+    shares: tuple[float, ...] = (0.3, 0.3, 0.2, 0.2)
     steps: int = 300
-    patches: int = 500
+    exact: tuple[bool, ...] = (False, False, False, False)
+    patches: int = 600
     size: int = 3
     regularity_points: int = 300
     lmbda: float = 1.0

@@ -155,9 +155,9 @@ def test_millimetres_treat_every_axis_alike():
     identity = MatrixTransform(torch.eye(3, dtype=DOUBLE)[None])
     moved, jacobian = MatrixTransform(matrix).value_and_jacobian(x)
     for term in (inverse_consistency_term, diffusion_term):
-        found = term(identity, moved, jacobian, extent)
+        found = term(identity, x, moved, jacobian, extent)
         torch.testing.assert_close(found, torch.tensor(0.01, dtype=DOUBLE))
-        assert abs(float(term(identity, moved, jacobian)) - 0.01) > 0.01
+        assert abs(float(term(identity, x, moved, jacobian)) - 0.01) > 0.01
 
 
 def test_the_baselines_of_the_paper(dimension):
@@ -165,8 +165,8 @@ def test_the_baselines_of_the_paper(dimension):
     moved, jacobian = MatrixTransform(matrix).value_and_jacobian(x)
     phi = MatrixTransform(affine(dimension, 1))
     error = (matrix[0, :-1, :-1] - torch.eye(dimension)).square().sum() / dimension
-    torch.testing.assert_close(diffusion_term(phi, moved, jacobian), error)
-    assert no_term(phi, moved, jacobian) == 0
+    torch.testing.assert_close(diffusion_term(phi, x, moved, jacobian), error)
+    assert no_term(phi, x, moved, jacobian) == 0
 
 
 # PatchNCC
