@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +17,11 @@ from icon_nephi.affine import (
     search,
     voxel_stride,
 )
-from icon_nephi.coordinates import Geometry, apply_affine
+from icon_nephi.coordinates import Geometry, apply_affine, points_as_grid
 from icon_nephi.losses import GradientICONPoints, PatchNCC, from_identity
 from icon_nephi.models import Fit, Settings, find_settings, make_pair
 from icon_nephi.optimize import Stage, gaussian_blur, optimize
-from icon_nephi.sampling import Patches, Points
+from icon_nephi.sampling import Patches, Points, draw_points
 from icon_nephi.transforms import AffinePair, Map, value_and_jacobian
 
 # Local spread of intensities below which there is nothing to match.
@@ -32,6 +33,9 @@ DRAW = 0.27
 GUARD = 0.25
 # Weight of the squared inverse-consistency error, in largest extents of the box.
 CONSISTENCY = 300.0
+# After the optimisation: points looked at, and what counts as nearly folded.
+UNFOLD_POINTS, UNFOLD_BELOW, UNFOLD_KEPT = 50_000, 0.05, 2000
+UNFOLD_ROUNDS, UNFOLD_STEPS = 20, 10
 
 
 def fit_pair(
@@ -43,7 +47,7 @@ def fit_pair(
     mask_A: Tensor | None = None,
     mask_B: Tensor | None = None,
     similarity: Callable[[Tensor, Tensor], Tensor] | None = None,
-    field: str | Settings = "siren",
+    field: str | Settings = "auto",
     affine: bool = True,
     seed: int = 0,
     progress: bool = True,
@@ -59,7 +63,7 @@ def fit_pair(
         mask_A: ``[1, 1, *grid]``, where image_A is to be matched.
         mask_B: the same of image_B.
         similarity: of blocks; default `PatchNCC`.
-        field: a name in `icon_nephi.models.PRESETS`, or `Settings`.
+        field: "auto", a name in `icon_nephi.models.PRESETS`, or `Settings`.
         affine: look for an affine start; else start from the physical frames.
         seed: of everything random.
         progress: show a bar.
@@ -68,7 +72,7 @@ def fit_pair(
     Raises:
         ValueError: unknown field.
     """
-    settings = find_settings(field, image_B.dim() - 2)
+    settings = find_settings(field, geometry_B.size)
     generator = torch.Generator().manual_seed(seed)
     images = _Images(image_A, image_B, geometry_A, geometry_B, mask_A, mask_B)
     similarity = similarity or PatchNCC(settings.floor)
@@ -85,6 +89,7 @@ def fit_pair(
         generator,
         progress=progress,
         time_limit=time_limit,
+        unfold=True,
     )
     net: Any = pair.net
     with torch.no_grad():
@@ -252,6 +257,7 @@ def _fit(
     *,
     progress: bool,
     time_limit: float | None = None,
+    unfold: bool = False,
 ) -> tuple[AffinePair, list[dict[str, float]]]:
     """The deformable part behind an affine start, coarse to fine."""
     geometry = images.geometry_B
@@ -265,7 +271,7 @@ def _fit(
         settings.lmbda,
         prior_lmbda=settings.prior_lmbda,
         regularity_sampler=Points(settings.regularity_points),
-        regularity=guarded_term,
+        regularity=partial(guarded_term, weight=settings.hinge),
         extent=torch.tensor(geometry.extent, device=device),
         generator=generator,
     )
@@ -300,7 +306,51 @@ def _fit(
         progress=progress,
         time_limit=time_limit,
     )
+    if unfold:
+        _unfold(pair, images, settings, generator)
     return pair, losses
+
+
+def _unfold(
+    pair: AffinePair,
+    images: _Images,
+    settings: Settings,
+    generator: torch.Generator,
+) -> None:
+    """Look for folds at many points, and push up the determinants found.
+
+    Only the codes around those points move.
+    """
+    net: Any = pair.net
+    optimizer = torch.optim.Adam(net.net.parameters(), lr=0.1 * settings.code_rate)
+    d = images.geometry_B.dimension
+    found = [torch.zeros(1, 0, d)] * 2
+    for _ in range(UNFOLD_ROUNDS):
+        clean = True
+        with torch.no_grad():
+            for side, phi in enumerate(pair(images.image_A, images.image_B)):
+                rows = draw_points(UNFOLD_POINTS, 1, d, generator=generator)
+                at = points_as_grid(rows.to(images.image_B))
+                margin = relative_determinant(value_and_jacobian(phi, at)[1])
+                bad = rows[:, (margin < UNFOLD_BELOW).cpu()]
+                clean = clean and bad.shape[1] == 0
+                found[side] = torch.cat([found[side], bad], 1)[:, -UNFOLD_KEPT:]
+        if clean:
+            return
+        for _ in range(UNFOLD_STEPS):
+            total = images.image_B.new_zeros(())
+            for phi, rows in zip(
+                pair(images.image_A, images.image_B), found, strict=True
+            ):
+                # With others around, which say what a usual determinant is.
+                jitter = torch.randn(rows.shape, generator=generator)
+                near = (rows + 0.003 * jitter).clamp(0, 1)
+                others = draw_points(rows.shape[1] + 50, 1, d, generator=generator)
+                at = points_as_grid(torch.cat([near, others], 1).to(total))
+                total = total + hinge(value_and_jacobian(phi, at)[1])
+            optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            optimizer.step()
 
 
 def guarded_term(
@@ -309,6 +359,7 @@ def guarded_term(
     moved: Tensor,
     jacobian: Tensor,
     extent: Tensor,
+    weight: float = 1.0,
 ) -> Tensor:
     """Gradient inverse consistency, and two small terms that one pair needs.
 
@@ -320,10 +371,26 @@ def guarded_term(
     both = torch.einsum("bij...,bjk...->bik...", outer, jacobian)
     scale = (extent / extent.max()).to(points).reshape(-1, *(1,) * (points.dim() - 2))
     drift = ((values - points) * scale).square().sum(1).mean()
-    determinant = torch.linalg.det(jacobian.flatten(3).permute(0, 3, 1, 2))
-    # Relative to the usual one, because the affine part has a volume change of its own.
-    median = determinant.detach().median()
-    usual = torch.where(median.abs() < 1e-6, torch.ones_like(median), median)
-    hinge = (GUARD - determinant / usual).clamp(min=0).square().mean()
-    total: Tensor = from_identity(both, extent) + CONSISTENCY * drift + hinge
+    total: Tensor = (
+        from_identity(both, extent) + CONSISTENCY * drift + weight * hinge(jacobian)
+    )
     return total
+
+
+def relative_determinant(jacobian: Tensor) -> Tensor:
+    """det J of ``[B, d, d, *any]``, flat, over the map's usual one.
+
+    Relative, because the affine part has a volume change (and a sign) of its own.
+    """
+    determinant = torch.linalg.det(jacobian.flatten(3).permute(0, 3, 1, 2)).flatten()
+    usual = determinant.detach().median()
+    result: Tensor = determinant / torch.where(
+        usual.abs() < 1e-6, torch.ones_like(usual), usual
+    )
+    return result
+
+
+def hinge(jacobian: Tensor) -> Tensor:
+    """Scalar: mean square of what relative determinants lack to `GUARD`."""
+    lacking: Tensor = (GUARD - relative_determinant(jacobian)).clamp(min=0)
+    return lacking.square().mean()

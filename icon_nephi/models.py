@@ -37,6 +37,7 @@ class Settings:
         size: samples a side of a block.
         regularity_points: a step and direction.
         lmbda: weight of the gradient inverse consistency.
+        hinge: weight of determinants near folding, inside that of lmbda.
         prior_lmbda: weight of the prior.
         field_rate: Adam's learning rate of the fields.
         code_rate: Adam's learning rate of the codes.
@@ -59,6 +60,7 @@ class Settings:
     size: int = 3
     regularity_points: int = 300
     lmbda: float = 1.0
+    hinge: float = 1.0
     prior_lmbda: float = 0.01
     field_rate: float = 1e-3
     code_rate: float = 1e-2
@@ -75,24 +77,45 @@ GRID = replace(
     field_rate=3e-3,
     code_rate=3e-2,
 )
-# In 2D points are cheap: more of them, and finer codes.
+# Brains at 1 mm and the like: small structures everywhere, so finer codes, and maps
+# evaluated at every sample, which the small field affords.
+DETAIL = replace(
+    GRID,
+    grids=(8, 16, 32, 64),
+    channels=(8, 8, 8, 4),
+    strides=(7.0, 3.5, 1.8),
+    shares=(0.3, 0.3, 0.4),
+    exact=(True, True, True),
+    steps=320,
+    hinge=20.0,
+    regularity_points=500,
+)
+# In 2D points are cheap: finer codes.
 PRESETS = {
     "siren": {3: SIREN, 2: replace(SIREN, grids=(8, 16, 32))},
     "grid": {3: GRID, 2: GRID},
+    "detail": {3: DETAIL, 2: GRID},
 }
+# Voxels a side (their mean) above which "auto" takes "detail".
+DETAILED = 170
 
 
-def find_settings(field: str | Settings, dimension: int) -> Settings:
-    """The settings of a name in `PRESETS` for 2D or 3D, or the given ones.
+def find_settings(field: str | Settings, size: Sequence[int]) -> Settings:
+    """The settings of a name in `PRESETS`, or "auto", for a fixed image of that size.
 
     Raises:
         ValueError: unknown name.
     """
     if isinstance(field, Settings):
         return field
+    if field == "auto":
+        large = len(size) == 3 and sum(size) / 3 > DETAILED
+        field = "detail" if large else "siren"
     if field not in PRESETS:
-        raise ValueError(f"field must be one of {sorted(PRESETS)}, got {field!r}")
-    return PRESETS[field][dimension]
+        raise ValueError(
+            f"field must be 'auto' or one of {sorted(PRESETS)}, got {field!r}"
+        )
+    return PRESETS[field][len(size)]
 
 
 @dataclass(frozen=True)

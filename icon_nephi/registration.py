@@ -36,7 +36,7 @@ def register(
     mask_A: Any = None,
     mask_B: Any = None,
     similarity: Any = None,
-    field: str | Settings = "siren",
+    field: str | Settings = "auto",
     affine: bool = True,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -55,8 +55,9 @@ def register(
         mask_B: the same of image_B.
         similarity: an ICON similarity in place of the default.
         field: ``"siren"`` (the modulated sine field), ``"grid"`` (a smaller one,
-            about twice as fast, less exact on large motion), or
-            `icon_nephi.models.Settings`.
+            about twice as fast, less exact on large motion), ``"detail"`` (the small
+            one with finer codes), ``"auto"`` (detail for large 3D images, else siren),
+            or `icon_nephi.models.Settings`.
         affine: start from an affine map. Without, from where the headers (tensors:
             the unit boxes) put the images.
         seed: of every random number.

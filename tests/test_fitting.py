@@ -8,7 +8,7 @@ import torch
 from icon_nephi.coordinates import Geometry, points_as_grid, sample_image
 from icon_nephi.fitting import fit_pair, guarded_term
 from icon_nephi.metrics import dice
-from icon_nephi.models import GRID, PRESETS, SIREN, find_settings, make_field
+from icon_nephi.models import DETAIL, GRID, SIREN, find_settings, make_field
 from icon_nephi.phantoms import triangles_and_circles
 from icon_nephi.transforms import (
     Composition,
@@ -117,10 +117,11 @@ def test_the_guard_is_zero_for_inverse_maps_and_not_for_folds():
 
 
 def test_presets_are_found_by_name():
-    assert find_settings("grid", 3) is GRID
-    assert find_settings(QUICK, 2) is QUICK
-    assert set(PRESETS) == {"siren", "grid"}
+    assert find_settings("grid", (9, 9, 9)) is GRID
+    assert find_settings(QUICK, (9, 9)) is QUICK
+    assert find_settings("auto", (160, 192, 224)) is DETAIL
+    assert find_settings("auto", (115, 157, 129)) is SIREN
     with pytest.raises(ValueError, match="'grid', 'siren'"):
-        find_settings("sirren", 3)
+        find_settings("sirren", (9, 9, 9))
     with pytest.raises(ValueError, match="LatentMLP"):
         make_field("MLP", {})
