@@ -28,14 +28,14 @@ from icon_nephi.transforms import AffinePair, Map, value_and_jacobian
 CONTENT = 0.05
 # Steps of the short fits that choose between starts, and the advantage the first has.
 TRIAL_STEPS = 40
-DRAW = 0.27
+DRAW = 0.3
 # Determinants below this share of the usual one are pushed up.
 GUARD = 0.25
 # Weight of the squared inverse-consistency error, in largest extents of the box.
-CONSISTENCY = 300.0
+CONSISTENCY = 30.0
 # After the optimisation: points looked at, and what counts as nearly folded.
 UNFOLD_POINTS, UNFOLD_BELOW, UNFOLD_KEPT = 50_000, 0.05, 2000
-UNFOLD_ROUNDS, UNFOLD_STEPS = 20, 10
+UNFOLD_ROUNDS, UNFOLD_STEPS = 30, 10
 
 
 def fit_pair(
@@ -77,10 +77,12 @@ def fit_pair(
     images = _Images(image_A, image_B, geometry_A, geometry_B, mask_A, mask_B)
     similarity = similarity or PatchNCC(settings.floor)
     warnings: list[str] = []
-    start = _overlapping(geometry_A, geometry_B)
+    coincide = _coincide(geometry_A, geometry_B)
+    start = _eye(geometry_B.dimension)
     if affine:
-        found = find_affine(images, start, similarity, generator, progress=progress)
-        start = _better_start(images, [start, found], similarity, settings, seed)
+        found = find_affine(images, similarity, generator)
+        starts = [start, found] if coincide else [found]
+        start = _better_start(images, starts, similarity, settings, seed)
     pair, losses = _fit(
         images,
         start,
@@ -145,13 +147,13 @@ class _Images:
         )
 
 
-def _overlapping(geometry_A: Geometry, geometry_B: Geometry) -> Tensor:
-    """The identity where the boxes share most of their space, else their centres."""
+def _coincide(geometry_A: Geometry, geometry_B: Geometry) -> bool:
+    """Whether the boxes lie on each other, as two scans of one session do."""
     d = geometry_B.dimension
     corners = torch.cartesian_prod(*[torch.linspace(0, 1, 5, dtype=torch.float64)] * d)
     inner = apply_affine(in_unit_boxes(_eye(d), geometry_B, geometry_A), corners)
     share = ((inner >= 0) & (inner <= 1)).all(1).double().mean()
-    return _eye(d) if share > 0.5 else _between(geometry_A, geometry_B, None, None)
+    return bool(share > 0.95)
 
 
 def _eye(d: int) -> Tensor:
@@ -181,16 +183,13 @@ def _between(
 
 def find_affine(
     images: _Images,
-    start: Tensor,
     similarity: Callable[[Tensor, Tensor], Tensor],
     generator: torch.Generator,
-    *,
-    progress: bool = False,
 ) -> Tensor:
     """The affine map in the physical frame, by search and then by refinement."""
     d = images.geometry_B.dimension
     starts = [
-        start,
+        _eye(d),
         _between(images.geometry_A, images.geometry_B, None, None),
         _between(images.geometry_A, images.geometry_B, images.where_A, images.where_B),
     ]
@@ -224,11 +223,13 @@ def _better_start(
     settings: Settings,
     seed: int,
 ) -> Tensor:
-    """The start from which a short coarse fit gets furthest; the first on a draw.
+    """The start from which a short coarse fit gets furthest; or the first, if near.
 
     An affine map fitted to a body of which only a part moves can be a worse start
     than none, and its own similarity does not show it.
     """
+    if len(starts) == 1:
+        return starts[0]
     trial = replace(
         settings,
         steps=TRIAL_STEPS,
@@ -322,7 +323,7 @@ def _unfold(
     Only the codes around those points move.
     """
     net: Any = pair.net
-    optimizer = torch.optim.Adam(net.net.parameters(), lr=0.1 * settings.code_rate)
+    optimizer = torch.optim.Adam(net.net.parameters(), lr=0.04 * settings.code_rate)
     d = images.geometry_B.dimension
     found = [torch.zeros(1, 0, d)] * 2
     for _ in range(UNFOLD_ROUNDS):
@@ -347,7 +348,8 @@ def _unfold(
                 near = (rows + 0.003 * jitter).clamp(0, 1)
                 others = draw_points(rows.shape[1] + 50, 1, d, generator=generator)
                 at = points_as_grid(torch.cat([near, others], 1).to(total))
-                total = total + hinge(value_and_jacobian(phi, at)[1])
+                slopes = value_and_jacobian(phi, at)[1]
+                total = total + hinge(slopes, 2 * UNFOLD_BELOW)
             optimizer.zero_grad(set_to_none=True)
             total.backward()
             optimizer.step()
@@ -390,7 +392,7 @@ def relative_determinant(jacobian: Tensor) -> Tensor:
     return result
 
 
-def hinge(jacobian: Tensor) -> Tensor:
-    """Scalar: mean square of what relative determinants lack to `GUARD`."""
-    lacking: Tensor = (GUARD - relative_determinant(jacobian)).clamp(min=0)
+def hinge(jacobian: Tensor, goal: float = GUARD) -> Tensor:
+    """Scalar: mean square of what relative determinants lack to a goal."""
+    lacking: Tensor = (goal - relative_determinant(jacobian)).clamp(min=0)
     return lacking.square().mean()

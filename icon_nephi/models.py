@@ -86,8 +86,8 @@ DETAIL = replace(
     strides=(7.0, 3.5, 1.8),
     shares=(0.3, 0.3, 0.4),
     exact=(True, True, True),
-    steps=320,
-    hinge=20.0,
+    steps=350,
+    hinge=10.0,
     regularity_points=500,
 )
 # In 2D points are cheap: finer codes.
