@@ -20,7 +20,7 @@ from icon_nephi.coordinates import (
     points_as_grid,
     sample_image,
 )
-from icon_nephi.losses import PatchNCC, as_blocks, patch_maps
+from icon_nephi.losses import PatchNCC, compare, patch_maps
 from icon_nephi.sampling import Patches, draw_points
 from icon_nephi.transforms import MatrixTransform
 
@@ -222,13 +222,8 @@ def refine(
                 x, moved = patch_maps(
                     MatrixTransform(m[None]), patches, rows, fixed.shape[2:]
                 )
-                warped = torch.cat(
-                    [sample_image(moving, moved), inside(moved).to(moved.dtype)], 1
-                )
                 blocks = (count, *x.shape[3:])
-                loss = loss + similarity(
-                    as_blocks(warped, blocks), as_blocks(sample_image(fixed, x), blocks)
-                )
+                loss = loss + compare(similarity, moved, x, moving, fixed, blocks)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

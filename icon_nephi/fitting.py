@@ -17,25 +17,19 @@ from icon_nephi.affine import (
     search,
     voxel_stride,
 )
-from icon_nephi.coordinates import Geometry, apply_affine, points_as_grid
-from icon_nephi.losses import GradientICONPoints, PatchNCC, from_identity
+from icon_nephi.coordinates import Geometry, apply_affine, inside, points_as_grid
+from icon_nephi.folds import guarded_term, relative_determinant, unfold
+from icon_nephi.losses import GradientICONPoints, PatchNCC
 from icon_nephi.models import Fit, Settings, find_settings, make_pair
 from icon_nephi.optimize import Stage, gaussian_blur, optimize
 from icon_nephi.sampling import Patches, Points, draw_points
-from icon_nephi.transforms import AffinePair, Map, value_and_jacobian
+from icon_nephi.transforms import AffinePair
 
 # Local spread of intensities below which there is nothing to match.
 CONTENT = 0.05
 # Steps of the short fits that choose between starts, and the advantage the first has.
 TRIAL_STEPS = 40
 DRAW = 0.3
-# Determinants below this share of the usual one are pushed up.
-GUARD = 0.25
-# Weight of the squared inverse-consistency error, in largest extents of the box.
-CONSISTENCY = 30.0
-# After the optimisation: points looked at, and what counts as nearly folded.
-UNFOLD_POINTS, UNFOLD_BELOW, UNFOLD_KEPT = 50_000, 0.05, 2000
-UNFOLD_ROUNDS, UNFOLD_STEPS = 30, 10
 
 
 def fit_pair(
@@ -76,7 +70,6 @@ def fit_pair(
     generator = torch.Generator().manual_seed(seed)
     images = _Images(image_A, image_B, geometry_A, geometry_B, mask_A, mask_B)
     similarity = similarity or PatchNCC(settings.floor)
-    warnings: list[str] = []
     coincide = _coincide(geometry_A, geometry_B)
     start = _eye(geometry_B.dimension)
     if affine:
@@ -91,11 +84,12 @@ def fit_pair(
         generator,
         progress=progress,
         time_limit=time_limit,
-        unfold=True,
+        final=True,
     )
     net: Any = pair.net
     with torch.no_grad():
         code = net.net(image_A, image_B).detached()
+        warnings = _warnings(pair, images, generator)
     return Fit(
         matrix=in_unit_boxes(start, geometry_B, geometry_A),
         code=code,
@@ -104,6 +98,29 @@ def fit_pair(
         losses=losses,
         warnings=warnings,
     )
+
+
+def _warnings(
+    pair: AffinePair, images: _Images, generator: torch.Generator
+) -> list[str]:
+    """What a user should know of the result, in words."""
+    phi_AB, _ = pair(images.image_A, images.image_B)
+    d = images.geometry_B.dimension
+    rows = draw_points(
+        5000, 1, d, mask=images.where_B, generator=generator, dtype=torch.float32
+    )
+    moved, jacobian = phi_AB.value_and_jacobian(points_as_grid(rows.to(images.image_B)))
+    outside = 1 - float(inside(moved).double().mean())
+    folded = float((relative_determinant(jacobian) <= 0).double().mean())
+    found = []
+    if outside > 0.1:
+        found.append(
+            f"{100 * outside:.0f} % of what is registered in image_B maps outside "
+            "image_A: it is extrapolated there"
+        )
+    if folded > 0:
+        found.append(f"the map folds at {100 * folded:.2g} % of image_B's content")
+    return found
 
 
 class _Images:
@@ -139,11 +156,11 @@ class _Images:
         return found if bool(found.any()) else torch.ones_like(found)
 
     def blurred(self, units: float) -> tuple[Tensor, Tensor]:
-        """Both images smoothed by a Gaussian of that many units."""
+        """Both images smoothed by a Gaussian of that many units, on the CPU."""
         size = units * self.unit
         return (
-            gaussian_blur(self.image_A, [size / s for s in self.spacing_A]),
-            gaussian_blur(self.image_B, [size / s for s in self.spacing_B]),
+            gaussian_blur(self.image_A.cpu(), [size / s for s in self.spacing_A]),
+            gaussian_blur(self.image_B.cpu(), [size / s for s in self.spacing_B]),
         )
 
 
@@ -199,7 +216,7 @@ def find_affine(
         *geometries,
         starts,
         angles=range(-180, 180, 15) if d == 2 else (),
-        mask_B=images.masks[1],
+        mask_B=None if images.masks[1] is None else images.where_B.cpu(),
         count=2000,
         generator=generator,
     )
@@ -210,8 +227,8 @@ def find_affine(
         strides=(12 * images.unit, 6 * images.unit),
         steps=50,
         similarity=similarity,
-        mask_A=images.where_A,
-        mask_B=images.where_B,
+        mask_A=images.where_A.cpu(),
+        mask_B=images.where_B.cpu(),
         generator=generator,
     )
 
@@ -258,7 +275,7 @@ def _fit(
     *,
     progress: bool,
     time_limit: float | None = None,
-    unfold: bool = False,
+    final: bool = False,
 ) -> tuple[AffinePair, list[dict[str, float]]]:
     """The deformable part behind an affine start, coarse to fine."""
     geometry = images.geometry_B
@@ -307,92 +324,13 @@ def _fit(
         progress=progress,
         time_limit=time_limit,
     )
-    if unfold:
-        _unfold(pair, images, settings, generator)
+    if final:
+        unfold(
+            pair,
+            net.net.parameters(),
+            images.image_A,
+            images.image_B,
+            rate=0.04 * settings.code_rate,
+            generator=generator,
+        )
     return pair, losses
-
-
-def _unfold(
-    pair: AffinePair,
-    images: _Images,
-    settings: Settings,
-    generator: torch.Generator,
-) -> None:
-    """Look for folds at many points, and push up the determinants found.
-
-    Only the codes around those points move.
-    """
-    net: Any = pair.net
-    optimizer = torch.optim.Adam(net.net.parameters(), lr=0.04 * settings.code_rate)
-    d = images.geometry_B.dimension
-    found = [torch.zeros(1, 0, d)] * 2
-    for _ in range(UNFOLD_ROUNDS):
-        clean = True
-        with torch.no_grad():
-            for side, phi in enumerate(pair(images.image_A, images.image_B)):
-                rows = draw_points(UNFOLD_POINTS, 1, d, generator=generator)
-                at = points_as_grid(rows.to(images.image_B))
-                margin = relative_determinant(value_and_jacobian(phi, at)[1])
-                bad = rows[:, (margin < UNFOLD_BELOW).cpu()]
-                clean = clean and bad.shape[1] == 0
-                found[side] = torch.cat([found[side], bad], 1)[:, -UNFOLD_KEPT:]
-        if clean:
-            return
-        for _ in range(UNFOLD_STEPS):
-            total = images.image_B.new_zeros(())
-            for phi, rows in zip(
-                pair(images.image_A, images.image_B), found, strict=True
-            ):
-                # With others around, which say what a usual determinant is.
-                jitter = torch.randn(rows.shape, generator=generator)
-                near = (rows + 0.003 * jitter).clamp(0, 1)
-                others = draw_points(rows.shape[1] + 50, 1, d, generator=generator)
-                at = points_as_grid(torch.cat([near, others], 1).to(total))
-                slopes = value_and_jacobian(phi, at)[1]
-                total = total + hinge(slopes, 2 * UNFOLD_BELOW)
-            optimizer.zero_grad(set_to_none=True)
-            total.backward()
-            optimizer.step()
-
-
-def guarded_term(
-    then: Map,
-    points: Tensor,
-    moved: Tensor,
-    jacobian: Tensor,
-    extent: Tensor,
-    weight: float = 1.0,
-) -> Tensor:
-    """Gradient inverse consistency, and two small terms that one pair needs.
-
-    Where the images show nothing, gradients leave a constant shift between the two
-    maps free: the weak inverse consistency of the values holds it. The hinge pushes up
-    determinants near folding.
-    """
-    values, outer = value_and_jacobian(then, moved)
-    both = torch.einsum("bij...,bjk...->bik...", outer, jacobian)
-    scale = (extent / extent.max()).to(points).reshape(-1, *(1,) * (points.dim() - 2))
-    drift = ((values - points) * scale).square().sum(1).mean()
-    total: Tensor = (
-        from_identity(both, extent) + CONSISTENCY * drift + weight * hinge(jacobian)
-    )
-    return total
-
-
-def relative_determinant(jacobian: Tensor) -> Tensor:
-    """det J of ``[B, d, d, *any]``, flat, over the map's usual one.
-
-    Relative, because the affine part has a volume change (and a sign) of its own.
-    """
-    determinant = torch.linalg.det(jacobian.flatten(3).permute(0, 3, 1, 2)).flatten()
-    usual = determinant.detach().median()
-    result: Tensor = determinant / torch.where(
-        usual.abs() < 1e-6, torch.ones_like(usual), usual
-    )
-    return result
-
-
-def hinge(jacobian: Tensor, goal: float = GUARD) -> Tensor:
-    """Scalar: mean square of what relative determinants lack to a goal."""
-    lacking: Tensor = (goal - relative_determinant(jacobian)).clamp(min=0)
-    return lacking.square().mean()

@@ -247,27 +247,10 @@ class GradientICONPoints(RegistrationModule):
         )
         if isinstance(sampler, Points):
             at = points_as_grid(rows)
-            return self._compare(phi(at), at, moving, fixed)
+            return compare(self.similarity, phi(at), at, moving, fixed)
         x, moved = patch_maps(phi, sampler, rows, fixed.shape[2:])
         blocks = (x.shape[2] // sampler.size, *x.shape[3:])
-        return self._compare(moved, x, moving, fixed, blocks)
-
-    def _compare(
-        self,
-        moved: Tensor,
-        at: Tensor,
-        moving: Tensor,
-        fixed: Tensor,
-        blocks: tuple[int, ...] | None = None,
-    ) -> Tensor:
-        warped, target = sample_image(moving, moved), sample_image(fixed, at)
-        if getattr(self.similarity, "isInterpolated", False):
-            # Beyond either image there is only its repeated border.
-            tag = inside(moved) & inside(at)
-            warped = torch.cat([warped, tag.to(warped.dtype)], 1)
-        if blocks is not None:
-            warped, target = (as_blocks(i, blocks) for i in (warped, target))
-        return self.similarity(warped, target)
+        return compare(self.similarity, moved, x, moving, fixed, blocks)
 
     def _regularity(
         self, image_A: Tensor, image_B: Tensor
@@ -328,6 +311,34 @@ class GradientICONPoints(RegistrationModule):
     def clean(self) -> None:
         """Let go of the last images and maps."""
         self.image_A = self.image_B = self.phi_AB = self.phi_BA = None
+
+
+def compare(
+    similarity: Callable[..., Tensor],
+    moved: Tensor,
+    at: Tensor,
+    moving: Tensor,
+    fixed: Tensor,
+    blocks: tuple[int, ...] | None = None,
+) -> Tensor:
+    """Similarity of the moving image at moved points and the fixed image at points.
+
+    Args:
+        similarity: as ICON's; with ``isInterpolated`` it gets the in-bounds tag.
+        moved: ``[B, d, *any]``, ICON frame of the moving image.
+        at: the same points in the fixed image's.
+        moving: ``[B, C, *grid]``.
+        fixed: ``[B, C, *grid]``.
+        blocks: shape of the samples as blocks, see `as_blocks`.
+    """
+    warped, target = sample_image(moving, moved), sample_image(fixed, at)
+    if getattr(similarity, "isInterpolated", False):
+        # Beyond either image there is only its repeated border.
+        tag = inside(moved) & inside(at)
+        warped = torch.cat([warped, tag.to(warped.dtype)], 1)
+    if blocks is not None:
+        warped, target = (as_blocks(i, blocks) for i in (warped, target))
+    return similarity(warped, target)
 
 
 def patch_maps(

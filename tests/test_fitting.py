@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from icon_nephi.coordinates import Geometry, points_as_grid, sample_image
-from icon_nephi.fitting import fit_pair, guarded_term
+from icon_nephi.fitting import fit_pair
+from icon_nephi.folds import guarded_term
 from icon_nephi.metrics import dice
 from icon_nephi.models import DETAIL, GRID, SIREN, find_settings, make_field
 from icon_nephi.phantoms import triangles_and_circles

@@ -22,6 +22,7 @@ ORDER = [
     "transforms",
     "losses",
     "affine",
+    "folds",
     "optimize",
     "preprocess",
     "models",
