@@ -253,6 +253,7 @@ def _better_start(
         strides=settings.strides[:1],
         shares=(1.0,),
         exact=settings.exact[:1],
+        consistency=settings.consistency / 10,  # free to go far in few steps
         patches=settings.patches // 3,
         regularity_points=settings.regularity_points // 3,
     )
@@ -289,7 +290,9 @@ def _fit(
         settings.lmbda,
         prior_lmbda=settings.prior_lmbda,
         regularity_sampler=Points(settings.regularity_points),
-        regularity=partial(guarded_term, weight=settings.hinge),
+        regularity=partial(
+            guarded_term, consistency=settings.consistency, weight=settings.hinge
+        ),
         extent=torch.tensor(geometry.extent, device=device),
         generator=generator,
     )

@@ -14,8 +14,6 @@ from icon_nephi.transforms import Map, value_and_jacobian
 
 # Determinants below this share of the usual one are pushed up.
 GUARD = 0.25
-# Weight of the squared inverse-consistency error, in largest extents of the box.
-CONSISTENCY = 30.0
 # After the optimisation: points looked at, and what counts as nearly folded.
 UNFOLD_POINTS, UNFOLD_BELOW, UNFOLD_KEPT = 50_000, 0.05, 2000
 UNFOLD_ROUNDS, UNFOLD_STEPS = 30, 10
@@ -27,20 +25,21 @@ def guarded_term(
     moved: Tensor,
     jacobian: Tensor,
     extent: Tensor,
+    consistency: float = 300.0,
     weight: float = 1.0,
 ) -> Tensor:
     """Gradient inverse consistency, and two small terms that one pair needs.
 
     Where the images show nothing, gradients leave a constant shift between the two
-    maps free: the weak inverse consistency of the values holds it. The hinge pushes up
-    determinants near folding.
+    maps free: the weak inverse consistency of the values (squared, in largest extents
+    of the box) holds it. The hinge pushes up determinants near folding.
     """
     values, outer = value_and_jacobian(then, moved)
     both = torch.einsum("bij...,bjk...->bik...", outer, jacobian)
     scale = (extent / extent.max()).to(points).reshape(-1, *(1,) * (points.dim() - 2))
     drift = ((values - points) * scale).square().sum(1).mean()
     total: Tensor = (
-        from_identity(both, extent) + CONSISTENCY * drift + weight * hinge(jacobian)
+        from_identity(both, extent) + consistency * drift + weight * hinge(jacobian)
     )
     return total
 

@@ -37,6 +37,7 @@ class Settings:
         size: samples a side of a block.
         regularity_points: a step and direction.
         lmbda: weight of the gradient inverse consistency.
+        consistency: weight of inverse consistency, inside that of lmbda.
         hinge: weight of determinants near folding, inside that of lmbda.
         prior_lmbda: weight of the prior.
         field_rate: Adam's learning rate of the fields.
@@ -60,6 +61,7 @@ class Settings:
     size: int = 3
     regularity_points: int = 300
     lmbda: float = 1.0
+    consistency: float = 300.0
     hinge: float = 1.0
     prior_lmbda: float = 0.01
     field_rate: float = 1e-3
