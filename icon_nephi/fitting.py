@@ -29,7 +29,7 @@ from icon_nephi.transforms import AffinePair
 CONTENT = 0.05
 # Steps of the short fits that choose between starts, and the advantage the first has.
 TRIAL_STEPS = 40
-DRAW = 0.3
+DRAW = 0.07
 
 
 def fit_pair(
@@ -262,9 +262,11 @@ def _better_start(
         generator = torch.Generator().manual_seed(seed)
         _, losses = _fit(images, start, similarity, trial, generator, progress=False)
         last = losses[-10:]
-        results.append(sum(x["similarity_loss"] for x in last) / len(last))
-    best = min(range(len(starts)), key=lambda i: results[i] * (1 - DRAW * (i == 0)))
-    return starts[best]
+        results.append(2 - sum(x["similarity_loss"] for x in last) / len(last))
+    # Of losses 1 - correlation in both directions, these are the correlations.
+    if results[0] >= (1 - DRAW) * max(results):
+        return starts[0]
+    return starts[results.index(max(results))]
 
 
 def _fit(

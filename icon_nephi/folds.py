@@ -15,7 +15,7 @@ from icon_nephi.transforms import Map, value_and_jacobian
 # Determinants below this share of the usual one are pushed up.
 GUARD = 0.25
 # After the optimisation: points looked at, and what counts as nearly folded.
-UNFOLD_POINTS, UNFOLD_BELOW, UNFOLD_KEPT = 50_000, 0.05, 2000
+UNFOLD_POINTS, UNFOLD_BELOW, UNFOLD_KEPT = 100_000, 0.08, 2000
 UNFOLD_ROUNDS, UNFOLD_STEPS = 30, 10
 
 
