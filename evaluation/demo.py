@@ -58,7 +58,7 @@ def main(out: Path, shape: tuple[int, ...] = (96, 80, 96), seed: int = 0) -> Non
 def chest(shape: tuple[int, ...], seed: int) -> tuple:
     """Return moving and fixed ITK images and their landmarks ``[N, d]`` in LPS mm."""
     from icon_nephi.coordinates import Geometry
-    from icon_nephi.itk_wrapper import image_of
+    from icon_nephi.itk_images import image_of
     from icon_nephi.phantoms import breathing_thorax
 
     phantom = breathing_thorax(shape, seed=seed)

@@ -6,9 +6,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from icon_nephi.codes import LatentCode, LatentCodeTable
+from icon_nephi.encoders import HybridEncoder
 from icon_nephi.fields import LatentMLP, ModulatedSiren
 from icon_nephi.losses import GradientICONPoints, gradient_inverse_consistency
 from icon_nephi.sampling import Patches, Points
+from icon_nephi.swap import add_neural_residual, swap_fields
 from icon_nephi.transforms import (
     FirstTransform,
     FunctionFromNeuralField,
@@ -26,6 +28,7 @@ __all__ = [
     "FirstTransform",
     "FunctionFromNeuralField",
     "GradientICONPoints",
+    "HybridEncoder",
     "LatentCode",
     "LatentCodeTable",
     "LatentMLP",
@@ -35,22 +38,25 @@ __all__ = [
     "Points",
     "Registration",
     "TwoStepPair",
+    "add_neural_residual",
     "gradient_inverse_consistency",
     "load",
     "register",
+    "swap_fields",
 ]
 
 _LAZY = ("Registration", "load", "register")
+_ROOMS = ("itk_wrapper", "pretrained_models")
 
 
 def __getattr__(name: str) -> Any:
     """What is not needed to build networks is imported when it is first asked for."""
     if name in _LAZY:
         return getattr(importlib.import_module("icon_nephi.registration"), name)
-    if name == "itk_wrapper":
-        return importlib.import_module("icon_nephi.itk_wrapper")
+    if name in _ROOMS:
+        return importlib.import_module(f"icon_nephi.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY, "itk_wrapper"})
+    return sorted({*globals(), *_LAZY, *_ROOMS})

@@ -62,11 +62,11 @@ def register(argv: Sequence[str] | None = None) -> None:
     if len({path.absolute() for path in outputs.values()}) < len(outputs):
         raise ValueError("two outputs have the same path; give each its own")
 
-    from icon_nephi import itk_wrapper
+    from icon_nephi import itk_images
     from icon_nephi.registration import register as run
 
     images = {
-        name: itk_wrapper.read_image(f"--{name}", path)
+        name: itk_images.read_image(f"--{name}", path)
         for name in ("moving", "fixed", "moving_mask", "fixed_mask")
         if (path := getattr(given, name)) is not None
     }
@@ -147,7 +147,7 @@ def warp(argv: Sequence[str] | None = None) -> None:
             "nephi-register wrote to --inverse_transform_out"
         )
 
-    from icon_nephi import itk_wrapper
+    from icon_nephi import itk_images
     from icon_nephi.files import written_whole
 
     if own:
@@ -160,7 +160,7 @@ def warp(argv: Sequence[str] | None = None) -> None:
                 "which have no place in space; use icon_nephi.load in Python"
             )
     else:
-        transform = itk_wrapper.read_transform("--transform", given.transform)
+        transform = itk_images.read_transform("--transform", given.transform)
     if kind == "points":
         header, points = _read_points(given.points)
         moved = _move_points(transform, points, own, given.inverse)
@@ -171,10 +171,10 @@ def warp(argv: Sequence[str] | None = None) -> None:
         ):
             csv.writer(file).writerows([header, *text])
     else:
-        image = itk_wrapper.read_image(f"--{kind}", getattr(given, kind))
+        image = itk_images.read_image(f"--{kind}", getattr(given, kind))
         reference = None
         if given.reference is not None:
-            reference = itk_wrapper.read_image("--reference", given.reference)
+            reference = itk_images.read_image("--reference", given.reference)
         elif not own:
             raise ValueError(
                 "--reference is needed with an ITK transform: the image whose grid the "
@@ -187,7 +187,7 @@ def warp(argv: Sequence[str] | None = None) -> None:
                 image, mode, reference, inverse=given.inverse, outside=outside
             )
         else:
-            result = itk_wrapper.resample(image, reference, transform, mode)
+            result = itk_images.resample(image, reference, transform, mode)
         with written_whole(out) as (part,):
             _write_image(result, part)
     print(f"out: {out}")

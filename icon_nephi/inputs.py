@@ -52,7 +52,7 @@ def place_of(name: str, image: Any, *, itk: bool, dimension: int) -> Geometry:
         ValueError: another dimension, or an image that `read_input` would refuse.
     """
     if itk:
-        from icon_nephi.itk_wrapper import check_itk_image, geometry_of
+        from icon_nephi.itk_images import check_itk_image, geometry_of
 
         check_itk_image(name, image)
         place = geometry_of(image)
@@ -69,7 +69,7 @@ def place_of(name: str, image: Any, *, itk: bool, dimension: int) -> Geometry:
 def voxels_of(image: Any) -> Array:
     """The values ``[*grid, C]`` of a checked image, in their own type."""
     if is_itk(image):
-        from icon_nephi.itk_wrapper import array_of
+        from icon_nephi.itk_images import array_of
 
         return array_of(image)[..., None]
     values: Array = image[0].movedim(0, -1).detach().cpu().numpy()
@@ -139,28 +139,28 @@ def read_input(
 def _from_itk(
     name: str, image: Any, mask_name: str, mask: Any
 ) -> tuple[Tensor, Tensor | None, Geometry]:
-    from icon_nephi import itk_wrapper
+    from icon_nephi import itk_images
 
-    itk_wrapper.check_itk_image(name, image)
-    geometry, inside = itk_wrapper.geometry_of(image), None
+    itk_images.check_itk_image(name, image)
+    geometry, inside = itk_images.geometry_of(image), None
     if mask is not None:
-        itk_wrapper.check_itk_image(mask_name, mask)
+        itk_images.check_itk_image(mask_name, mask)
         if mask.GetImageDimension() != geometry.dimension:
             raise ValueError(
                 f"{mask_name} is {mask.GetImageDimension()}D but {name} is "
                 f"{geometry.dimension}D; pass a mask of that image"
             )
-        own = itk_wrapper.tensor_of(mask)
+        own = itk_images.tensor_of(mask)
         check_mask(mask_name, own, own.shape[2:])
-        if not _same_place(itk_wrapper.geometry_of(mask), geometry):
-            own = itk_wrapper.tensor_of(itk_wrapper.resample_to(mask, image))
+        if not _same_place(itk_images.geometry_of(mask), geometry):
+            own = itk_images.tensor_of(itk_images.resample_to(mask, image))
             if not bool((own > 0).any()):
                 raise ValueError(
                     f"{mask_name} and {name} do not overlap: no voxel above zero lies "
                     "in the image; check that they belong together"
                 )
         inside = (own > 0).float()
-    return itk_wrapper.tensor_of(image), inside, geometry
+    return itk_images.tensor_of(image), inside, geometry
 
 
 def _same_place(first: Geometry, second: Geometry) -> bool:

@@ -14,43 +14,9 @@ from icon_nephi._check import check_image, check_mask
 from icon_nephi.codes import LatentCode
 from icon_nephi.coordinates import inside, points_as_grid, sample_image
 from icon_nephi.sampling import Patches, Points, draw_points
+from icon_nephi.similarities import PatchNCC as PatchNCC
+from icon_nephi.similarities import dice_loss, shared_labels
 from icon_nephi.transforms import Map, value_and_jacobian
-
-
-class PatchNCC:
-    """1 - mean correlation of blocks, ``[B, C, *block]``; a similarity for `Patches`.
-
-    Differs from ICON's NCC in a variance floor, so constant blocks (background) count
-    as uncorrelated instead of dividing by zero, and in leaving out samples that the
-    map takes outside the moving image (ICON's ``isInterpolated`` tag).
-
-    Args:
-        floor: added to each block's variance; images are about [0, 1].
-        squared: 1 - mean squared correlation, for contrasts that may be inverted.
-    """
-
-    isInterpolated = True
-
-    def __init__(self, floor: float = 1e-4, squared: bool = False) -> None:
-        self.floor, self.squared = floor, squared
-
-    def __call__(self, warped: Tensor, fixed: Tensor) -> Tensor:
-        """Scalar; warped has the in-bounds tag (0 or 1) as its last channel."""
-        weight = warped[:, -1:].flatten(2)
-        a, b = warped[:, :-1].flatten(2), fixed.flatten(2)
-        total = weight.sum(2, keepdim=True).clamp(min=1)
-        a = (a - (a * weight).sum(2, keepdim=True) / total) * weight
-        b = (b - (b * weight).sum(2, keepdim=True) / total) * weight
-        covariance = (a * b).sum(2) / total[..., 0]
-        variance_a = a.square().sum(2) / total[..., 0] + self.floor
-        variance_b = b.square().sum(2) / total[..., 0] + self.floor
-        correlation = covariance * (variance_a * variance_b).rsqrt()
-        if self.squared:
-            correlation = correlation.square()
-        share = weight.mean(2)
-        return 1 - (correlation * share).sum() / share.expand_as(
-            correlation
-        ).sum().clamp(min=1)
 
 
 def gradient_inverse_consistency(phi_AB: Map, phi_BA: Map, points: Tensor) -> Tensor:
@@ -150,6 +116,8 @@ class GradientICONPoints(RegistrationModule):
         regularity: `inverse_consistency_term`, `diffusion_term` or `no_term`.
         sigma: standard deviation of the codes in the prior.
         extent: see `inverse_consistency_term`.
+        dice_loss_weight: of `dice_loss`, both directions added, as uniGradICON's; above
+            zero every step needs both segmentations, and leaves the term in ``dice``.
         generator: source of the sample positions.
     """
 
@@ -165,6 +133,7 @@ class GradientICONPoints(RegistrationModule):
         regularity: Callable[..., Tensor] = inverse_consistency_term,
         sigma: float = 1.0,
         extent: Tensor | None = None,
+        dice_loss_weight: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -173,7 +142,7 @@ class GradientICONPoints(RegistrationModule):
         self.similarity_sampler = similarity_sampler or Points(10_000)
         self.regularity_sampler = regularity_sampler or Points(500)
         self.regularity, self.sigma, self.extent = regularity, sigma, extent
-        self.generator = generator
+        self.dice_loss_weight, self.generator = dice_loss_weight, generator
         self.image_A: Any = None
         self.image_B: Any = None
         self.phi_AB: Any = None
@@ -185,12 +154,24 @@ class GradientICONPoints(RegistrationModule):
         image_B: Tensor,
         mask_A: Tensor | None = None,
         mask_B: Tensor | None = None,
+        *,
+        label_A: Tensor | None = None,
+        label_B: Tensor | None = None,
+        segmentation_A: Tensor | None = None,
+        segmentation_B: Tensor | None = None,
     ) -> ICONLoss:
         """The loss of a batch of pairs ``[B, C, *grid]``, A moving, B fixed.
 
-        Masks ``[B, 1, *grid]`` say where the samples of their image may lie.
+        Beside the images, what uniGradICON's loss takes: masks ``[B, 1, *grid]`` say
+        where the samples of their image may lie; ``label_*`` are images (of another
+        modality, say) that the similarity compares in the place of ``image_*``, which
+        the network sees; segmentations are label maps for the Dice term.
         """
-        self._check(image_A, image_B, mask_A, mask_B)
+        seen_A = image_A if label_A is None else label_A
+        seen_B = image_B if label_B is None else label_B
+        self._check(image_A, image_B, seen_A, seen_B)
+        self._check_maps("A", image_A, mask_A, segmentation_A)
+        self._check_maps("B", image_B, mask_B, segmentation_B)
         self.image_A, self.image_B = image_A, image_B
         maps = self.regis_net(image_A, image_B)
         codes = self._codes()
@@ -198,11 +179,21 @@ class GradientICONPoints(RegistrationModule):
             maps = maps, self.regis_net(image_B, image_A)
             codes += self._codes()
         self.phi_AB, self.phi_BA = maps
-        similarity = self._similarity(
-            self.phi_AB, image_A, image_B, mask_B
-        ) + self._similarity(self.phi_BA, image_B, image_A, mask_A)
+        to_A = self._samples(self.phi_AB, image_B, mask_B)
+        to_B = self._samples(self.phi_BA, image_A, mask_A)
+        similarity = compare(self.similarity, *to_A[:2], seen_A, seen_B, to_A[2])
+        similarity = similarity + compare(
+            self.similarity, *to_B[:2], seen_B, seen_A, to_B[2]
+        )
         regularity, magnitude, flips = self._regularity(image_A, image_B)
         loss = similarity + self.lmbda * regularity
+        if segmentation_A is not None and segmentation_B is not None:
+            if self.dice_loss_weight:
+                labels = shared_labels(segmentation_A, segmentation_B)
+                pair = segmentation_A, segmentation_B
+                self.dice = dice_loss(*pair, *to_A[:2], labels)
+                self.dice = self.dice + dice_loss(*pair[::-1], *to_B[:2], labels)
+                loss = loss + self.dice_loss_weight * self.dice
         if self.prior_lmbda:
             self.prior = similarity.new_zeros(())
             for code in codes:  # Eq. 7 of every code made in this step
@@ -211,30 +202,37 @@ class GradientICONPoints(RegistrationModule):
         return ICONLoss(loss, regularity, similarity, magnitude, flips)
 
     def _check(
-        self,
-        image_A: Tensor,
-        image_B: Tensor,
-        mask_A: Tensor | None,
-        mask_B: Tensor | None,
+        self, image_A: Tensor, image_B: Tensor, seen_A: Tensor, seen_B: Tensor
     ) -> None:
         check_image("image_A", image_A)
         check_image("image_B", image_B)
-        if image_A.shape[:2] != image_B.shape[:2]:
-            raise ValueError(
-                f"image_A is {tuple(image_A.shape)}, image_B {tuple(image_B.shape)}: "
-                "batch and channels must be the same"
-            )
-        for name, mask, image in (
-            ("mask_A", mask_A, image_A),
-            ("mask_B", mask_B, image_B),
+        for name, first, second in (
+            ("image", image_A, image_B),
+            ("label", seen_A, seen_B),
         ):
-            if mask is not None and tuple(mask.shape[2:]) != tuple(image.shape[2:]):
-                check_mask(name, mask, image.shape[2:])
+            if first.shape[:2] != second.shape[:2]:
+                raise ValueError(
+                    f"{name}_A is {tuple(first.shape)}, {name}_B {tuple(second.shape)}: "
+                    "batch and channels must be the same"
+                )
 
-    def _similarity(
-        self, phi: Map, moving: Tensor, fixed: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        """Similarity of moving o phi and fixed at fresh samples of the fixed space."""
+    def _check_maps(
+        self, side: str, image: Tensor, mask: Tensor | None, labels: Tensor | None
+    ) -> None:
+        """What comes with an image lies on its grid."""
+        for name, extra in (("mask", mask), ("segmentation", labels)):
+            if extra is not None and extra.shape[2:] != image.shape[2:]:
+                check_mask(f"{name}_{side}", extra, image.shape[2:])
+        if self.dice_loss_weight and labels is None:
+            raise ValueError(
+                f"segmentation_{side} is missing: dice_loss_weight is "
+                f"{self.dice_loss_weight}, so pass both, or make the loss without it"
+            )
+
+    def _samples(
+        self, phi: Map, fixed: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, tuple[int, ...] | None]:
+        """Where phi takes fresh samples of the fixed space; they; what blocks they are."""
         sampler = self.similarity_sampler
         rows = draw_points(
             sampler.count,
@@ -247,10 +245,9 @@ class GradientICONPoints(RegistrationModule):
         )
         if isinstance(sampler, Points):
             at = points_as_grid(rows)
-            return compare(self.similarity, phi(at), at, moving, fixed)
-        x, moved = patch_maps(phi, sampler, rows, fixed.shape[2:])
-        blocks = (x.shape[2] // sampler.size, *x.shape[3:])
-        return compare(self.similarity, moved, x, moving, fixed, blocks)
+            return phi(at), at, None
+        at, moved = patch_maps(phi, sampler, rows, fixed.shape[2:])
+        return moved, at, (at.shape[2] // sampler.size, *at.shape[3:])
 
     def _regularity(
         self, image_A: Tensor, image_B: Tensor

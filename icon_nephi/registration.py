@@ -325,7 +325,7 @@ class Registration:
         save_fit(path, self.fit, self.geometry_A, self.geometry_B, itk=self.itk)
 
     def _exported(self, direction: str) -> Any:
-        from icon_nephi.itk_wrapper import composite_transform
+        from icon_nephi.itk_images import composite_transform
 
         A, B, device = self.geometry_A, self.geometry_B, self.device
         if direction == "fixed_to_moving":
@@ -379,6 +379,6 @@ class Registration:
         """One number a voxel as an ITK image, or as a tensor ``[1, 1, *grid]``."""
         if not self.itk:
             return torch.from_numpy(values)[None, None]
-        from icon_nephi.itk_wrapper import image_of
+        from icon_nephi.itk_images import image_of
 
         return image_of(values, self._place(reference, direction))

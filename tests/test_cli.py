@@ -10,7 +10,7 @@ import pytest
 import torch
 from small_fits import geometry, rows_in, small_fit, unit_matrix
 
-from icon_nephi import cli, itk_wrapper, registration
+from icon_nephi import cli, itk_images, registration
 from icon_nephi.inputs import voxel_geometry
 from icon_nephi.registration import Registration, load
 
@@ -29,7 +29,7 @@ def folder(tmp_path, monkeypatch):
             ("_mask", np.ones(place.size, np.uint8)),
             ("_labels", generator.integers(0, 5, place.size).astype(np.uint8)),
         ):
-            image = itk_wrapper.image_of(array, place)
+            image = itk_images.image_of(array, place)
             itk.imwrite(image, str(tmp_path / f"{name}{end}.nrrd"))
 
     def fit(image_A, image_B, geometry_A, geometry_B, **options):
@@ -90,7 +90,7 @@ def test_register_writes_what_is_asked_for(folder, capsys):
     assert not folder.options["affine"]
     assert folder.options["mask_A"].shape == (1, 1, *SIZE_A)
     warped = itk.imread(str(out / "warped.nii.gz"))
-    again = itk_wrapper.geometry_of(warped)
+    again = itk_images.geometry_of(warped)
     np.testing.assert_allclose(
         again.unit_to_physical(), PLACE_B.unit_to_physical(), atol=1e-3
     )
@@ -99,7 +99,7 @@ def test_register_writes_what_is_asked_for(folder, capsys):
     expected = result().transform_points(points)
     np.testing.assert_allclose(saved.transform_points(points), expected)
     forward, back = (
-        itk_wrapper.read_transform("T", out / n) for n in ("T.hdf5", "I.h5")
+        itk_images.read_transform("T", out / n) for n in ("T.hdf5", "I.h5")
     )
     there = np.array([tuple(forward.TransformPoint(p)) for p in points.tolist()])
     np.testing.assert_allclose(there, expected, atol=1e-3)

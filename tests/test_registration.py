@@ -7,7 +7,7 @@ import torch
 from small_fits import geometry, rows_in, small_fit, unit_matrix, voxels_in
 
 import icon_nephi
-from icon_nephi import itk_wrapper, registration
+from icon_nephi import itk_images, registration
 from icon_nephi.coordinates import identity_map, sample_image
 from icon_nephi.inputs import voxel_geometry
 from icon_nephi.registration import DIRECTIONS, Registration, register
@@ -56,7 +56,7 @@ def test_determinants_are_those_of_the_points(dimension, flipped):
         DIRECTIONS, (result.geometry_B, result.geometry_A), strict=True
     ):
         image = result.jacobian_determinant(direction=direction)
-        assert itk_wrapper.geometry_of(image) == place
+        assert itk_images.geometry_of(image) == place
         points = voxels_in(place, 20, np.random.default_rng(0))
         index = [image.TransformPhysicalPointToIndex(p) for p in points.tolist()]
         ours = np.array([image.GetPixel(i) for i in index])
@@ -109,10 +109,10 @@ def test_points_and_fields_agree_on_any_reference_grid(dimension):
     place = type(place)(
         place.size, place.spacing, result.geometry_B.origin, place.direction
     )
-    reference = itk_wrapper.image_of(np.zeros(place.size, np.int16), place)
+    reference = itk_images.image_of(np.zeros(place.size, np.int16), place)
     for direction in DIRECTIONS:
         field = result.displacement_field(reference, direction)
-        assert itk_wrapper.geometry_of(field) == itk_wrapper.geometry_of(reference)
+        assert itk_images.geometry_of(field) == itk_images.geometry_of(reference)
         for point in voxels_in(place, 10, np.random.default_rng(0)):
             index = field.TransformPhysicalPointToIndex(point.tolist())
             moved = point + np.array(list(field.GetPixel(index)))
@@ -123,7 +123,7 @@ def test_points_and_fields_agree_on_any_reference_grid(dimension):
     back = result.transform_points(there, "moving_to_fixed")
     errors = np.linalg.norm(back - points, axis=1)
     image = result.inverse_consistency_error()
-    assert itk_wrapper.geometry_of(image) == result.geometry_B
+    assert itk_images.geometry_of(image) == result.geometry_B
     assert errors.max() < 1.1 * np.asarray(image).max()
     assert errors.mean() == pytest.approx(np.asarray(image).mean(), rel=0.3)
 
@@ -131,7 +131,7 @@ def test_points_and_fields_agree_on_any_reference_grid(dimension):
 def test_images_are_warped_as_itk_does():
     result = made(3)
     generator = np.random.default_rng(0)
-    moving = itk_wrapper.image_of(
+    moving = itk_images.image_of(
         generator.normal(size=(20, 15, 18)).astype(np.float32),
         type(result.geometry_A)(
             (20, 15, 18),
@@ -141,10 +141,10 @@ def test_images_are_warped_as_itk_does():
             ],
         ),
     )
-    fixed = itk_wrapper.image_of(np.zeros(SIZES[3][1], np.float32), result.geometry_B)
+    fixed = itk_images.image_of(np.zeros(SIZES[3][1], np.float32), result.geometry_B)
     ours = result.warp(moving)
-    theirs = itk_wrapper.resample(moving, fixed, result.phi_AB, "linear")
-    assert itk_wrapper.geometry_of(ours) == result.geometry_B
+    theirs = itk_images.resample(moving, fixed, result.phi_AB, "linear")
+    assert itk_images.geometry_of(ours) == result.geometry_B
     far = np.asarray(result.warp(moving, outside=-7.0)) == -7
     inside = np.asarray(theirs) != np.asarray(moving).min()
     assert np.mean(far == inside) < 0.01  # ITK stops a little earlier or later
@@ -154,18 +154,18 @@ def test_images_are_warped_as_itk_does():
     )
     assert 0 < far.mean() < 1
     back = result.warp(fixed, inverse=True)
-    assert itk_wrapper.geometry_of(back) == result.geometry_A
+    assert itk_images.geometry_of(back) == result.geometry_A
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.int16, np.uint32])
 def test_labels_stay_labels(kind):
     result = made(2)
     labels = np.random.default_rng(0).integers(0, 250, SIZES[2][0]).astype(kind)
-    image = itk_wrapper.image_of(labels, result.geometry_A)
-    fixed = itk_wrapper.image_of(np.zeros(SIZES[2][1], np.uint8), result.geometry_B)
+    image = itk_images.image_of(labels, result.geometry_A)
+    fixed = itk_images.image_of(np.zeros(SIZES[2][1], np.uint8), result.geometry_B)
     ours = result.warp_labels(image)
     assert np.asarray(ours).dtype == kind
-    theirs = itk_wrapper.resample(image, fixed, result.phi_AB, "nearest")
+    theirs = itk_images.resample(image, fixed, result.phi_AB, "nearest")
     assert np.mean(np.asarray(ours) != np.asarray(theirs)) < 0.01  # ties
 
 
@@ -344,7 +344,7 @@ def test_two_shapes_are_registered_and_everything_is_answered(tmp_path):
 def test_the_package_offers_it_without_importing_itk():
     assert icon_nephi.register is register
     assert icon_nephi.Registration is Registration
-    assert icon_nephi.itk_wrapper is itk_wrapper
+    assert icon_nephi.itk_wrapper.register_pair
     assert "load" in dir(icon_nephi)
     with pytest.raises(AttributeError, match="no attribute 'regster'"):
         _ = icon_nephi.regster

@@ -1,0 +1,202 @@
+"""Instance optimisation: refine the map a network gives for one pair.
+
+Only codes and fields of the neural parts are optimised, on copies: encoders and voxel
+steps have done their work and are let go, and the network stays as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from icon_registration import RegistrationModule
+from icon_registration.losses import ICONLoss
+from torch import Tensor, nn
+
+from icon_nephi.codes import LatentCode
+from icon_nephi.losses import GradientICONPoints, PatchNCC
+from icon_nephi.optimize import Stage, optimize
+from icon_nephi.sampling import Patches
+from icon_nephi.transforms import Map, NeuralTransform
+
+# How a network is refined whose own loss needs dense grids.
+SAMPLER = Patches(600, 3, 2.0, corners=True)
+
+
+def refine_pair(
+    model: nn.Module,
+    image_A: Tensor,
+    image_B: Tensor,
+    *,
+    steps: int = 50,
+    learning_rate: float = 1e-3,
+    code_learning_rate: float | None = None,
+    mask_A: Tensor | None = None,
+    mask_B: Tensor | None = None,
+    stages: Sequence[Stage] | None = None,
+    patience: int | None = None,
+    progress: bool = True,
+    callback: Callable[[int, ICONLoss], None] | None = None,
+    seed: int | None = 0,
+) -> tuple[Map, Map, list[dict[str, float]]]:
+    """(phi_AB, phi_BA, the loss of every step) of one pair, refined.
+
+    With a `GradientICONPoints` its own similarity, weights and samplers are used. For
+    ICON's dense losses only ``lmbda`` is: the similarity becomes `PatchNCC` on
+    `Patches`, as theirs would need every voxel in every step.
+
+    Args:
+        model: a loss around a registration network, or the network; as it was after.
+        image_A: moving ``[1, C, *grid]``, on the network's grid.
+        image_B: fixed ``[1, C, *grid]``.
+        steps: how many, unless there are stages.
+        learning_rate: Adam's, of the fields.
+        code_learning_rate: of the codes; default ten times that.
+        mask_A: ``[1, 1, *grid]``, where the samples of image_A lie.
+        mask_B: the same of image_B.
+        stages: coarse to fine; default one, with the loss's own sampler.
+        patience: see `icon_nephi.optimize.optimize`.
+        progress: show a bar.
+        callback: called after every step with its number and ICONLoss.
+        seed: of the sample positions; None leaves the loss's own generator.
+
+    Raises:
+        ValueError: a model without neural parts, or a map that is not a closure.
+    """
+    maps = unrefined_maps(model, image_A, image_B)
+    transforms = neural_parts(maps)
+    if not transforms:
+        raise ValueError(
+            f"model ({type(model).__name__}) has no neural part to optimise; call "
+            "icon_nephi.add_neural_residual(model), or let "
+            "icon_registration.itk_wrapper tune its voxel fields"
+        )
+    # Shared parts stay shared: by identity, while the originals keep theirs taken.
+    originals = [(t.code, t.field) for t in transforms]
+    codes = {id(code): code for code, _ in originals}
+    codes = {key: _trainable(code) for key, code in codes.items()}
+    fields: dict[int, Any] = {id(field): field for _, field in originals}
+    fields = {key: copy.deepcopy(field) for key, field in fields.items()}
+    for transform, (code, field) in zip(transforms, originals, strict=True):
+        transform.code, transform.field = codes[id(code)], fields[id(field)]
+    loss = _loss_on(_Given(maps, list(codes.values())), model)
+    if seed is not None:
+        loss.generator = torch.Generator().manual_seed(seed)
+    code_tensors = [
+        t for c in codes.values() for t in (c.global_code, *c.local_codes) if t.numel()
+    ]
+    parts = [f for f in fields.values() if isinstance(f, nn.Module)]
+    weights = [p.requires_grad_() for f in parts for p in f.parameters()]
+    rate = 10 * learning_rate if code_learning_rate is None else code_learning_rate
+    groups: list[dict[str, object]] = [{"params": code_tensors, "lr": rate}]
+    groups += [{"params": weights, "lr": learning_rate}] if weights else []
+    with torch.enable_grad():
+        history = optimize(
+            loss,
+            image_A,
+            image_B,
+            stages or [Stage(steps, loss.similarity_sampler)],
+            groups,
+            mask_A=mask_A,
+            mask_B=mask_B,
+            patience=patience,
+            progress=progress,
+            callback=callback,
+        )
+    for transform in transforms:
+        transform.code = transform.code.detached()
+        if isinstance(transform.field, nn.Module):
+            transform.field.requires_grad_(False)
+    return *maps, history
+
+
+def unrefined_maps(
+    model: nn.Module, image_A: Tensor, image_B: Tensor
+) -> tuple[Map, Map]:
+    """(phi_AB, phi_BA) of a loss's network, or of a network, in ``eval()``.
+
+    No graph is made, yet both maps share the codes and fields they share in training
+    (which maps made with gradients off do not: each owns a copy).
+    """
+    net: Any = getattr(model, "regis_net", model)
+    with _untouched(net), torch.enable_grad():
+        maps = net(image_A, image_B)
+        if not isinstance(maps, tuple):
+            maps = maps, net(image_B, image_A)
+    return maps[0], maps[1]
+
+
+def neural_parts(maps: Sequence[Map]) -> list[NeuralTransform]:
+    """The neural transforms that maps are made of, found through their closures."""
+    found: list[NeuralTransform] = []
+    seen: set[int] = set()
+    waiting: list[Any] = list(maps)
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, NeuralTransform):
+            found.append(item)
+            continue
+        if isinstance(item, list | tuple):
+            waiting += item
+        for cell in getattr(item, "__closure__", None) or ():
+            waiting.append(cell.cell_contents)
+    return found
+
+
+class _Given(RegistrationModule):
+    """A network that knows its answer; ``code`` of its parts is what the prior sees."""
+
+    def __init__(self, maps: tuple[Map, Map], codes: list[LatentCode]) -> None:
+        super().__init__()
+        self.maps = maps
+        self.parts = nn.ModuleList()
+        for code in codes:
+            part = nn.Module()
+            part.code = code  # type: ignore[assignment]
+            self.parts.append(part)
+
+    def forward(self, image_A: Tensor, image_B: Tensor) -> tuple[Map, Map]:
+        """The maps, whatever the images."""
+        return self.maps
+
+
+def _loss_on(network: nn.Module, model: Any) -> GradientICONPoints:
+    """The model's loss on another network, at sampled points."""
+    if not isinstance(model, GradientICONPoints):
+        lmbda = float(getattr(model, "lmbda", 1.0))
+        return GradientICONPoints(
+            network, PatchNCC(1e-3), lmbda, similarity_sampler=SAMPLER
+        )
+    loss = copy.copy(model)
+    loss._modules = {**model._modules, "regis_net": network}
+    return loss
+
+
+def _trainable(code: LatentCode) -> LatentCode:
+    code = code.detached()
+    for tensor in (code.global_code, *code.local_codes):
+        tensor.requires_grad_()
+    return code
+
+
+@contextmanager
+def _untouched(net: nn.Module) -> Iterator[None]:
+    """Within: ``eval()`` and no weight asks for a gradient; after: as before."""
+    asked = [p for p in net.parameters() if p.requires_grad]
+    trained = [m for m in net.modules() if m.training]
+    try:
+        for weight in asked:
+            weight.requires_grad_(False)
+        net.eval()
+        yield
+    finally:
+        for weight in asked:
+            weight.requires_grad_()
+        for module in trained:
+            module.training = True
