@@ -26,6 +26,7 @@ setup(
         "safetensors",
         "tqdm",
         "matplotlib",
+        "pooch",
     ],
     extras_require={
         "peers": ["antspyx", "itk-elastix", "convexAdam"],

@@ -1,9 +1,10 @@
-"""Two images -> `LatentCode`: the network that predicts what registration would find."""
+"""Two images -> `LatentCode`: networks that predict what an optimisation would find."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,7 @@ class HybridEncoder(nn.Module):
         hidden: width of the hidden layer of the global head.
         top_down: see above.
         interpolation: how the codes are to be read, see `LatentCode`.
+        generator: source of the initial weights.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class HybridEncoder(nn.Module):
         hidden: int = 256,
         top_down: bool = True,
         interpolation: str = "quadratic",
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         image_channels, *shape = (int(n) for n in input_shape[1:])
@@ -71,7 +74,9 @@ class HybridEncoder(nn.Module):
                 f"HybridEncoder: {len(grids)} grids, {len(channels)} channel counts"
             )
         self.image_channels, self.dimension = image_channels, len(shape)
-        self.interpolation, self.top_down = interpolation, top_down
+        self.interpolation = interpolation
+        #: The number of code values at a point, which the fields are made for.
+        self.code_size = global_size + sum(channels)
         sizes = [_halve(shape)]
         while max(sizes[-1]) > _SMALLEST_SIDE:
             sizes.append(_halve(sizes[-1]))
@@ -99,13 +104,16 @@ class HybridEncoder(nn.Module):
         self.global_head = (
             nn.Sequential(
                 nn.Flatten(),
-                nn.Linear(wide[-1] * math.prod(self.pooled), hidden),
+                _linear(wide[-1] * math.prod(self.pooled), hidden),
                 nn.LeakyReLU(_SLOPE),
-                nn.Linear(hidden, global_size),
+                _linear(hidden, global_size),
             )
             if global_size
             else None
         )
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d | nn.Conv3d):
+                _initialise(layer, generator)
 
     def forward(self, image_A: Tensor, image_B: Tensor) -> LatentCode:
         """The code of each pair of a batch ``[B, C, *grid]``, A moving, B fixed."""
@@ -171,7 +179,25 @@ def _closest(sizes: list[list[int]], nodes: int) -> int:
 
 
 def _conv(dimension: int, inputs: int, outputs: int, stride: int = 1) -> nn.Module:
-    return _CONV[dimension](inputs, outputs, 3, stride, padding=1)
+    layer: nn.Module = nn.utils.skip_init(
+        _CONV[dimension], inputs, outputs, 3, stride=stride, padding=1
+    )
+    return layer
+
+
+def _linear(inputs: int, outputs: int) -> nn.Module:
+    layer: nn.Module = nn.utils.skip_init(nn.Linear, inputs, outputs)
+    return layer
+
+
+def _initialise(
+    layer: nn.Linear | nn.Conv2d | nn.Conv3d, generator: torch.Generator | None
+) -> None:
+    """As torch's default, uniform within one over the root of the inputs."""
+    bound = layer.weight[0].numel() ** -0.5
+    assert layer.bias is not None
+    for weights in (layer.weight, layer.bias):
+        nn.init.uniform_(weights, -bound, bound, generator=generator)
 
 
 def _block(dimension: int, inputs: int, outputs: int, stride: int = 1) -> nn.Module:
@@ -189,7 +215,7 @@ def _pool(features: Tensor, size: tuple[int, ...]) -> Tensor:
     if tuple(features.shape[2:]) == size:
         return features
     pool = F.adaptive_avg_pool2d if len(size) == 2 else F.adaptive_avg_pool3d
-    return pool(features, size)
+    return pool(features, cast(Any, size))
 
 
 def _resample(features: Tensor, where: Sequence[Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from icon_nephi.codes import LatentCode
 from icon_nephi.losses import GradientICONPoints, PatchNCC
 from icon_nephi.optimize import Stage, optimize
-from icon_nephi.sampling import Patches
+from icon_nephi.sampling import Patches, Points
 from icon_nephi.transforms import Map, NeuralTransform
 
 # How a network is refined whose own loss needs dense grids.
@@ -57,7 +58,8 @@ def refine_pair(
         code_learning_rate: of the codes; default ten times that.
         mask_A: ``[1, 1, *grid]``, where the samples of image_A lie.
         mask_B: the same of image_B.
-        stages: coarse to fine; default one, with the loss's own sampler.
+        stages: coarse to fine; default: with `Patches` half of the steps at three
+            times the loss's stride, and half at its own; with `Points` all alike.
         patience: see `icon_nephi.optimize.optimize`.
         progress: show a bar.
         callback: called after every step with its number and ICONLoss.
@@ -98,7 +100,7 @@ def refine_pair(
             loss,
             image_A,
             image_B,
-            stages or [Stage(steps, loss.similarity_sampler)],
+            stages or _stages(steps, loss.similarity_sampler),
             groups,
             mask_A=mask_A,
             mask_B=mask_B,
@@ -176,6 +178,16 @@ def _loss_on(network: nn.Module, model: Any) -> GradientICONPoints:
     loss = copy.copy(model)
     loss._modules = {**model._modules, "regis_net": network}
     return loss
+
+
+def _stages(steps: int, sampler: Points | Patches) -> list[Stage]:
+    """From wide blocks to the loss's own: what is far off is found first."""
+    if isinstance(sampler, Points):
+        return [Stage(steps, sampler)]
+    stride = sampler.stride
+    wide = tuple(3 * s for s in stride) if isinstance(stride, tuple) else 3 * stride
+    coarse = replace(sampler, stride=wide)
+    return [Stage(steps // 2, coarse), Stage(steps - steps // 2, sampler)]
 
 
 def _trainable(code: LatentCode) -> LatentCode:

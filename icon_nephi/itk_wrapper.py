@@ -7,14 +7,16 @@ are resized to the network's grid as ICON does it, and prepared by the caller.
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import itk
 import numpy as np
 import torch
 import torch.nn.functional as F
-from icon_registration.itk_wrapper import create_itk_transform
 from icon_registration.losses import ICONLoss, to_floats
 from torch import Tensor, nn
 
@@ -24,7 +26,6 @@ from icon_nephi.instance import refine_pair, unrefined_maps
 from icon_nephi.itk_images import (
     check_itk_image,
     geometry_of,
-    image_of,
     resample_to,
     tensor_of,
 )
@@ -311,18 +312,53 @@ def _exported(
         for m, n in zip(size, shape, strict=True)
     ]
     # ICON counts the displacement in voxels of the field, (m - 1) of them to a unit.
-    scale = [(n - 1) / n * m / (m - 1) for m, n in zip(size, shape, strict=True)]
-    units = torch.tensor(scale, device=device).reshape(-1, *(1,) * len(shape))
-    rows = max(1, SLAB // int(torch.tensor(size[1:]).prod()))
-    moves = torch.empty(1, len(size), *size)
+    d = len(shape)
+    scale = torch.tensor([(n - 1) / n * m for m, n in zip(size, shape, strict=True)])
+    units = scale.to(device).reshape(-1, *(1,) * d)
+    field = itk.Image[itk.Vector[itk.D, d], d].New()
+    field.SetRegions([int(m) for m in reversed(size)])
+    field.Allocate()
+    values = itk.array_view_from_image(field)
+    rows = max(1, SLAB // math.prod(size[1:]))
     for start in range(0, size[0], rows):
         slab = [axes[0][start : start + rows], *axes[1:]]
         x = torch.stack(torch.meshgrid(*slab, indexing="ij"))[None].to(device)
-        moves[:, :, start : start + rows] = ((phi(x) - x) * units).cpu()
-    # Only their sizes and places are read; ITK knows few pixel types here.
-    places = [geometry_of(i) for i in (target, source)]
-    blanks = [image_of(np.zeros(p.size, np.float32), p) for p in places]
-    return create_itk_transform(moves, torch.zeros(1).expand(moves.shape), *blanks)
+        moves = ((phi(x) - x) * units)[0].movedim(0, -1).cpu().numpy()
+        values[start : start + rows] = moves[..., ::-1]
+    middle = _field_transform(d).New()
+    middle.SetDisplacementField(field)
+    composite = itk.CompositeTransform[itk.D, d].New()
+    for part in (_from_index(source, size, True), middle, _from_index(target, size)):
+        composite.PrependTransform(part)
+    return composite
+
+
+def _field_transform(d: int) -> Any:
+    """``itk.DisplacementFieldTransform[itk.D, d]``.
+
+    Asked for by that name, ITK loads every class it might need with it: 400 MB.
+    """
+    try:
+        module = importlib.import_module("itk.itkDisplacementFieldTransformPython")
+        return getattr(module, f"itkDisplacementFieldTransformD{d}")
+    except (ImportError, AttributeError):
+        return itk.DisplacementFieldTransform[itk.D, d]
+
+
+def _from_index(image: Any, size: Sequence[int], inverse: bool = False) -> Any:
+    """Voxel index of a grid of that size over the image's box -> LPS mm, affine."""
+    place = geometry_of(image)
+    ratio = np.array(place.size[::-1]) / np.array(size[::-1])
+    directions = np.array(place.direction) * place.spacing
+    matrix = directions * ratio
+    offset = np.array(place.origin) + directions @ (0.5 * ratio - 0.5)
+    if inverse:
+        matrix = np.linalg.inv(matrix)
+        offset = -matrix @ offset
+    affine = itk.AffineTransform[itk.D, len(size)].New()
+    affine.SetMatrix(itk.matrix_from_array(matrix))
+    affine.SetOffset(offset.tolist())
+    return affine
 
 
 def _accepted(model: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from icon_registration import RegistrationModule
@@ -187,13 +187,12 @@ class GradientICONPoints(RegistrationModule):
         )
         regularity, magnitude, flips = self._regularity(image_A, image_B)
         loss = similarity + self.lmbda * regularity
-        if segmentation_A is not None and segmentation_B is not None:
-            if self.dice_loss_weight:
-                labels = shared_labels(segmentation_A, segmentation_B)
-                pair = segmentation_A, segmentation_B
-                self.dice = dice_loss(*pair, *to_A[:2], labels)
-                self.dice = self.dice + dice_loss(*pair[::-1], *to_B[:2], labels)
-                loss = loss + self.dice_loss_weight * self.dice
+        if self.dice_loss_weight:
+            a, b = cast(tuple[Tensor, Tensor], (segmentation_A, segmentation_B))
+            labels = shared_labels(a, b)
+            self.dice = dice_loss(a, b, *to_A[:2], labels)
+            self.dice = self.dice + dice_loss(b, a, *to_B[:2], labels)
+            loss = loss + self.dice_loss_weight * self.dice
         if self.prior_lmbda:
             self.prior = similarity.new_zeros(())
             for code in codes:  # Eq. 7 of every code made in this step
@@ -212,8 +211,8 @@ class GradientICONPoints(RegistrationModule):
         ):
             if first.shape[:2] != second.shape[:2]:
                 raise ValueError(
-                    f"{name}_A is {tuple(first.shape)}, {name}_B {tuple(second.shape)}: "
-                    "batch and channels must be the same"
+                    f"{name}_A is {tuple(first.shape)}, {name}_B "
+                    f"{tuple(second.shape)}: batch and channels must be the same"
                 )
 
     def _check_maps(
@@ -232,7 +231,7 @@ class GradientICONPoints(RegistrationModule):
     def _samples(
         self, phi: Map, fixed: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, tuple[int, ...] | None]:
-        """Where phi takes fresh samples of the fixed space; they; what blocks they are."""
+        """Where phi takes fresh samples of the fixed space, they, and their blocks."""
         sampler = self.similarity_sampler
         rows = draw_points(
             sampler.count,

@@ -170,13 +170,11 @@ def _given(path: Path, task: str) -> dict[str, Tensor]:
 
 def _read(path: Path, name: str, advice: str) -> dict[str, Tensor]:
     """The contents of a file that exists; the name and the advice are for errors."""
+    with path.open("rb") as file:  # or an OSError that says why not
+        is_archive = file.read(2) == b"PK"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:  # no permission and the like; it says so itself
-        raise
-    except Exception as error:  # torch raises RuntimeError, EOFError, pickle's own...
-        with path.open("rb") as file:
-            is_archive = file.read(2) == b"PK"
+    except Exception as error:  # torch raises RuntimeError, EOFError, OSError, ...
         what = "is truncated" if is_archive else "is not a weights file"
         if zipfile.is_zipfile(path):
             what = "holds more than tensors, which is not safe to load"
@@ -396,5 +394,5 @@ def _prepare(image: Any, mask: Any, scale: Callable[[Tensor], Tensor]) -> Any:
     scaled = torch.stack([scale(item) for item in image])
     if mask is not None:
         check_mask("segmentation", mask, image.shape[2:])
-        scaled = scaled * mask.clamp(0, 1)
+        scaled = scaled * mask.to(scaled).clamp(0, 1)
     return scaled

@@ -15,24 +15,45 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
 
 import torch
 from icon_registration import RegistrationModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from icon_nephi import fields
 from icon_nephi._check import check_coordinates
 from icon_nephi.codes import LatentCode
 from icon_nephi.coordinates import from_rows, to_rows
-from icon_nephi.fields import Field, displacement_and_jacobian
 
 Map = Callable[[Tensor], Tensor]
 CHUNK_SIZE = 2**14
+_TWICE = (
+    b"autograd cannot derive a neural map twice: get its exact Jacobian from "
+    b"icon_nephi.transforms.value_and_jacobian, and derive that once"
+)
 # What ICON's TwoStepRegistration returns.
 _TWO_STEPS = "TwoStepRegistration.forward.<locals>.<lambda>"
 
 
-class NeuralTransform:
+class _Transform:
+    """What our maps share."""
+
+    @property
+    def __closure__(self) -> tuple[types.CellType, ...]:
+        """What the map closes over: ICON's tools walk the closures of maps."""
+        parts = vars(self).values()
+        walked = [v for v in parts if getattr(v, "__closure__", v) is not None]
+        return tuple(types.CellType(part) for part in walked)
+
+    def jacobian(self, coordinates: Tensor) -> Tensor:
+        """Exact derivatives ``[B, d, d, *any]``; see `value_and_jacobian`."""
+        return value_and_jacobian(cast(Map, self), coordinates)[1]
+
+
+class NeuralTransform(_Transform):
     """phi(x) = x + u(x, z(x)), callable on ICON-frame coordinates ``[B, d, *any]``.
 
     Coordinates of batch 1 are evaluated for every item of the code's batch. Outside
@@ -49,7 +70,7 @@ class NeuralTransform:
 
     def __init__(
         self,
-        field: Field,
+        field: fields.Field,
         code: LatentCode,
         *,
         chunk_size: int = CHUNK_SIZE,
@@ -63,26 +84,17 @@ class NeuralTransform:
                 field = copy.deepcopy(field).requires_grad_(False)
         self.field, self.code, self.chunk_size = field, code, chunk_size
 
-    @property
-    def __closure__(self) -> tuple[types.CellType, ...]:
-        """What the map closes over: ICON's tools walk the closures of maps."""
-        return (types.CellType((self.field, self.code)),)
-
     def __call__(self, coordinates: Tensor) -> Tensor:
         """phi of ICON-frame coordinates ``[B, d, *any]``."""
         coordinates = self._expand(coordinates)
-        (moved,) = self._in_chunks(self._displace, coordinates)
+        (moved,) = self._in_chunks(False, to_rows(coordinates))
         return coordinates + from_rows(moved, coordinates).to(coordinates.dtype)
-
-    def jacobian(self, coordinates: Tensor) -> Tensor:
-        """Exact derivatives ``[B, d, d, *any]``; see `value_and_jacobian`."""
-        return self.value_and_jacobian(coordinates)[1]
 
     def value_and_jacobian(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
         """phi and its Jacobian at ICON-frame coordinates, in one forward pass."""
         coordinates = self._expand(coordinates)
         dimension = coordinates.shape[1]
-        moved, slopes = self._in_chunks(self._displace_and_derive, coordinates)
+        moved, slopes = self._in_chunks(True, to_rows(coordinates))
         identity = torch.eye(dimension, dtype=slopes.dtype, device=slopes.device)
         jacobian = from_rows((slopes + identity).flatten(2), coordinates)
         jacobian = jacobian.unflatten(1, (dimension, dimension))
@@ -91,11 +103,8 @@ class NeuralTransform:
 
     def _expand(self, coordinates: Tensor) -> Tensor:
         """Batch 1 takes the code's batch, which may be 0."""
-        dimension = (
-            self.code.local_codes[0].dim() - 2
-            if self.code.local_codes
-            else coordinates.shape[1]
-        )
+        grids = self.code.local_codes
+        dimension = grids[0].dim() - 2 if grids else coordinates.shape[1]
         check_coordinates("coordinates", coordinates, dimension)
         batch = self.code.batch
         if coordinates.shape[0] == 1:
@@ -107,45 +116,96 @@ class NeuralTransform:
             )
         return coordinates
 
-    def _in_chunks(
-        self, evaluate: Callable[[Tensor], tuple[Tensor, ...]], coordinates: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Evaluate rows, at most ``chunk_size`` points at once, in the code's dtype."""
-        rows = to_rows(coordinates).to(self.code.global_code.dtype)
-        with torch.autocast(coordinates.device.type, enabled=False):
-            size = max(1, self.chunk_size // max(1, rows.shape[0]))
-            if rows.shape[1] <= size:
-                return evaluate(rows)
-            chunks = rows.split(size, dim=1)
-            if torch.is_grad_enabled():
-                parts = [checkpoint(evaluate, c, use_reentrant=False) for c in chunks]
-            else:
-                parts = [evaluate(c) for c in chunks]
-        return tuple(torch.cat(p, dim=1) for p in zip(*parts, strict=True))
+    def _in_chunks(self, jets: bool, rows: Tensor) -> tuple[Tensor, ...]:
+        """Displacements of rows; with ``jets`` their derivatives too."""
+        rows = rows.to(self.code.global_code.dtype)
+        live, chunks = torch.is_grad_enabled(), self._split(rows)
+        ours = isinstance(self.field, fields.ModulatedSiren | fields.LatentMLP)
+        if live and ours and not getattr(self.field, "_is_replica", False):
+            codes = self.code.global_code, *self.code.local_codes
+            weights = [*codes, *cast(nn.Module, self.field).parameters()]
+            known = [w for w in weights if w.requires_grad and w.numel()]
+            return _recomputed(self, jets, rows, *known)
+        work: Callable[[Tensor], Any] = partial(self._evaluate, jets)
+        if live and len(chunks) > 1:  # what else a field depends on, autograd knows
+            work = partial(checkpoint, work, use_reentrant=False)
+        return _joined(list(map(work, chunks)))
 
-    def _displace(self, rows: Tensor) -> tuple[Tensor, ...]:
-        rows = rows.clamp(0, 1)
-        return (self.field(rows, self.code.at(rows)[0]),)
+    def _split(self, rows: Tensor) -> Any:
+        return rows.split(max(1, self.chunk_size // max(1, rows.shape[0])), dim=1)
 
-    def _displace_and_derive(self, rows: Tensor) -> tuple[Tensor, ...]:
+    def _evaluate(self, jets: bool, rows: Tensor) -> tuple[Tensor, ...]:
+        x = rows.clamp(0, 1)
+        with torch.autocast(rows.device.type, enabled=False):
+            if not jets:
+                return (self.field(x, self.code.at(x)[0]),)
+            # The derivatives of the clamped point; read_grid knows its own border.
+            values = self.code.at(rows, gradient=True)
+            moved, slopes = fields.displacement_and_jacobian(self.field, x, values)
         inside = ((rows >= 0) & (rows <= 1)).to(rows.dtype)
-        # The derivatives of the clamped point; read_grid knows its own border.
-        values = self.code.at(rows, gradient=True)
-        moved, slopes = displacement_and_jacobian(self.field, rows.clamp(0, 1), values)
         return moved, slopes * inside[:, :, None, :]
 
 
-class MatrixTransform:
+def _joined(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    return tuple(torch.cat(p, dim=1) for p in zip(*parts, strict=True))
+
+
+class _Recomputed(torch.autograd.Function):
+    """Rows in chunks without a graph; several are evaluated again in backward.
+
+    Graphs of chunks (as `checkpoint` keeps them) between large temporary tensors let
+    glibc's heap grow as if nothing were freed. In a backward pass that is derived
+    again (``create_graph``) the derivative by the rows is the analytic one.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, phi: NeuralTransform, jets: bool, rows: Tensor, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.phi, ctx.jets, ctx.weights, ctx.kept = phi, jets, weights, []
+        ctx.save_for_backward(rows, *weights)
+        chunks = phi._split(rows)
+        if len(chunks) > 1:
+            return _joined([phi._evaluate(jets, chunk) for chunk in chunks])
+        ctx.kept = [_with_graph(ctx, rows)]
+        return tuple(t.detach() for t in ctx.kept[0][1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        phi, rows, derive = ctx.phi, ctx.saved_tensors[0], ctx.needs_input_grad[2]
+        slopes, sums = [], [torch.zeros_like(w) for w in ctx.weights]
+        for chunk, *outer in zip(*map(phi._split, (rows, *grads)), strict=True):
+            x, out = ctx.kept.pop() if ctx.kept else _with_graph(ctx, chunk)
+            inputs = (*ctx.weights, x) if derive else ctx.weights
+            found = torch.autograd.grad(out, inputs, [g.detach() for g in outer])
+            slopes.append(found[-1] if derive else x)
+            sums = [a + b for a, b in zip(sums, found, strict=False)]
+        sums.append(torch.cat(slopes, dim=1))
+        if torch.is_grad_enabled():
+            once = torch._C._functions.DelayedError(_TWICE, len(sums))
+            sums = list(once(*(t.requires_grad_() for t in sums)))
+            if not ctx.jets:
+                jacobian = phi._in_chunks(True, rows)[1]
+                sums[-1] = torch.einsum("bnij,bni->bnj", jacobian, grads[0])
+        by_rows = sums.pop()
+        return None, None, by_rows if derive else None, *sums
+
+
+def _with_graph(ctx: Any, rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    with torch.enable_grad():
+        x = rows.detach().requires_grad_(ctx.needs_input_grad[2])
+        return x, ctx.phi._evaluate(ctx.jets, x)
+
+
+_recomputed = cast(Callable[..., tuple[Tensor, ...]], _Recomputed.apply)
+
+
+class MatrixTransform(_Transform):
     """An affine map of the unit box: homogeneous ``[B or 1, d + 1, d + 1]``."""
 
     def __init__(self, matrix: Tensor) -> None:
         owned = not torch.is_grad_enabled()
         self.matrix = matrix.detach().clone() if owned else matrix
-
-    @property
-    def __closure__(self) -> tuple[types.CellType, ...]:
-        """As `NeuralTransform`."""
-        return (types.CellType(self.matrix),)
 
     def __call__(self, coordinates: Tensor) -> Tensor:
         """The map of ICON-frame coordinates ``[B, d, *any]``."""
@@ -154,38 +214,25 @@ class MatrixTransform:
         rows = to_rows(coordinates) @ matrix[:, :d, :d].mT + matrix[:, None, :d, d]
         return from_rows(rows, coordinates)
 
-    def jacobian(self, coordinates: Tensor) -> Tensor:
-        """The matrix's linear part at every point, ``[B, d, d, *any]``."""
+    def value_and_jacobian(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
+        """Both; the Jacobian is the matrix's linear part at every point."""
         d, ones = coordinates.shape[1], (1,) * (coordinates.dim() - 2)
         linear = self.matrix[:, :d, :d].to(coordinates)
         batch = coordinates.shape[0] if len(linear) == 1 else len(linear)
-        return linear.reshape(len(linear), d, d, *ones).expand(
+        return self(coordinates), linear.reshape(len(linear), d, d, *ones).expand(
             batch, d, d, *coordinates.shape[2:]
         )
 
-    def value_and_jacobian(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
-        """Both; see `value_and_jacobian`."""
-        return self(coordinates), self.jacobian(coordinates)
 
-
-class Composition:
+class Composition(_Transform):
     """phi o psi: psi first, then phi; Jacobians by the chain rule."""
 
     def __init__(self, phi: Map, psi: Map) -> None:
         self.phi, self.psi = phi, psi
 
-    @property
-    def __closure__(self) -> tuple[types.CellType, ...]:
-        """As `NeuralTransform`."""
-        return (types.CellType(self.phi), types.CellType(self.psi))
-
     def __call__(self, coordinates: Tensor) -> Tensor:
         """phi(psi(coordinates)), ICON frame."""
         return self.phi(self.psi(coordinates))
-
-    def jacobian(self, coordinates: Tensor) -> Tensor:
-        """Derivatives ``[B, d, d, *any]`` of the composition."""
-        return self.value_and_jacobian(coordinates)[1]
 
     def value_and_jacobian(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
         """Both; see `value_and_jacobian`."""
@@ -218,12 +265,8 @@ def value_and_jacobian(phi: Map, coordinates: Tensor) -> tuple[Tensor, Tensor]:
         if not (live and x.requires_grad):
             x = x.detach().requires_grad_()
         values = phi(x)
-        rows = [
-            torch.autograd.grad(
-                values[:, i].sum(), x, create_graph=live, retain_graph=True
-            )[0]
-            for i in range(x.shape[1])
-        ]
+        derive = partial(torch.autograd.grad, create_graph=live, retain_graph=True)
+        rows = [derive(values[:, i].sum(), x)[0] for i in range(x.shape[1])]
     jacobian = torch.stack(rows, dim=1)
     return (values, jacobian) if live else (values.detach(), jacobian.detach())
 
@@ -234,6 +277,10 @@ class FunctionFromNeuralField(RegistrationModule):
     ``forward(image_A, image_B)`` returns phi_AB. ICON's losses call it twice with the
     images swapped, which is right when ``net`` is an encoder that sees the images;
     with a learned code use `NePhi`, whose two directions have a field each.
+
+    Those losses evaluate every voxel, ten times a step in 3D: about 1.3 kB a voxel and
+    up to 2 GB for chunks, 40 s and more at 64^3 on one core. From 64^3 on, use
+    `GradientICONPoints` (0.6 s). Measured by ``evaluation/bench_dense_losses.py``.
 
     Args:
         net: ``net(image_A, image_B)`` -> `LatentCode`.
@@ -249,9 +296,8 @@ class FunctionFromNeuralField(RegistrationModule):
 
     def forward(self, image_A: Tensor, image_B: Tensor) -> NeuralTransform:
         """phi_AB, fixed-space to moving-space coordinates, ICON frame."""
-        code = self.net(image_A, image_B)
-        self.code = code
-        return NeuralTransform(self.field, code, chunk_size=self.chunk_size)
+        self.code = self.net(image_A, image_B)
+        return NeuralTransform(self.field, self.code, chunk_size=self.chunk_size)
 
 
 class NePhi(RegistrationModule):
@@ -279,12 +325,9 @@ class NePhi(RegistrationModule):
         self, image_A: Tensor, image_B: Tensor
     ) -> tuple[NeuralTransform, NeuralTransform]:
         """(phi_AB, phi_BA) from one code, ICON frame."""
-        code = self.net(image_A, image_B)
-        self.code = code
-        return (
-            NeuralTransform(self.field_AB, code, chunk_size=self.chunk_size),
-            NeuralTransform(self.field_BA, code, chunk_size=self.chunk_size),
-        )
+        self.code = self.net(image_A, image_B)
+        make = partial(NeuralTransform, code=self.code, chunk_size=self.chunk_size)
+        return make(self.field_AB), make(self.field_BA)
 
 
 class TwoStepPair(RegistrationModule):

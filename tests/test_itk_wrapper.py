@@ -1,6 +1,7 @@
 """ICON's itk_wrapper calls on our terms: 2D, masks, tuning that leaves the model."""
 
 import icon_registration as icon
+import icon_registration.itk_wrapper
 import numpy as np
 import pytest
 import torch

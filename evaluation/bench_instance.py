@@ -1,0 +1,74 @@
+"""Memory and time of `icon_nephi.itk_wrapper.register_pair` on a synthetic chest.
+
+    python -m evaluation.bench_instance [--shape 175 175 175] [--steps 50]
+
+With the default network (an encoder, untrained) and 50 steps of instance optimisation,
+and with a learned code instead of the encoder; each in its own process.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+
+from evaluation import peak_memory
+from evaluation.demo import chest
+
+
+def run(kind: str, shape: tuple[int, ...], steps: int, threads: int) -> None:
+    """Print one row."""
+    import torch
+
+    import icon_nephi
+    from icon_nephi.itk_images import geometry_of, image_of, tensor_of
+    from icon_nephi.losses import PatchNCC
+    from icon_nephi.preprocess import prepare
+
+    torch.set_num_threads(threads)
+    moving, fixed, _ = chest(shape, 0)
+    A, B = (
+        image_of(prepare(tensor_of(i), "ct")[0, 0].numpy(), geometry_of(i))
+        for i in (moving, fixed)
+    )
+    ready = peak_memory()
+    torch.manual_seed(0)
+    if kind == "encoder":
+        model = icon_nephi.make_network([1, 1, *shape])
+    else:
+        code = icon_nephi.LatentCodeTable(
+            grids=[(16,) * len(shape)], channels=[32], global_size=32
+        )
+        fields = [icon_nephi.LatentMLP(len(shape)) for _ in "AB"]
+        model = icon_nephi.GradientICONPoints(
+            icon_nephi.NePhi(code, *fields),
+            PatchNCC(1e-3),
+            1.0,
+            similarity_sampler=icon_nephi.Patches(600, 3, 2.0, corners=True),
+        )
+        model.assign_identity_map([1, 1, *shape])
+    start, cpu = time.perf_counter(), time.process_time()
+    icon_nephi.itk_wrapper.register_pair(
+        model, A, B, finetune_steps=steps, progress=False
+    )
+    print(
+        f"{kind:8s} {time.perf_counter() - start:6.1f} s "
+        f"{time.process_time() - cpu:6.1f} CPU s   peak {peak_memory():.2f} GiB "
+        f"({ready:.2f} GiB before)"
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", type=int, nargs="+", default=[175, 175, 175])
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--kind", choices=("encoder", "table"))
+    given = parser.parse_args()
+    if given.kind:
+        run(given.kind, tuple(given.shape), given.steps, given.threads)
+    else:
+        for kind in ("encoder", "table"):
+            subprocess.run(
+                [sys.executable, "-m", __spec__.name, *sys.argv[1:], "--kind", kind],
+                check=True,
+            )

@@ -1,0 +1,96 @@
+"""The network to train: sizes, start, options, and ICON's tools around it."""
+
+import icon_registration as icon
+import pytest
+import torch
+from problems import SHAPES, images
+
+from icon_nephi import FirstTransform, Patches, Points
+from icon_nephi.losses import PatchNCC
+from icon_nephi.models import NETWORKS, make_network
+
+
+def parameters(*modules):
+    return sum(w.numel() for m in modules for w in m.parameters())
+
+
+def small(dimension, **keywords):
+    shape = SHAPES[dimension]
+    keywords = {
+        "similarity_sampler": Points(40),
+        "regularity_sampler": Points(10),
+        **keywords,
+    }
+    return make_network([2, 1, *shape], **keywords)
+
+
+@pytest.mark.parametrize("preset", sorted(NETWORKS))
+def test_the_start_is_the_identity(dimension, preset):
+    network = small(dimension, preset=preset)
+    image_A, image_B = images(dimension, 2)
+    loss = network(image_A, image_B)
+    assert isinstance(loss, icon.losses.ICONLoss)
+    assert loss.inverse_consistency_loss == 0
+    x = network.identity_map
+    for field in (network.phi_AB_vectorfield, network.phi_BA_vectorfield):
+        torch.testing.assert_close(field, x.expand_as(field), rtol=0, atol=0)
+    assert x.shape == (1, dimension, *SHAPES[dimension])
+
+
+@pytest.mark.parametrize("preset", sorted(NETWORKS))
+def test_every_weight_is_trained(dimension, preset):
+    network = small(dimension, preset=preset)
+    before = {n: w.detach().clone() for n, w in network.named_parameters()}
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
+    for _ in range(2):  # the last layers start at zero: the others move second
+        optimizer.zero_grad()
+        network(*images(dimension, 2)).all_loss.backward()
+        optimizer.step()
+    for name, weight in network.named_parameters():
+        assert not torch.equal(weight, before[name]), name
+
+
+def test_the_paper_preset_has_the_published_sizes():
+    net = make_network([1, 1, 175, 175, 175], preset="paper").regis_net
+    assert parameters(net.field_AB, net.field_BA) == 280_838
+    assert parameters(net.net) == 3_069_080
+
+
+def test_options_reach_the_loss():
+    similarity, sampler = PatchNCC(), Patches(5)
+    network = small(
+        2,
+        similarity=similarity,
+        similarity_sampler=sampler,
+        lmbda=2.5,
+        prior_lmbda=0.25,
+        extent=torch.tensor([1.0, 2.0]),
+    )
+    assert network.similarity is similarity
+    assert network.similarity_sampler is sampler
+    assert (network.lmbda, network.prior_lmbda) == (2.5, 0.25)
+    assert network.extent.tolist() == [1.0, 2.0]
+    assert network(*images(2, 2)).all_loss.isfinite()
+    with pytest.raises(ValueError, match="preset"):
+        make_network([1, 1, 8, 8], preset="none")
+
+
+def test_a_generator_decides_the_weights():
+    def weights(seed):
+        network = small(2, generator=torch.Generator().manual_seed(seed))
+        return torch.cat([w.flatten() for w in network.parameters()])
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+def test_icons_wrappers_take_it(dimension):
+    pair = small(dimension).regis_net
+    shape = SHAPES[dimension]
+    net = icon.TwoStepRegistration(
+        icon.DownsampleRegistration(FirstTransform(pair), dimension),
+        FirstTransform(small(dimension).regis_net),
+    )
+    loss = icon.losses.GradientICONSparse(net, icon.losses.NCC(), 1.5)
+    loss.assign_identity_map([1, 1, *shape])
+    loss(*images(dimension, 2)).all_loss.backward()
