@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import argparse
 import csv
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any, NoReturn
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
-IMAGES = (".nii.gz", ".nii", ".nrrd", ".mha", ".tif", ".tiff")
-TRANSFORMS = (".h5", ".hdf5", ".tfm", ".txt")
-MODALITIES = ("ct", "mri", "none")
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose complaint is one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see {self.prog} --help")
+from icon_nephi.parsers import (
+    IMAGES,
+    TRANSFORMS,
+    check_output,
+    register_parser,
+    warp_parser,
+)
 
 
 def _one_sentence(prog: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -46,7 +43,7 @@ def _one_sentence(prog: str) -> Callable[[Callable[..., None]], Callable[..., No
 @_one_sentence("nephi-register")
 def register(argv: Sequence[str] | None = None) -> None:
     """Nothing; registers two image files and writes what was asked for."""
-    given = _register_parser().parse_args(argv)
+    given = register_parser().parse_args(argv)
     outputs = {
         name: path
         for name, endings in (
@@ -55,39 +52,31 @@ def register(argv: Sequence[str] | None = None) -> None:
             ("warped_moving_out", IMAGES),
             ("save", (".nephi",)),
         )
-        if (path := _output(name, getattr(given, name), endings)) is not None
+        if (path := check_output(name, getattr(given, name), endings)) is not None
     }
     if not outputs:
         raise ValueError("nothing to write: give --transform_out or --save")
     if len({path.absolute() for path in outputs.values()}) < len(outputs):
         raise ValueError("two outputs have the same path; give each its own")
+    if given.model == "none" and given.network_weights is not None:
+        raise ValueError("--network_weights needs --model: which network are they of?")
+    if given.model != "none" and given.save is not None:
+        raise ValueError(
+            "--save holds what is registered from scratch; with --model give "
+            "--transform_out"
+        )
 
     from icon_nephi import itk_images
-    from icon_nephi.registration import register as run
 
     images = {
         name: itk_images.read_image(f"--{name}", path)
         for name in ("moving", "fixed", "moving_mask", "fixed_mask")
         if (path := getattr(given, name)) is not None
     }
-    kinds = [
-        None if kind == "none" else kind
-        for kind in (given.moving_modality, given.fixed_modality)
-    ]
     start = time.perf_counter()
+    run = _from_scratch if given.model == "none" else _through_model
     try:
-        result = run(
-            images["moving"],
-            images["fixed"],
-            modality=(kinds[0], kinds[1]),
-            mask_A=images.get("moving_mask"),
-            mask_B=images.get("fixed_mask"),
-            affine=not given.no_affine,
-            seed=given.seed,
-            device=given.device,
-            progress=not given.quiet,
-            time_limit=given.time_limit,
-        )
+        result = run(given, images)
     except (ValueError, TypeError) as error:
         raise type(error)(_in_flags(str(error))) from error
     seconds = time.perf_counter() - start
@@ -96,6 +85,82 @@ def register(argv: Sequence[str] | None = None) -> None:
         print(f"nephi-register: warning: {warning}", file=sys.stderr)
     if not given.quiet:
         _summarize(result, seconds, outputs)
+
+
+def _from_scratch(given: argparse.Namespace, images: dict[str, Any]) -> Any:
+    from icon_nephi.registration import register as run
+
+    kinds = [
+        None if kind == "none" else kind
+        for kind in (given.moving_modality, given.fixed_modality)
+    ]
+    return run(
+        images["moving"],
+        images["fixed"],
+        modality=(kinds[0], kinds[1]),
+        mask_A=images.get("moving_mask"),
+        mask_B=images.get("fixed_mask"),
+        similarity=_similarity(given.io_sim),
+        affine=not given.no_affine,
+        seed=given.seed,
+        device=given.device,
+        progress=not given.quiet,
+        time_limit=given.time_limit,
+    )
+
+
+def _through_model(given: argparse.Namespace, images: dict[str, Any]) -> Any:
+    """What `_write` asks for, from a pretrained network and instance optimisation."""
+    from icon_nephi import itk_images, pretrained_models
+    from icon_nephi.inputs import choose_device
+    from icon_nephi.itk_wrapper import register_pair_with_mask
+
+    device = choose_device(given.device, None)
+    weights = given.network_weights
+    if weights is not None and not weights.is_file():
+        raise ValueError(f"--network_weights: {weights} does not exist")
+    model = pretrained_models.init_network(
+        given.model, neural="residual", weights=weights
+    ).to(device)
+    model.similarity = _similarity(given.io_sim) or model.similarity
+    moving, fixed = (_for_model(given, images, side) for side in ("moving", "fixed"))
+    phi_AB, phi_BA = register_pair_with_mask(
+        model,
+        moving,
+        fixed,
+        images.get("moving_mask"),
+        images.get("fixed_mask"),
+        given.io_iterations,
+        progress=not given.quiet,
+        seed=given.seed,
+    )
+
+    def warp(moving: Any) -> Any:
+        return itk_images.resample(moving, images["fixed"], phi_AB, "linear")
+
+    return SimpleNamespace(phi_AB=phi_AB, phi_BA=phi_BA, warp=warp, warnings=[])
+
+
+def _for_model(given: argparse.Namespace, images: dict[str, Any], side: str) -> Any:
+    """An image with the intensities its network was trained with."""
+    from icon_nephi import pretrained_models as models
+
+    image, mask = images[side], images.get(f"{side}_mask")
+    if given.model == "lung":
+        return models.lung_network_preprocess(image, mask)
+    if given.model == "brain":
+        return models.brain_network_preprocess(image)
+    kind = "mri" if given.model == "knee" else getattr(given, f"{side}_modality")
+    if kind == "none":
+        raise ValueError(f"--model {given.model} needs --{side}_modality ct or mri")
+    return models.unigradicon_network_preprocess(image, kind, mask)
+
+
+def _similarity(name: str) -> Any:
+    """None (the default, lncc) or the one of that name."""
+    from icon_nephi.losses import PatchNCC
+
+    return PatchNCC(1e-3, squared=True) if name == "lncc2" else None
 
 
 def _write(outputs: dict[str, Path], result: Any, moving: Any) -> None:
@@ -116,14 +181,15 @@ def _write(outputs: dict[str, Path], result: Any, moving: Any) -> None:
 
 
 def _summarize(result: Any, seconds: float, outputs: dict[str, Path]) -> None:
-    folds = 100 * result.fold_fraction()
-    errors = np.asarray(result.inverse_consistency_error())
     print(f"registered in {seconds:.1f} s")
-    print(f"folds: {folds:.3g} % of voxels, both directions, analytic determinant")
-    print(
-        f"inverse consistency: mean {errors.mean():.3f} mm, "
-        f"95th percentile {np.percentile(errors, 95):.3f} mm"
-    )
+    if hasattr(result, "fold_fraction"):
+        folds = 100 * result.fold_fraction()
+        errors = np.asarray(result.inverse_consistency_error())
+        print(f"folds: {folds:.3g} % of voxels, both directions, analytic determinant")
+        print(
+            f"inverse consistency: mean {errors.mean():.3f} mm, "
+            f"95th percentile {np.percentile(errors, 95):.3f} mm"
+        )
     for name, path in outputs.items():
         print(f"{name}: {path}")
 
@@ -131,9 +197,9 @@ def _summarize(result: Any, seconds: float, outputs: dict[str, Path]) -> None:
 @_one_sentence("nephi-warp")
 def warp(argv: Sequence[str] | None = None) -> None:
     """Nothing; moves an image, a label map or points and writes the result."""
-    given = _warp_parser().parse_args(argv)
+    given = warp_parser().parse_args(argv)
     kind = "points" if given.points else "labels" if given.labels else "image"
-    out = _output("out", given.out, (".csv",) if kind == "points" else IMAGES)
+    out = check_output("out", given.out, (".csv",) if kind == "points" else IMAGES)
     assert out is not None  # argparse requires it
     endings = (".nephi", *TRANSFORMS)
     if not str(given.transform).lower().endswith(endings):
@@ -232,21 +298,6 @@ def _read_points(path: Path) -> tuple[list[str], np.ndarray[Any, Any]]:
     return header, np.array(values, dtype=float).reshape(-1, len(header))
 
 
-def _output(name: str, path: Path | None, endings: Sequence[str]) -> Path | None:
-    """The path if it can be written to, so that no work is done in vain."""
-    if path is None:
-        return None
-    if not path.name.lower().endswith(tuple(endings)):
-        raise ValueError(f"--{name}: {path} must end in {', '.join(endings)}")
-    if path.is_dir():
-        raise ValueError(f"--{name}: {path} is a folder; give a file name in it")
-    if not path.parent.is_dir():
-        raise ValueError(f"--{name}: the folder {path.parent} does not exist")
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"--{name}: the folder {path.parent} cannot be written to")
-    return path
-
-
 def _write_image(image: Any, path: Path) -> None:
     import itk
 
@@ -265,76 +316,3 @@ def _in_flags(message: str) -> str:
     ):
         message = message.replace(name, flag)
     return message
-
-
-def _register_parser() -> _Parser:
-    parser = _Parser(
-        prog="nephi-register",
-        description="Register two 2D or 3D images with a neural deformation field, "
-        "optimised for this pair.",
-        epilog="""examples:
-  nephi-register --fixed exhale.nii.gz --moving inhale.nii.gz \\
-      --fixed_modality ct --moving_modality ct \\
-      --transform_out transform.hdf5 --warped_moving_out warped.nii.gz
-  nephi-register --fixed a.nrrd --moving b.nrrd --save a_b.nephi --quiet
-
-The transform maps points of the fixed image to the moving image (LPS mm), which is
-what ITK and 3D Slicer need to resample the moving image onto the fixed one.""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--fixed", type=Path, required=True, help="image that stays")
-    add("--moving", type=Path, required=True, help="image that is aligned to it")
-    for image in ("fixed", "moving"):
-        add(
-            f"--{image}_modality",
-            choices=MODALITIES,
-            default="none",
-            help="how to scale intensities: ct takes Hounsfield units (default: none)",
-        )
-    for image in ("fixed", "moving"):
-        add(f"--{image}_mask", type=Path, help="look only where this is above zero")
-    formats = f"({', '.join(TRANSFORMS)})"
-    add("--transform_out", type=Path, help=f"ITK transform, fixed to moving {formats}")
-    add("--inverse_transform_out", type=Path, help="the same, moving to fixed")
-    add("--warped_moving_out", type=Path, help="moving image on the fixed grid")
-    add("--save", type=Path, help="everything in one small .nephi file for nephi-warp")
-    add("--seed", type=int, default=0, help="of the random numbers (default: 0)")
-    add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
-    add("--no_affine", action="store_true", help="trust the headers, no affine start")
-    add("--time_limit", type=float, help="seconds after which to stop early")
-    add("--quiet", action="store_true", help="no progress bar, no summary")
-    return parser
-
-
-def _warp_parser() -> _Parser:
-    parser = _Parser(
-        prog="nephi-warp",
-        description="Apply a registration to an image, a label map or points.",
-        epilog="""examples:
-  nephi-warp --transform a_b.nephi --image moving.nii.gz --out warped.nii.gz
-  nephi-warp --transform a_b.nephi --labels moving_seg.nii.gz --out warped_seg.nii.gz
-  nephi-warp --transform T.hdf5 --image moving.nrrd --reference fixed.nrrd --out w.nrrd
-  nephi-warp --transform a_b.nephi --points fixed_points.csv --out in_moving.csv
-
-Images and label maps go from the moving image's space to the fixed image's grid;
-points go from the fixed image to the moving image. --inverse turns both around.""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    formats = f".nephi, {', '.join(TRANSFORMS)}"
-    add("--transform", type=Path, required=True, help=f"of nephi-register ({formats})")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--image", type=Path, help="image to warp, read linearly")
-    what.add_argument("--labels", type=Path, help="label map to warp, nearest voxel")
-    what.add_argument(
-        "--points", type=Path, help="CSV with the header x,y,z (2D: x,y), LPS mm"
-    )
-    add("--reference", type=Path, help="image whose grid the result gets")
-    add("--out", type=Path, required=True, help="image, or CSV for points")
-    add(
-        "--inverse",
-        action="store_true",
-        help="images from fixed to moving, points from moving to fixed (.nephi only)",
-    )
-    return parser

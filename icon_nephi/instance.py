@@ -37,6 +37,8 @@ def refine_pair(
     code_learning_rate: float | None = None,
     mask_A: Tensor | None = None,
     mask_B: Tensor | None = None,
+    segmentation_A: Tensor | None = None,
+    segmentation_B: Tensor | None = None,
     stages: Sequence[Stage] | None = None,
     patience: int | None = None,
     progress: bool = True,
@@ -58,6 +60,9 @@ def refine_pair(
         code_learning_rate: of the codes; default ten times that.
         mask_A: ``[1, 1, *grid]``, where the samples of image_A lie.
         mask_B: the same of image_B.
+        segmentation_A: label map ``[1, 1, *grid]`` for the loss's Dice term, if it has
+            a weight.
+        segmentation_B: the same of image_B.
         stages: coarse to fine; default: with `Patches` half of the steps at three
             times the loss's stride, and half at its own; with `Points` all alike.
         patience: see `icon_nephi.optimize.optimize`.
@@ -95,6 +100,11 @@ def refine_pair(
     rate = 10 * learning_rate if code_learning_rate is None else code_learning_rate
     groups: list[dict[str, object]] = [{"params": code_tensors, "lr": rate}]
     groups += [{"params": weights, "lr": learning_rate}] if weights else []
+    segmentations = {
+        "segmentation_A": segmentation_A,
+        "segmentation_B": segmentation_B,
+    }
+    extras = {k: v for k, v in segmentations.items() if v is not None}
     with torch.enable_grad():
         history = optimize(
             loss,
@@ -104,6 +114,7 @@ def refine_pair(
             groups,
             mask_A=mask_A,
             mask_B=mask_B,
+            extras=extras,
             patience=patience,
             progress=progress,
             callback=callback,

@@ -199,6 +199,7 @@ def _register(
         if image is not None
     }
     losses: list[ICONLoss] = []
+    maps: Any = given  # refine_pair takes them by these names
     if finetune_steps or options.get("stages"):
         call = options.pop("callback", None)
 
@@ -214,8 +215,7 @@ def _register(
             steps=finetune_steps or 0,
             learning_rate=learning_rate,
             callback=remember,
-            mask_A=given.get("mask_A"),
-            mask_B=given.get("mask_B"),
+            **maps,
             **options,
         )
     else:

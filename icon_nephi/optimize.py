@@ -63,6 +63,7 @@ def optimize(
     *,
     mask_A: Tensor | None = None,
     mask_B: Tensor | None = None,
+    extras: dict[str, Tensor] | None = None,
     spacing_A: Sequence[float] | None = None,
     spacing_B: Sequence[float] | None = None,
     progress: bool = False,
@@ -82,6 +83,7 @@ def optimize(
         parameters: Adam parameter groups, each with its ``lr``.
         mask_A: see `GradientICONPoints`.
         mask_B: see `GradientICONPoints`.
+        extras: what else the loss takes by name, such as segmentations.
         spacing_A: voxel size along each tensor axis, for the blur (default 1).
         spacing_B: the same of image_B.
         progress: show a bar.
@@ -110,7 +112,7 @@ def optimize(
             loss.similarity_sampler = stage.sampler
             average, lowest, waited = None, math.inf, 0
             for _ in range(stage.steps):
-                result = loss(*images, mask_A, mask_B)
+                result = loss(*images, mask_A, mask_B, **(extras or {}))
                 optimizer.zero_grad(set_to_none=True)
                 result.all_loss.backward()
                 optimizer.step()

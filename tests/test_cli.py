@@ -319,3 +319,66 @@ def test_the_help_has_examples(command):
     assert run.returncode == 0, run.stderr
     assert "examples:" in run.stdout
     assert "fixed image" in run.stdout
+
+
+@pytest.fixture
+def tiny_lung(monkeypatch):
+    """A network in place of the published ones, which cannot be had here."""
+    import icon_registration as icon
+    from problems import voxels
+
+    from icon_nephi import pretrained_models
+    from icon_nephi.swap import add_neural_residual
+
+    asked = []
+
+    def init_network(task, pretrained=True, *, neural, weights):
+        asked.append((task, neural, weights))
+        torch.manual_seed(0)
+        net = icon.losses.GradientICONSparse(voxels(3), icon.LNCC(sigma=2), 1.5)
+        net.assign_identity_map([1, 1, 16, 14, 12])
+        return add_neural_residual(net)
+
+    monkeypatch.setattr(pretrained_models, "init_network", init_network)
+    return asked
+
+
+def test_register_through_a_model(folder, tiny_lung):
+    weights = folder.path / "w.trch"
+    weights.touch()
+    flags = {"model": "lung", "network_weights": "w.trch", "io_iterations": 3}
+    flags |= {"transform_out": "out/T.hdf5", "inverse_transform_out": "out/I.h5"}
+    flags |= {"warped_moving_out": "out/w.nrrd", "moving_mask": "moving_mask.nrrd"}
+    cli.register([*pair(**flags), "--quiet"])
+    assert [(task, neural, str(file)) for task, neural, file in tiny_lung] == [
+        ("lung", "residual", "w.trch")
+    ]
+    for name in ("T.hdf5", "I.h5"):
+        transform = itk_images.read_transform("T", folder.path / "out" / name)
+        assert transform.GetNumberOfTransforms() == 3
+    warped = itk_images.read_image("w", folder.path / "out" / "w.nrrd")
+    assert itk_images.geometry_of(warped).size == PLACE_B.size
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ({"model": "liver"}, "invalid choice: 'liver'"),
+        ({"model": "lung", "save": "out/x.nephi"}, "--save holds what is registered"),
+        ({"network_weights": "w.trch"}, "--network_weights needs --model"),
+        (
+            {"model": "lung", "network_weights": "missing.trch"},
+            "--network_weights: missing.trch does not exist",
+        ),
+        ({"model": "unigradicon"}, "needs --moving_modality ct or mri"),
+        ({"model": "lung", "io_iterations": -3}, "--io_iterations"),
+    ],
+)
+def test_model_flags_that_cannot_be(folder, capsys, tiny_lung, flags, complaint):
+    with pytest.raises(SystemExit) as stopped:
+        cli.register(pair(transform_out="out/T.h5", **flags))
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert complaint in said
+    assert said.count("\n") == 1
+    assert not list((folder.path / "out").iterdir())

@@ -40,6 +40,7 @@ ORDER = [
     "itk_wrapper",
     "pretrained_models",
     "report",
+    "parsers",
     "cli",
 ]
 LEAVES = {"metrics", "phantoms"}  # these know only the two topmost files

@@ -16,7 +16,7 @@ from icon_nephi.transforms import NePhi
 
 itk = pytest.importorskip("itk")
 
-from icon_nephi import itk_wrapper  # noqa: E402
+from icon_nephi import itk_images, itk_wrapper  # noqa: E402
 
 GRIDS = {2: (10, 12), 3: (7, 8, 6)}  # of the network
 
@@ -209,6 +209,28 @@ def test_masks_and_label_maps():
     itk_wrapper.register_pair_with_mask(dense, A, B, *masks, return_artifacts=True)
     with pytest.raises(ValueError, match=r"mask_A is empty"):
         itk_wrapper.register_pair_with_mask(model, A, B, mask_of(A, 0), progress=False)
+
+
+def test_segmentations_pull_their_labels_together():
+    A, B = scans(3)
+    maps = mask_of(A, 4), mask_of(B, 6)  # the same label, a different reach
+    dice = []
+    for weight in (0.0, 5.0):
+        model = sampled(table(3), 3)
+        model.dice_loss_weight = weight
+        found, _ = itk_wrapper.register_pair_with_mask(
+            model,
+            A,
+            B,
+            finetune_steps=30,
+            segmentation_A=maps[0],
+            segmentation_B=maps[1],
+            progress=False,
+        )
+        warped = itk_images.resample(maps[0], B, found, "nearest")
+        values = [itk.array_from_image(i) > 0 for i in (warped, maps[1])]
+        dice.append(2 * (values[0] & values[1]).sum() / sum(v.sum() for v in values))
+    assert dice[1] > dice[0] + 0.02
 
 
 def test_a_mask_of_one_voxel_is_not_lost():

@@ -1,0 +1,1 @@
+"""One short script per experiment, run as ``python -m training.NAME``."""

@@ -1,0 +1,97 @@
+"""How good a network is on pairs that it was not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from icon_nephi.coordinates import identity_map, points_as_grid, sample_image
+from icon_nephi.metrics import dice, target_registration_error
+from icon_nephi.transforms import Map, value_and_jacobian
+
+
+@dataclass(frozen=True)
+class Held:
+    """A pair that was held out, and what is known of it.
+
+    Attributes:
+        image_A: moving ``[1, C, *grid]``.
+        image_B: fixed ``[1, C, *grid]``.
+        labels_A: integers ``[1, 1, *grid]``, for Dice.
+        labels_B: the same of the fixed image.
+        points_A: ``[N, d]`` in the unit box, for the registration error.
+        points_B: the same places in the fixed image.
+        spacing: millimetres between voxels along each tensor axis.
+    """
+
+    image_A: Tensor
+    image_B: Tensor
+    labels_A: Tensor | None = None
+    labels_B: Tensor | None = None
+    points_A: Tensor | None = None
+    points_B: Tensor | None = None
+    spacing: Sequence[float] | None = None
+
+
+def judge(network: nn.Module, pairs: Iterable[Held]) -> dict[str, float]:
+    """Means over the pairs: Dice or millimetres, folds, inverse consistency.
+
+    ``folds``: the share of voxel centres, in both maps, where the analytic determinant
+    is not positive; ``folded_pairs``: of pairs that have one. ``inverse_consistency``:
+    |phi_AB(phi_BA(x)) - x| in voxels. ``dice``: mean over labels; ``dice_min``: the
+    worst pair. ``tre``: mean over landmarks.
+    """
+    device = next(network.parameters()).device
+    found: list[dict[str, float]] = []
+    for pair in pairs:
+        with torch.no_grad():
+            maps = _maps(
+                network.regis_net, pair.image_A.to(device), pair.image_B.to(device)
+            )
+            found.append(_judge_pair(pair, *maps, device))
+    names = list(dict.fromkeys(name for one in found for name in one))
+    means = {n: sum(one[n] for one in found) / len(found) for n in names}
+    if "dice" in means:
+        means["dice_min"] = min(one["dice"] for one in found)
+    return means
+
+
+def _maps(net: nn.Module, image_A: Tensor, image_B: Tensor) -> tuple[Map, Map]:
+    maps = net(image_A, image_B)
+    return maps if isinstance(maps, tuple) else (maps, net(image_B, image_A))
+
+
+def _judge_pair(
+    pair: Held, phi_AB: Map, phi_BA: Map, device: torch.device
+) -> dict[str, float]:
+    shape = pair.image_B.shape[2:]
+    x = identity_map(shape, device=device)
+    forward, slopes_AB = value_and_jacobian(phi_AB, x)
+    backward, slopes_BA = value_and_jacobian(phi_BA, x)
+    determinants = torch.linalg.det(
+        torch.cat([slopes_AB, slopes_BA]).flatten(3).permute(0, 3, 1, 2)
+    )
+    voxels = torch.tensor([n - 1.0 for n in shape], device=device)
+    error = (phi_AB(backward) - x).flatten(2)[0] * voxels[:, None]
+    folds = (~(determinants > 0)).double().mean().item()
+    result = {
+        "folds": folds,
+        "folded_pairs": float(folds > 0),
+        "inverse_consistency": error.norm(dim=0).mean().item(),
+    }
+    if pair.labels_A is not None and pair.labels_B is not None:
+        labels = pair.labels_A.to(device, torch.float32)
+        warped = sample_image(labels, forward, "nearest").round().long().cpu()
+        overlaps = dice(warped, pair.labels_B.long()).values()
+        result["dice"] = sum(overlaps) / max(1, len(overlaps))
+    if pair.points_A is not None and pair.points_B is not None:
+        spacing = torch.tensor(list(pair.spacing or [1.0] * len(shape)))
+        mm = spacing * voxels.cpu()
+        at = points_as_grid(pair.points_B[None].to(device))
+        moved = phi_AB(at).flatten(2)[0].T.cpu()
+        errors = target_registration_error(moved * mm, pair.points_A * mm)
+        result["tre"] = float(errors.mean())
+    return result
