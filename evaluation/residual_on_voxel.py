@@ -2,7 +2,7 @@
 
     python -m evaluation.residual_on_voxel --data DIR [--case NAME] [--random]
 
-First a coarse voxel field is optimised for the pair (one eighth of the grid a side);
+First a coarse voxel field is optimised for the pair (a sixteenth of the grid a side);
 then `add_neural_residual` puts a neural field behind it and
 `icon_nephi.itk_wrapper.register_pair_with_mask` fine-tunes that. With ``--random`` the
 voxel field is random instead, 50 steps are taken, and scratch is left out.
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from evaluation import landmark_errors
 from evaluation.pairs import Pair, find_cases
 
+HALVINGS = 4  # of the grid to that of the voxel field
 COARSE = (10.0, 6.0)  # strides of the blocks of the voxel stage, in voxels
 FINE = (5.0, 2.5, 1.5)  # and of the neural stage
 
@@ -46,10 +47,9 @@ class VoxelPair(icon.RegistrationModule):
 
 
 def coarse_voxels(pair: Pair, shape: tuple[int, ...], spread: float) -> nn.Module:
-    """Return three halvings of the grid around two voxel fields."""
-    small = tuple(-(-n // 8) for n in shape)
-    net: nn.Module = VoxelPair(small, spread)
-    for _ in range(3):
+    """Return HALVINGS of the grid around two voxel fields."""
+    net: nn.Module = VoxelPair(tuple(-(-n // 2**HALVINGS) for n in shape), spread)
+    for _ in range(HALVINGS):
         net = icon.DownsampleRegistration(net, len(shape))
     net.assign_identity_map([1, 1, *shape])
     return net

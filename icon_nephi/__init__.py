@@ -9,6 +9,7 @@ from icon_nephi.codes import LatentCode, LatentCodeTable
 from icon_nephi.encoders import HybridEncoder
 from icon_nephi.fields import LatentMLP, ModulatedSiren
 from icon_nephi.losses import GradientICONPoints, gradient_inverse_consistency
+from icon_nephi.models import make_network
 from icon_nephi.sampling import Patches, Points
 from icon_nephi.swap import add_neural_residual, swap_fields
 from icon_nephi.transforms import (
@@ -41,6 +42,7 @@ __all__ = [
     "add_neural_residual",
     "gradient_inverse_consistency",
     "load",
+    "make_network",
     "register",
     "swap_fields",
 ]

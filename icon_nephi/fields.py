@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 Field = Callable[[Tensor, Tensor], Tensor]
 
@@ -263,6 +264,7 @@ class _Sine(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         out, cosine, jet = ctx.saved_tensors
         result = grad * cosine
@@ -282,6 +284,7 @@ class _Product(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         first, second = ctx.saved_tensors
         return _product_grad(grad, second), _product_grad(grad, first)
