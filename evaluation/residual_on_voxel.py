@@ -23,7 +23,7 @@ from evaluation.pairs import Pair, find_cases
 
 HALVINGS = 4  # of the grid to that of the voxel field
 COARSE = (10.0, 6.0)  # strides of the blocks of the voxel stage, in voxels
-FINE = (5.0, 2.5, 1.5)  # and of the neural stage
+FINE = (4.0, 2.0, 1.3)  # and of the neural stage
 
 
 class VoxelPair(icon.RegistrationModule):
@@ -124,7 +124,7 @@ def main(data: Path, case: str, random: bool, threads: int) -> None:
     coarse = register_pair_with_mask(model, *scans, *both)
     lap = time.process_time()
     print(f"voxel field: {errors(pair, coarse)}, {lap - start:.0f} CPU s")
-    steps = (50,) if random else (100, 100, 100)
+    steps = (50,) if random else (120, 120, 160)
     *fine, loss = register_pair_with_mask(
         model,
         *scans,

@@ -229,10 +229,10 @@ NETWORKS = {
         field="LatentMLP",
         arguments={"width": 64},
         similarity_points={2: 300, 3: 2000},
-        regularity_points={2: 25, 3: 100},
+        regularity_points={2: 40, 3: 100},
         lmbda=1.0,
         prior_lmbda=0.0,
-        hinge=2.0,
+        hinge=10.0,
     ),
     "paper": NetworkSettings(
         encoder={"grids": (6,), "top_down": False, "interpolation": "linear"},

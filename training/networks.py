@@ -28,7 +28,7 @@ def make(
     if similarity == "lncc" and args.preset == "default":
         # Small blocks, samples far apart: local contrast, and reach.
         keywords["similarity"] = PatchNCC(floor=1e-3)
-        keywords["similarity_sampler"] = Patches(200, size=3, stride=3.0)
+        keywords["similarity_sampler"] = Patches(200, size=3, stride=6.0)
     return make_network(input_shape, preset=args.preset, **keywords)
 
 
