@@ -1,4 +1,4 @@
-"""The commands: nephi-register and nephi-warp."""
+"""The commands: nephi-register, nephi-warp and nephi-compare."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import csv
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +18,7 @@ from icon_nephi.parsers import (
     IMAGES,
     TRANSFORMS,
     check_output,
+    compare_parser,
     register_parser,
     warp_parser,
 )
@@ -316,3 +317,79 @@ def _in_flags(message: str) -> str:
     ):
         message = message.replace(name, flag)
     return message
+
+
+@_one_sentence("nephi-compare")
+def compare(argv: Sequence[str] | None = None) -> None:
+    """Nothing; NePhi and a voxel network on the pairs of a folder, as a table."""
+    given = compare_parser().parse_args(argv)
+    out = check_output("out", given.out, (".csv",))
+    for flag, least in (("seconds", 0.01), ("side", 17), ("threads", 1)):
+        value = getattr(given, flag)
+        if value is not None and not value >= least:
+            raise ValueError(f"--{flag} must be at least {least}, got {value}")
+
+    from tqdm import tqdm
+
+    from icon_nephi import compare as tools
+    from icon_nephi.inputs import choose_device
+
+    choose_device(given.device, None)
+    folders = tools.find_cases(given.data, given.cases)
+    readers = {n: partial(tools.read_case, home, n) for n, home in folders.items()}
+    for read in readers.values():
+        read()  # complains now, not after an hour
+    names = ("seconds", "seed", "device", "threads", "side")
+    options = tools.Options(**{name: getattr(given, name) for name in names})
+    rows: list[dict[str, Any]] = []
+    total = len(readers) * len(tools.METHODS)
+    found = tools.compare_cases(readers, tools.METHODS, options)
+    for row in tqdm(found, "registering", total, disable=given.quiet, leave=False):
+        rows.append(row)
+        if out is not None:
+            _write_rows(out, tools.COLUMNS, rows)
+    if not given.quiet:
+        print(comparison_table(rows))
+    failed = sum("error" in row for row in rows)
+    if failed:
+        print(f"nephi-compare: {failed} of {total} failed", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def _write_rows(path: Path, columns: Sequence[str], rows: list[dict[str, Any]]) -> None:
+    from icon_nephi.files import written_whole
+
+    with (
+        written_whole(path) as (part,),
+        part.open("w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of `icon_nephi.compare` as aligned columns; empty ones are left out."""
+    heads = {
+        "case": ("case", "s"),
+        "method": ("method", "s"),
+        **{"before_tre_mm": ("before mm", ".2f"), "tre_mm": ("TRE mm", ".2f")},
+        **{"before_dice": ("before", ".3f"), "dice": ("Dice", ".3f")},
+        "folds_voxels_percent": ("folds % voxels", ".2g"),
+        "folds_points_percent": ("% points", ".2g"),
+        "inverse_consistency_mm": ("inverse mm", ".3f"),
+        **{"representation_m": ("map M", ".2f"), "encoder_m": ("encoder M", ".2f")},
+        **{"inference_ms": ("inference ms", ".0f"), "step_ms": ("step ms", ".0f")},
+        **{"steps": ("steps", "d"), "peak_gib": ("peak GiB", ".2f")},
+    }
+    used = [key for key in heads if any(row.get(key) is not None for row in rows)]
+    lines = [[heads[key][0] for key in used]]
+    for row in rows:
+        cells = ((row.get(key), heads[key][1]) for key in used)
+        lines.append(["-" if v is None else format(v, form) for v, form in cells])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    errors = ["", *(f"  {row['error']}" if "error" in row else "" for row in rows)]
+    return "\n".join(
+        "  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) + error
+        for line, error in zip(lines, errors, strict=True)
+    )

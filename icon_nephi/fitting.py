@@ -18,6 +18,7 @@ from icon_nephi.affine import (
     voxel_stride,
 )
 from icon_nephi.coordinates import Geometry, apply_affine, inside, points_as_grid
+from icon_nephi.features import FeatureDifference, coarser, with_features
 from icon_nephi.folds import guarded_term, relative_determinant, unfold
 from icon_nephi.losses import GradientICONPoints, PatchNCC
 from icon_nephi.models import Fit, Settings, find_settings, make_pair
@@ -42,6 +43,7 @@ def fit_pair(
     mask_B: Tensor | None = None,
     similarity: Callable[[Tensor, Tensor], Tensor] | None = None,
     field: str | Settings = "auto",
+    modality: str | None = None,
     affine: bool = True,
     seed: int = 0,
     progress: bool = True,
@@ -56,8 +58,10 @@ def fit_pair(
         geometry_B: where image_B lies.
         mask_A: ``[1, 1, *grid]``, where image_A is to be matched.
         mask_B: the same of image_B.
-        similarity: of blocks; default `PatchNCC`.
+        similarity: of blocks; default `PatchNCC`, and `FeatureDifference` where the
+            settings ask for it.
         field: "auto", a name in `icon_nephi.models.PRESETS`, or `Settings`.
+        modality: of both images, for "auto" (see `find_settings`).
         affine: look for an affine start; else start from the physical frames.
         seed: of everything random.
         progress: show a bar.
@@ -66,7 +70,12 @@ def fit_pair(
     Raises:
         ValueError: unknown field.
     """
-    settings = find_settings(field, geometry_B.size)
+    settings = find_settings(field, geometry_B.size, modality)
+    if similarity is not None:
+        settings = replace(settings, features=0.0)
+    if settings.features:
+        image_A, mask_A, geometry_A = coarser(image_A, mask_A, geometry_A)
+        image_B, mask_B, geometry_B = coarser(image_B, mask_B, geometry_B)
     generator = torch.Generator().manual_seed(seed)
     images = _Images(image_A, image_B, geometry_A, geometry_B, mask_A, mask_B)
     similarity = similarity or PatchNCC(settings.floor)
@@ -253,6 +262,7 @@ def _better_start(
         strides=settings.strides[:1],
         shares=(1.0,),
         exact=settings.exact[:1],
+        features=0.0,
         consistency=settings.consistency / 10,  # free to go far in few steps
         patches=settings.patches // 3,
         regularity_points=settings.regularity_points // 3,
@@ -286,6 +296,16 @@ def _fit(
     net = make_pair(settings, geometry.extent, generator)
     matrix = in_unit_boxes(start, geometry, images.geometry_A)
     pair = AffinePair(net, matrix.to(dtype)).to(device)
+    image_A, image_B = images.image_A, images.image_B
+    fade = None
+    if settings.features:
+        both = FeatureDifference(similarity, image_A.shape[1], settings.features)
+        similarity = both
+        image_A, image_B = with_features(image_A), with_features(image_B)
+
+        def fade(step: int, _: Any) -> None:
+            both.weight = settings.features * (1 - step / settings.steps)
+
     loss = GradientICONPoints(
         pair,
         similarity,
@@ -315,8 +335,8 @@ def _fit(
     fields = [*net.field_AB.parameters(), *net.field_BA.parameters()]
     losses = optimize(
         loss,
-        images.image_A,
-        images.image_B,
+        image_A,
+        image_B,
         stages,
         [
             {"params": list(net.net.parameters()), "lr": settings.code_rate},
@@ -328,6 +348,7 @@ def _fit(
         spacing_B=images.spacing_B,
         progress=progress,
         time_limit=time_limit,
+        callback=fade,
     )
     if final:
         unfold(

@@ -49,6 +49,8 @@ class Settings:
         field_rate: Adam's learning rate of the fields.
         code_rate: Adam's learning rate of the codes.
         floor: see `PatchNCC`.
+        features: weight of the difference of self-similarity features (see
+            `icon_nephi.features`) at the start, fading to none; 0: never.
     """
 
     field: str = "ModulatedSiren"
@@ -73,6 +75,7 @@ class Settings:
     field_rate: float = 1e-3
     code_rate: float = 1e-2
     floor: float = 1e-3
+    features: float = 0.0
 
 
 SIREN = Settings()
@@ -98,18 +101,29 @@ DETAIL = replace(
     hinge=10.0,
     regularity_points=500,
 )
+# CT has detail down to the voxel, and two scans of one body differ in noise and
+# density: self-similarity features find the way, intensities the last bit of it.
+CT = replace(GRID, strides=(10.0, 5.0, 2.5, 1.2), features=10.0)
 # In 2D points are cheap: finer codes.
 PRESETS = {
     "siren": {3: SIREN, 2: replace(SIREN, grids=(8, 16, 32))},
     "grid": {3: GRID, 2: GRID},
     "detail": {3: DETAIL, 2: GRID},
+    "ct": {3: CT, 2: CT},
 }
 # Voxels a side (their mean) above which "auto" takes "detail".
 DETAILED = 170
 
 
-def find_settings(field: str | Settings, size: Sequence[int]) -> Settings:
+def find_settings(
+    field: str | Settings, size: Sequence[int], modality: str | None = None
+) -> Settings:
     """The settings of a name in `PRESETS`, or "auto", for a fixed image of that size.
+
+    Args:
+        field: what to find; `Settings` are returned as they are.
+        size: voxels a side.
+        modality: of both images, where it is the same: "auto" takes "ct" for 3D CT.
 
     Raises:
         ValueError: unknown name.
@@ -117,8 +131,9 @@ def find_settings(field: str | Settings, size: Sequence[int]) -> Settings:
     if isinstance(field, Settings):
         return field
     if field == "auto":
-        large = len(size) == 3 and sum(size) / 3 > DETAILED
-        field = "detail" if large else "siren"
+        solid = len(size) == 3
+        large = solid and sum(size) / 3 > DETAILED
+        field = "ct" if solid and modality == "ct" else "detail" if large else "siren"
     if field not in PRESETS:
         raise ValueError(
             f"field must be 'auto' or one of {sorted(PRESETS)}, got {field!r}"

@@ -137,3 +137,39 @@ points go from the fixed image to the moving image. --inverse turns both around.
         help="images from fixed to moving, points from moving to fixed (.nephi only)",
     )
     return parser
+
+
+def compare_parser() -> Parser:
+    """The flags of nephi-compare."""
+    parser = Parser(
+        prog="nephi-compare",
+        description="Register your own pairs with NePhi and with a voxel network "
+        "(GradICON), both optimised for each pair from scratch in the same time.",
+        epilog="""examples:
+  nephi-compare --data pairs --out compare.csv
+  nephi-compare --data pairs --cases patient_1 patient_2 --seconds 120
+
+A folder for each pair holds fixed.nii.gz and moving.nii.gz and, where there are, masks
+(fixed_mask.nii.gz ...), label maps (fixed_labels.nii.gz ...), landmarks in LPS mm
+(fixed_landmarks.csv ... with the header x,y,z) and case.json ({"modality": "ct"}).""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="folder of pairs")
+    add("--cases", nargs="+", metavar="NAME", help="pairs (default: all)")
+    add(
+        "--seconds",
+        type=float,
+        default=60.0,
+        help="NePhi stops then; the voxel network gets the time NePhi took, in seconds "
+        "of the processor, on a GPU of the clock (default: 60)",
+    )
+    add("--out", type=Path, help="every number, as CSV")
+    add(
+        "--side", type=int, default=175, help="longest side of the voxel network's grid"
+    )
+    add("--threads", type=int, help="of the processor (default: torch's)")
+    add("--seed", type=int, default=0, help="of the random numbers (default: 0)")
+    add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    add("--quiet", action="store_true", help="no progress bar, no table")
+    return parser

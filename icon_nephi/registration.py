@@ -56,8 +56,9 @@ def register(
         similarity: an ICON similarity in place of the default.
         field: ``"siren"`` (the modulated sine field), ``"grid"`` (a smaller one,
             about twice as fast, less exact on large motion), ``"detail"`` (the small
-            one with finer codes), ``"auto"`` (detail for large 3D images, else siren),
-            or `icon_nephi.models.Settings`.
+            one with finer codes), ``"ct"`` (the small one, comparing self-similarity
+            features too), ``"auto"`` (3D CT: ct, else large 3D images: detail, else
+            siren), or `icon_nephi.models.Settings`.
         affine: start from an affine map. Without, from where the headers (tensors:
             the unit boxes) put the images.
         seed: of every random number.
@@ -108,6 +109,7 @@ def register(
             mask_B=masks[1],
             similarity=similarity,
             field=field,
+            modality=modalities[0] if modalities[0] == modalities[1] else None,
             affine=affine,
             seed=seed,
             progress=progress,

@@ -9,7 +9,15 @@ from icon_nephi.coordinates import Geometry, points_as_grid, sample_image
 from icon_nephi.fitting import fit_pair
 from icon_nephi.folds import guarded_term
 from icon_nephi.metrics import dice
-from icon_nephi.models import DETAIL, GRID, SIREN, find_settings, make_field
+from icon_nephi.models import (
+    CT,
+    DETAIL,
+    GRID,
+    PRESETS,
+    SIREN,
+    find_settings,
+    make_field,
+)
 from icon_nephi.phantoms import triangles_and_circles
 from icon_nephi.transforms import (
     Composition,
@@ -122,6 +130,8 @@ def test_presets_are_found_by_name():
     assert find_settings(QUICK, (9, 9)) is QUICK
     assert find_settings("auto", (160, 192, 224)) is DETAIL
     assert find_settings("auto", (115, 157, 129)) is SIREN
+    assert find_settings("auto", (115, 157, 129), "ct") is CT
+    assert find_settings("auto", (512, 512), "ct") is PRESETS["siren"][2]
     with pytest.raises(ValueError, match="'grid', 'siren'"):
         find_settings("sirren", (9, 9, 9))
     with pytest.raises(ValueError, match="LatentMLP"):

@@ -22,6 +22,7 @@ ORDER = [
     "transforms",
     "similarities",
     "losses",
+    "features",
     "affine",
     "folds",
     "optimize",
@@ -40,6 +41,7 @@ ORDER = [
     "itk_wrapper",
     "pretrained_models",
     "report",
+    "compare",
     "parsers",
     "cli",
 ]

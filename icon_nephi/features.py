@@ -1,0 +1,108 @@
+"""Self-similarity of an image with itself (MIND-SSC), to compare beside intensities.
+
+Heinrich et al. 2013: around every voxel, how alike the places beside it are. What
+stays where contrast and noise differ is the structure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import combinations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from icon_nephi.coordinates import Geometry
+
+# Voxels between a place and those beside it, and of the blocks compared around them.
+REACH, RADIUS = 2, 1
+# Images with more voxels are read on a coarser grid, which bounds the memory.
+VOXELS = 4_000_000
+
+
+def coarser(
+    image: Tensor, mask: Tensor | None, geometry: Geometry, voxels: int = VOXELS
+) -> tuple[Tensor, Tensor | None, Geometry]:
+    """The same box with at most about that many voxels, about equally far apart."""
+    if image.shape[2:].numel() <= voxels:
+        return image, mask, geometry
+    d = geometry.dimension
+    far = (torch.tensor(geometry.extent).prod().item() / voxels) ** (1 / d)
+    size = [
+        min(n, max(3, round(length / far)))
+        for n, length in zip(image.shape[2:], geometry.extent, strict=True)
+    ]
+    mode = "bilinear" if d == 2 else "trilinear"
+    image = F.interpolate(image, size, mode=mode, align_corners=True)
+    if mask is not None:
+        mask = F.interpolate(mask, size, mode=mode, align_corners=True)
+        mask = (mask > 0).to(mask)
+    spacing = [e / (n - 1) for e, n in zip(geometry.extent, size, strict=True)]
+    place = replace(geometry, size=tuple(size), spacing=tuple(reversed(spacing)))
+    return image, mask, place
+
+
+def with_features(image: Tensor) -> Tensor:
+    """``[B, C + F, *grid]``: the image and F = 12 features (2D: 4) between 0 and 1.
+
+    Channels lie beside each other in memory: reading them all at a point is then
+    three times faster.
+    """
+    d = image.dim() - 2
+    sides = [(axis, sign * REACH) for axis in range(d) for sign in (1, -1)]
+    found = image.new_empty(image.shape[0], 2 * d * (d - 1), *image.shape[2:])
+    pairs = (p for p in combinations(sides, 2) if p[0][0] != p[1][0])
+    for channel, (first, second) in enumerate(pairs):
+        different = (_moved(image, *first) - _moved(image, *second)).square()
+        found[:, channel : channel + 1] = _box(different.sum(1, keepdim=True))
+    found -= found.amin(1, keepdim=True)
+    spread = found.mean(1, keepdim=True)
+    found /= -spread.clamp(min=1e-3 * float(spread.mean()) + 1e-12)
+    layout = torch.channels_last if d == 2 else torch.channels_last_3d
+    return torch.cat([image, found.exp_()], 1).contiguous(memory_format=layout)
+
+
+class FeatureDifference:
+    """A similarity of intensities, and the mean squared difference of features.
+
+    Args:
+        similarity: of the first channels; with ``isInterpolated`` it gets the tag.
+        channels: how many are intensities; the rest are features.
+        weight: of the features.
+    """
+
+    isInterpolated = True
+
+    def __init__(
+        self,
+        similarity: Callable[[Tensor, Tensor], Tensor],
+        channels: int,
+        weight: float,
+    ) -> None:
+        self.similarity, self.channels, self.weight = similarity, channels, weight
+
+    def __call__(self, warped: Tensor, fixed: Tensor) -> Tensor:
+        """Scalar; warped has the in-bounds tag (0 or 1) as its last channel."""
+        tag, own = warped[:, -1:], warped[:, : self.channels]
+        if getattr(self.similarity, "isInterpolated", False):
+            own = torch.cat([own, tag], 1)
+        error = (warped[:, self.channels : -1] - fixed[:, self.channels :]).square()
+        mean = (error * tag).mean() / tag.mean().clamp(min=1e-3)
+        return self.similarity(own, fixed[:, : self.channels]) + self.weight * mean
+
+
+def _moved(image: Tensor, axis: int, by: int) -> Tensor:
+    """The image a few voxels further along an axis; its border is repeated."""
+    count = image.shape[2 + axis]
+    at = torch.arange(count, device=image.device) + by
+    return image.index_select(2 + axis, at.clamp(0, count - 1))
+
+
+def _box(image: Tensor) -> Tensor:
+    """Means of the blocks around every voxel, borders repeated."""
+    for axis in range(image.dim() - 2):
+        parts = [_moved(image, axis, by) for by in range(-RADIUS, RADIUS + 1)]
+        image = torch.stack(parts).mean(0)
+    return image
