@@ -36,6 +36,7 @@ setup(
         "console_scripts": [
             "nephi-register = icon_nephi.cli:register",
             "nephi-warp = icon_nephi.cli:warp",
+            "nephi-compare = icon_nephi.cli:compare",
         ]
     },
 )

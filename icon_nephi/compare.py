@@ -45,7 +45,7 @@ SIDES, NUMBERS = ("fixed", "moving"), ("representation", "code", "encoder")
 POINTS = 100_000  # where folds and inverse consistency are measured
 SMALLEST = 17  # voxels a side that ICON's tallUNet2 needs in 3D
 LARGEST = 175  # voxels a side of ICON's published lung network
-RATE = 1e-3  # Adam's, of a voxel network on one pair: the best of four on a phantom
+RATE = 1e-3  # Adam's, of a voxel network on one pair; four were tried on a phantom
 
 
 @dataclass(frozen=True)
@@ -176,9 +176,9 @@ def _points(path: Path, place: Geometry) -> Array | None:
 
 def nephi(case: Any, options: Options) -> Found:
     """`icon_nephi.register` from scratch; ``options.seconds`` is an upper limit."""
-    size = tuple(case.fixed.GetLargestPossibleRegion().GetSize())
-    settings, device = find_settings("auto", size), choose_device(options.device, None)
-    began = now(device)
+    size = case.fixed.GetLargestPossibleRegion().GetSize()
+    settings = find_settings("auto", tuple(size), case.modality)
+    began = now(device := choose_device(options.device, None))
     result = register(
         case.moving,
         case.fixed,

@@ -1,0 +1,240 @@
+"""Methods beside those of icon_nephi.compare: more resolutions, trained networks.
+
+Each is a function of a case and Options that returns what it Found; see
+icon_nephi/compare.py. Keywords are filled in with functools.partial.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import icon_registration as icon
+import torch
+import torch.nn.functional as F
+from icon_registration import losses, networks
+from torch import Tensor, nn
+
+from icon_nephi import add_neural_residual, compare, make_network
+from icon_nephi.compare import Found, Options, network_images, voxel_found
+from icon_nephi.instance import neural_parts, refine_pair, unrefined_maps
+
+LEVELS = 2  # of ICON's published networks
+TRIAL = 5  # steps of instance optimisation that are timed
+
+
+def loss_around(net: nn.Module, shape: Sequence[int]) -> Any:
+    network = losses.GradientICONSparse(net, losses.LNCC(sigma=4), 1.5)
+    network.assign_identity_map([1, *(int(n) for n in shape[1:])])
+    return network
+
+
+def step(shape: Sequence[int]) -> nn.Module:
+    unet = networks.tallUNet2(dimension=len(shape) - 2, input_channels=int(shape[1]))
+    return icon.FunctionFromVectorField(unet)
+
+
+def levels_of(shape: Sequence[int], most: int = LEVELS) -> int:
+    """How often a grid can be halved before tallUNet2 does not take it any more."""
+    least = compare.SMALLEST if len(shape) == 5 else 8
+    fits = [n for n in range(most + 1) if math.ceil(min(shape[2:]) / 2**n) >= least]
+    return max(fits, default=0)
+
+
+def nested(shape: Sequence[int]) -> Any:
+    """ICON's published network: coarse to fine, then once more at full resolution."""
+    net, d = step(shape), len(shape) - 2
+    for _ in range(levels_of(shape)):
+        low = icon.DownsampleRegistration(net, d)
+        net = icon.TwoStepRegistration(low, step(shape))
+    return loss_around(icon.TwoStepRegistration(net, step(shape)), shape)
+
+
+def coarse(shape: Sequence[int]) -> Any:
+    """One network at half the resolution, which the paper puts before NePhi."""
+    net, d = step(shape), len(shape) - 2
+    for _ in range(min(1, levels_of(shape))):
+        net = icon.DownsampleRegistration(net, d)
+    return loss_around(net, shape)
+
+
+NETWORKS = {"voxel": compare.voxel_network, "voxel_multi": nested, "coarse": coarse}
+
+
+# --- from scratch -------------------------------------------------------------------
+
+
+def voxel_multi(case: Any, options: Options) -> Found:
+    """GradICON's nested voxel networks, optimised for this pair alone."""
+    return compare.voxel(case, options, nested)
+
+
+class Given(icon.RegistrationModule):
+    """A registration network that returns known maps, whatever the images."""
+
+    def __init__(self, maps: tuple[Any, Any]) -> None:
+        super().__init__()
+        self.maps = maps
+
+    def forward(self, image_A: Tensor, image_B: Tensor) -> tuple[Any, Any]:
+        return self.maps
+
+
+def nephi_multi(case: Any, options: Options, weights: Path | None = None) -> Found:
+    """A voxel network at half the resolution, then NePhi, optimised, behind its map.
+
+    Without weights the voxel network is optimised for the pair in half of the time
+    (or steps).
+    """
+    A, B, places = network_images(case, options)
+    began = compare.now(A.device)
+    if weights is None:
+        steps = options.steps and max(1, options.steps // 2)
+        half = replace(options, seconds=options.seconds / 2, steps=steps)
+        first = compare.voxel(case, half, coarse)
+        maps, encoder = (first.phi_AB, first.phi_BA), first.encoder
+    else:
+        network = load(coarse(A.shape), weights).to(A.device)
+        maps = unrefined_maps(network, A, B)
+        encoder = compare.count(network)
+    given = Given(maps)
+    given.assign_identity_map([1, 1, *A.shape[2:]])
+    given.to(A.device)
+    model = add_neural_residual(given, seed=options.seed).to(A.device)
+    masks = masks_of(case, A)
+    start, count = compare.now(A.device), options.steps and options.steps // 2
+    if not count:  # as many as the rest of the time allows
+        refine_pair(model, A, B, steps=TRIAL, progress=False, **masks)
+        trial = compare.now(A.device) - start
+        left = options.seconds - (compare.now(A.device) - began)
+        count, start = max(TRIAL, int(TRIAL * left / trial)), compare.now(A.device)
+    return refined(model, A, B, masks, places, max(1, count), encoder, options)
+
+
+def refined(
+    model: Any,
+    A: Tensor,
+    B: Tensor,
+    masks: dict[str, Tensor],
+    places: Sequence[Any],
+    steps: int,
+    encoder: int,
+    options: Options,
+) -> Found:
+    """What instance optimisation of a model's codes and fields found."""
+    start = compare.now(A.device)
+    phi_AB, phi_BA, _ = refine_pair(
+        model, A, B, steps=steps, progress=False, seed=options.seed, **masks
+    )
+    found = replace(
+        voxel_found((phi_AB, phi_BA), places, encoder),
+        steps=steps,
+        step_seconds=(compare.now(A.device) - start) / steps,
+    )
+    return sized(found, (phi_AB, phi_BA))
+
+
+def sized(found: Found, maps: Sequence[Any]) -> Found:
+    """The same with the numbers of its fields and its code."""
+    parts = neural_parts(maps)
+    fields = {id(p.field): compare.count(p.field) for p in parts}
+    tensors = [t for p in parts for t in (p.code.global_code, *p.code.local_codes)]
+    codes = {t.data_ptr(): t.numel() for t in tensors if t.numel()}
+    return replace(found, representation=sum(fields.values()), code=sum(codes.values()))
+
+
+def masks_of(case: Any, like: Tensor) -> dict[str, Tensor]:
+    """Where the samples lie, on the network's grid, by refine_pair's names."""
+    from icon_nephi.inputs import read_input
+
+    found = {}
+    for letter, side in (("A", "moving"), ("B", "fixed")):
+        mask = getattr(case, f"{side}_mask")
+        if mask is not None:
+            inside = read_input(letter, getattr(case, side), mask)[1]
+            small = F.interpolate(inside, size=like.shape[2:], mode="nearest")
+            found[f"mask_{letter}"] = small.to(like.device)
+    return found
+
+
+# --- trained ------------------------------------------------------------------------
+
+
+def load(network: Any, weights: Path) -> Any:
+    """The network with the weights that training/ wrote to network_weights.trch."""
+    try:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+        network.regis_net.load_state_dict(state)
+    except FileNotFoundError:
+        raise ValueError(f"{weights} does not exist.") from None
+    except Exception as error:
+        raise ValueError(
+            f"{weights} does not hold the weights of this network on this grid; give "
+            "the --shape and --preset it was trained with."
+        ) from error
+    return network
+
+
+def trained(
+    case: Any,
+    options: Options,
+    kind: str,
+    weights: Path,
+    shape: Sequence[int] = (),
+    preset: str = "default",
+    io_steps: int = 0,
+) -> Found:
+    """A trained network: "voxel", "voxel_multi" or "nephi", and its refinement (IO).
+
+    ICON's voxel networks are refined as ICON does it, all their weights.
+    """
+    A, B, places = network_images(case, options, shape)
+    size = [1, 1, *A.shape[2:]]
+    if kind == "nephi":
+        model = load(make_network(size, preset=preset), weights).to(A.device)
+        encoder = compare.count(model.regis_net.net)
+        masks = masks_of(case, A)
+        if io_steps:
+            found = refined(model, A, B, masks, places, io_steps, 0, options)
+            return replace(found, encoder=encoder)
+        maps = unrefined_maps(model, A, B)
+        return sized(voxel_found(maps, places, encoder), maps)
+    network = load(NETWORKS[kind](size), weights).to(A.device).eval()
+    start = compare.now(A.device)
+    optimizer = torch.optim.Adam(network.parameters(), lr=2e-5)  # ICON's
+    for _ in range(io_steps):
+        optimizer.zero_grad()
+        network(A, B).all_loss.backward()
+        optimizer.step()
+    seconds = (compare.now(A.device) - start) / max(1, io_steps)
+    with torch.no_grad():
+        maps = unrefined_maps(network, A, B)
+    found = voxel_found(maps, places, compare.count(network))
+    return replace(found, steps=io_steps, step_seconds=seconds if io_steps else None)
+
+
+def training_step(
+    kind: str, shape: Sequence[int], preset: str = "default", device: str | None = None
+) -> dict[str, Any]:
+    """Cost of one training step on one pair: ``step_ms``, ``peak_gib``.
+
+    The first step makes the optimiser's state; the second is timed.
+    """
+    from icon_nephi.inputs import choose_device
+
+    where = choose_device(device, None)
+    size = [1, 1, *shape]
+    torch.manual_seed(0)
+    A, B = (torch.rand(size, device=where) for _ in "AB")
+    make = NETWORKS.get(kind)
+    network = make(size) if make else make_network(size, preset=preset)
+    network.to(where).train()
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
+    for _ in range(2):
+        start = compare.now(where)
+        optimizer.zero_grad()
+        network(A, B).all_loss.mean().backward()
+        optimizer.step()
+        spent = compare.now(where) - start
+    return {"step_ms": 1000 * spent, "peak_gib": compare.peak_gib(where)}
