@@ -314,6 +314,7 @@ def _in_flags(message: str) -> str:
         *(("image_A", "--moving"), ("image_B", "--fixed")),
         *(("mask_A", "--moving_mask"), ("mask_B", "--fixed_mask")),
         *(("device ", "--device: "), ("time_limit ", "--time_limit ")),
+        ("weights: ", "--network_weights: "),
     ):
         message = message.replace(name, flag)
     return message
