@@ -46,9 +46,7 @@ def main(
     """The line that says whether the paper's statement holds here."""
     images = triangles_and_circles(count, size, seed=seed).images
     pairs = shapes.held_pairs(held, size, False, UNSEEN)
-    counts = [FEWEST]
-    while counts[-1] * 4 <= size**2:
-        counts.append(counts[-1] * 4)
+    counts = shapes.counts_of_points(FEWEST, size)
     ways: list[Any] = [VOXEL, *counts[::-1]]
     rows: list[dict[str, Any]] = []
     ends = []

@@ -37,9 +37,7 @@ def main(
     device: str = "cpu",
 ) -> str:
     """The line that says whether the paper's statement holds here."""
-    counts = [FEWEST]
-    while counts[-1] * 4 <= size**2:
-        counts.append(counts[-1] * 4)
+    counts = shapes.counts_of_points(FEWEST, size)
     held = [shapes.on(device, p) for p in shapes.held_pairs(pairs, size, False, seed)]
     rows: list[dict[str, Any]] = []
     memory = {}

@@ -54,6 +54,14 @@ FITTED = ("step", "dice", "folds_percent", "similarity_loss", "regularity_loss")
 # --- pairs and fits -----------------------------------------------------------------
 
 
+def counts_of_points(fewest: int, size: int) -> list[int]:
+    """From the fewest, four times as many each, up to the pixels of an image."""
+    counts = [fewest]
+    while counts[-1] * 4 <= size**2:
+        counts.append(counts[-1] * 4)
+    return counts
+
+
 def held_pairs(count: int, size: int, hollow: bool, seed: int) -> list[Held]:
     """Pairs of shapes with their filled labels."""
     drawn = triangles_and_circles(2 * count, size, hollow, seed=seed)

@@ -101,7 +101,7 @@ def score_file(read: Callable[[], Any], path: Path) -> dict[str, Any]:
             for key, points in (("before_dice", start), ("dice", moved)):
                 grid = points.reshape(index.shape).transpose(order)
                 assert grid.shape[:-1] == tuple(shape)
-                row[key] = compare._dice(case, torch.from_numpy(grid.copy()))
+                row[key] = compare.mean_dice(case, torch.from_numpy(grid.copy()))
     return row
 
 

@@ -12,27 +12,22 @@ from typing import Any
 
 import icon_registration as icon
 import torch
-import torch.nn.functional as F
-from icon_registration import losses, networks
-from torch import Tensor, nn
+from torch import Tensor
 
 from icon_nephi import add_neural_residual, compare, make_network
-from icon_nephi.compare import Found, Options, network_images, voxel_found
-from icon_nephi.instance import neural_parts, refine_pair, unrefined_maps
+from icon_nephi.compare import (
+    Found,
+    Options,
+    network_images,
+    voxel_found,
+    voxel_loss,
+    voxel_step,
+)
+from icon_nephi.coordinates import resize_image
+from icon_nephi.instance import Given, neural_parts, refine_pair, unrefined_maps
 
 LEVELS = 2  # of ICON's published networks
 TRIAL = 5  # steps of instance optimisation that are timed
-
-
-def loss_around(net: nn.Module, shape: Sequence[int]) -> Any:
-    network = losses.GradientICONSparse(net, losses.LNCC(sigma=4), 1.5)
-    network.assign_identity_map([1, *(int(n) for n in shape[1:])])
-    return network
-
-
-def step(shape: Sequence[int]) -> nn.Module:
-    unet = networks.tallUNet2(dimension=len(shape) - 2, input_channels=int(shape[1]))
-    return icon.FunctionFromVectorField(unet)
 
 
 def levels_of(shape: Sequence[int], most: int = LEVELS) -> int:
@@ -44,19 +39,19 @@ def levels_of(shape: Sequence[int], most: int = LEVELS) -> int:
 
 def nested(shape: Sequence[int]) -> Any:
     """ICON's published network: coarse to fine, then once more at full resolution."""
-    net, d = step(shape), len(shape) - 2
+    net, d = voxel_step(shape), len(shape) - 2
     for _ in range(levels_of(shape)):
         low = icon.DownsampleRegistration(net, d)
-        net = icon.TwoStepRegistration(low, step(shape))
-    return loss_around(icon.TwoStepRegistration(net, step(shape)), shape)
+        net = icon.TwoStepRegistration(low, voxel_step(shape))
+    return voxel_loss(icon.TwoStepRegistration(net, voxel_step(shape)), shape)
 
 
 def coarse(shape: Sequence[int]) -> Any:
     """One network at half the resolution, which the paper puts before NePhi."""
-    net, d = step(shape), len(shape) - 2
+    net, d = voxel_step(shape), len(shape) - 2
     for _ in range(min(1, levels_of(shape))):
         net = icon.DownsampleRegistration(net, d)
-    return loss_around(net, shape)
+    return voxel_loss(net, shape)
 
 
 NETWORKS = {"voxel": compare.voxel_network, "voxel_multi": nested, "coarse": coarse}
@@ -68,17 +63,6 @@ NETWORKS = {"voxel": compare.voxel_network, "voxel_multi": nested, "coarse": coa
 def voxel_multi(case: Any, options: Options) -> Found:
     """GradICON's nested voxel networks, optimised for this pair alone."""
     return compare.voxel(case, options, nested)
-
-
-class Given(icon.RegistrationModule):
-    """A registration network that returns known maps, whatever the images."""
-
-    def __init__(self, maps: tuple[Any, Any]) -> None:
-        super().__init__()
-        self.maps = maps
-
-    def forward(self, image_A: Tensor, image_B: Tensor) -> tuple[Any, Any]:
-        return self.maps
 
 
 def nephi_multi(case: Any, options: Options, weights: Path | None = None) -> Found:
@@ -153,7 +137,7 @@ def masks_of(case: Any, like: Tensor) -> dict[str, Tensor]:
         mask = getattr(case, f"{side}_mask")
         if mask is not None:
             inside = read_input(letter, getattr(case, side), mask)[1]
-            small = F.interpolate(inside, size=like.shape[2:], mode="nearest")
+            small = resize_image(inside, like.shape[2:], "nearest")
             found[f"mask_{letter}"] = small.to(like.device)
     return found
 

@@ -22,12 +22,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icon_nephi import metrics
 from icon_nephi._check import check_intensities
-from icon_nephi.coordinates import Geometry, apply_affine
+from icon_nephi.coordinates import Geometry, apply_affine, resize_image
 from icon_nephi.inputs import choose_device, read_input
 from icon_nephi.models import find_settings
 from icon_nephi.physical import Array, FramedMap, over_grid
@@ -230,12 +229,22 @@ METHODS: dict[str, Method] = {"nephi": nephi, "voxel": voxel}
 
 def voxel_network(shape: Sequence[int]) -> Any:
     """ICON's GradICON around one tallUNet2, for images ``[B, C, *grid]``."""
-    import icon_registration as icon
-    from icon_registration import losses, networks
+    return voxel_loss(voxel_step(shape), shape)
+
+
+def voxel_step(shape: Sequence[int]) -> Any:
+    """One voxel field of ICON's, predicted by a tallUNet2."""
+    from icon_registration import FunctionFromVectorField, networks
 
     unet = networks.tallUNet2(dimension=len(shape) - 2, input_channels=int(shape[1]))
-    step = icon.FunctionFromVectorField(unet)
-    network = losses.GradientICONSparse(step, losses.LNCC(sigma=4), 1.5)
+    return FunctionFromVectorField(unet)
+
+
+def voxel_loss(net: nn.Module, shape: Sequence[int]) -> Any:
+    """ICON's GradICON loss around a registration network."""
+    from icon_registration import losses
+
+    network = losses.GradientICONSparse(net, losses.LNCC(sigma=4), 1.5)
     network.assign_identity_map([1, *(int(n) for n in shape[1:])])
     return network
 
@@ -258,9 +267,8 @@ def network_images(
             shape = [max(least, round(n * scale)) for n in place.size]
         values = prepare(values.to(device), case.modality)
         values = values if inside is None else values * inside.to(device)
-        kind = "bilinear" if len(shape) == 2 else "trilinear"
-        tensors.append(F.interpolate(values, size=list(shape), mode=kind))
-        places.append(resized(place, shape))
+        tensors.append(resize_image(values, shape))
+        places.append(place.resized(shape))
     return tensors[1], tensors[0], (places[1], places[0])
 
 
@@ -273,15 +281,6 @@ def voxel_found(maps: Sequence[Map], places: Sequence[Geometry], encoder: int) -
 
 def _as_float(phi: Map, coordinates: Tensor) -> Tensor:
     return phi(coordinates.float()).to(coordinates)
-
-
-def resized(place: Geometry, grid: Sequence[int]) -> Geometry:
-    """Another grid of voxels in the same box: edges are kept, centres are not."""
-    old = np.array(place.spacing)
-    new = old * place.size[::-1] / np.array(grid)[::-1]
-    origin = place.origin + np.array(place.direction) @ ((new - old) / 2)
-    numbers = tuple(new.tolist()), tuple(origin.tolist())
-    return Geometry(tuple(map(int, grid)), *numbers, place.direction)
 
 
 def count(network: nn.Module) -> int:
@@ -347,11 +346,11 @@ def measure(case: Any, method: Method, options: Options) -> Row:
             row[name] = float(tre.mean())
     if case.fixed_labels is not None:
         still = torch.from_numpy(over_grid(lambda p: p, fixed.size, box, d)).double()
-        row["before_dice"], row["dice"] = (_dice(case, at) for at in (still, moved))
+        row["before_dice"], row["dice"] = (mean_dice(case, at) for at in (still, moved))
     return row
 
 
-def _dice(case: Any, moved: Tensor) -> float:
+def mean_dice(case: Any, moved: Tensor) -> float:
     """The mean over labels, moving ones read at ``[*grid, d]`` mm, 0 outside."""
     from icon_nephi import itk_images
 

@@ -69,6 +69,20 @@ def sample_image(image: Tensor, coordinates: Tensor, mode: str = "bilinear") -> 
     return values.reshape(size, image.shape[1], *shape)
 
 
+def resize_image(image: Tensor, size: Sequence[int], mode: str = "linear") -> Tensor:
+    """``[B, C, *size]``: other voxels in the same box, as `Geometry.resized`.
+
+    Args:
+        image: ``[B, C, *grid]``.
+        size: voxels per tensor axis.
+        mode: ``"linear"`` or ``"nearest"``.
+    """
+    if mode == "nearest":
+        return F.interpolate(image, size=tuple(size), mode="nearest")
+    kind = "bilinear" if len(size) == 2 else "trilinear"
+    return F.interpolate(image, size=tuple(size), mode=kind, align_corners=False)
+
+
 def inside(coordinates: Tensor) -> Tensor:
     """Boolean ``[B, 1, *any]``: which ICON-frame coordinates lie in the unit box."""
     return ((coordinates >= 0) & (coordinates <= 1)).all(dim=1, keepdim=True)
@@ -111,6 +125,21 @@ class Geometry:
         """Millimetres from the first to the last voxel centre, per tensor axis."""
         return tuple(
             (n - 1) * s for n, s in zip(self.size, reversed(self.spacing), strict=True)
+        )
+
+    def resized(self, size: Sequence[int]) -> Geometry:
+        """Another grid of voxels in the same box: its edges are kept, centres are not.
+
+        So ICON resizes images (``align_corners=False``).
+        """
+        old = np.array(self.spacing)
+        new = old * self.size[::-1] / np.array(size)[::-1]
+        origin = self.origin + np.array(self.direction) @ ((new - old) / 2)
+        return Geometry(
+            size=tuple(int(n) for n in size),
+            spacing=tuple(new.tolist()),
+            origin=tuple(origin.tolist()),
+            direction=self.direction,
         )
 
     def unit_to_physical(self) -> Tensor:

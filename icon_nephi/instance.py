@@ -89,7 +89,7 @@ def refine_pair(
     fields = {key: copy.deepcopy(field) for key, field in fields.items()}
     for transform, (code, field) in zip(transforms, originals, strict=True):
         transform.code, transform.field = codes[id(code)], fields[id(field)]
-    loss = _loss_on(_Given(maps, list(codes.values())), model)
+    loss = _loss_on(Given(maps, list(codes.values())), model)
     if seed is not None:
         loss.generator = torch.Generator().manual_seed(seed)
     code_tensors = [
@@ -162,10 +162,10 @@ def neural_parts(maps: Sequence[Map]) -> list[NeuralTransform]:
     return found
 
 
-class _Given(RegistrationModule):
+class Given(RegistrationModule):
     """A network that knows its answer; ``code`` of its parts is what the prior sees."""
 
-    def __init__(self, maps: tuple[Map, Map], codes: list[LatentCode]) -> None:
+    def __init__(self, maps: tuple[Map, Map], codes: Sequence[LatentCode] = ()) -> None:
         super().__init__()
         self.maps = maps
         self.parts = nn.ModuleList()

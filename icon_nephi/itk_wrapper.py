@@ -21,6 +21,7 @@ from icon_registration.losses import ICONLoss, to_floats
 from torch import Tensor, nn
 
 from icon_nephi._check import check_intensities
+from icon_nephi.coordinates import resize_image
 from icon_nephi.inputs import is_itk, read_input
 from icon_nephi.instance import refine_pair, unrefined_maps
 from icon_nephi.itk_images import (
@@ -29,6 +30,7 @@ from icon_nephi.itk_images import (
     resample_to,
     tensor_of,
 )
+from icon_nephi.physical import Array
 from icon_nephi.transforms import Map
 
 # Points of an exported field evaluated at once.
@@ -256,7 +258,7 @@ def _network_images(letter: str, images: Sequence[Any], shape: Sequence[int]) ->
                 "to the first"
             )
         place = geometry
-        channels.append(_resized(values, shape, "linear"))
+        channels.append(resize_image(values, shape))
     return torch.cat(channels, 1)
 
 
@@ -268,21 +270,15 @@ def _network_labels(
     if name.startswith("mask"):
         values = read_input(letter, images[0], labels)[1]
         assert values is not None
-        resized = _resized(values, shape, "nearest")
-        return resized if bool(resized.any()) else _resized(values, shape, "most")
-    check_itk_image(name, labels)
-    return _resized(tensor_of(resample_to(labels, images[0])), shape, "nearest")
-
-
-def _resized(values: Tensor, shape: Sequence[int], mode: str) -> Tensor:
-    if mode == "most":  # a mask so small that no nearest voxel hits it
+        resized = resize_image(values, shape, "nearest")
+        if bool(resized.any()):
+            return resized
+        # A mask so small that no nearest voxel hits it.
         pool = F.adaptive_max_pool2d if len(shape) == 2 else F.adaptive_max_pool3d
         pooled: Tensor = pool(values, tuple(shape))
         return pooled
-    if mode == "nearest":
-        return F.interpolate(values, size=tuple(shape), mode="nearest")
-    kind = "bilinear" if len(shape) == 2 else "trilinear"
-    return F.interpolate(values, size=tuple(shape), mode=kind, align_corners=False)
+    check_itk_image(name, labels)
+    return resize_image(tensor_of(resample_to(labels, images[0])), shape, "nearest")
 
 
 def _exported(
@@ -347,11 +343,9 @@ def _field_transform(d: int) -> Any:
 
 def _from_index(image: Any, size: Sequence[int], inverse: bool = False) -> Any:
     """Voxel index of a grid of that size over the image's box -> LPS mm, affine."""
-    place = geometry_of(image)
-    ratio = np.array(place.size[::-1]) / np.array(size[::-1])
-    directions = np.array(place.direction) * place.spacing
-    matrix = directions * ratio
-    offset = np.array(place.origin) + directions @ (0.5 * ratio - 0.5)
+    place = geometry_of(image).resized(size)
+    matrix: Array = np.array(place.direction) * place.spacing
+    offset: Array = np.array(place.origin)
     if inverse:
         matrix = np.linalg.inv(matrix)
         offset = -matrix @ offset

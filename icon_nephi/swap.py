@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from icon_nephi.encoders import HybridEncoder
 from icon_nephi.fields import LatentMLP
+from icon_nephi.instance import SAMPLER
 from icon_nephi.losses import GradientICONPoints, PatchNCC
 from icon_nephi.models import SIREN, make_pair
-from icon_nephi.sampling import Patches
 from icon_nephi.transforms import FunctionFromNeuralField, Map, TwoStepPair
 
 _log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def add_neural_residual(
         similarity or PatchNCC(1e-3),
         lmbda,
         prior_lmbda=prior_lmbda,
-        similarity_sampler=similarity_sampler or Patches(600, 3, 2.0, corners=True),
+        similarity_sampler=similarity_sampler or SAMPLER,
         regularity_sampler=regularity_sampler,
         generator=generator,
     )

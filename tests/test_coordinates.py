@@ -193,3 +193,21 @@ def test_what_is_right_passes():
     check_intensities("A", torch.rand(1, 1, 4, 4))
     check_mask("mask_A", torch.ones(1, 1, 4, 4, dtype=torch.bool), (4, 4))
     check_coordinates("x", torch.rand(1, 2, 7), 2)
+
+
+def test_another_grid_fills_the_same_box():
+    place = Geometry((4, 6), (2.0, 1.0), (3.0, -1.0), ((0.0, -1.0), (1.0, 0.0)))
+    other = place.resized((8, 3))
+    assert other.size == (8, 3)
+    edges = [
+        apply_affine(
+            g.unit_to_physical(),
+            torch.tensor(
+                [[(e * (n - 1) + (e - 0.5)) / (n - 1) for n in g.size] for e in (0, 1)],
+                dtype=torch.float64,
+            ),
+        )
+        for g in (place, other)
+    ]
+    torch.testing.assert_close(*edges)
+    assert place.resized(place.size) == place
