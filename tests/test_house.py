@@ -36,13 +36,18 @@ ORDER = [
     "physical",
     "itk_images",
     "files",
+    "point_files",
+    "volumes",
     "inputs",
     "registration",
+    "trust",
+    "certify",
     "itk_wrapper",
     "pretrained_models",
     "report",
     "compare",
     "parsers",
+    "batch",
     "cli",
 ]
 LEAVES = {"metrics", "phantoms"}  # these know only the two topmost files
