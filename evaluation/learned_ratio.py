@@ -11,7 +11,6 @@ Differs from the paper: `icon_nephi.make_network`'s encoder and small sine field
 in the small run far shorter trainings on small images.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +78,7 @@ def build(way: str | int, size: int, seed: int) -> nn.Module:
     if way != VOXEL:
         return shapes.network(size, seed, points=int(way))
     torch.manual_seed(seed)
-    arguments = argparse.Namespace(method="voxel", preset="default")
-    return networks.make(arguments, [1, 1, size, size], "ncc")
+    return networks.voxel_network([1, 1, size, size], "ncc")
 
 
 def judged(ends: list[dict[str, Any]]) -> str:

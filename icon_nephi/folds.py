@@ -16,7 +16,7 @@ from icon_nephi.transforms import Map, value_and_jacobian
 GUARD = 0.25
 # After the optimisation: points looked at, and what counts as nearly folded.
 UNFOLD_POINTS, UNFOLD_BELOW, UNFOLD_KEPT = 100_000, 0.08, 2000
-UNFOLD_ROUNDS, UNFOLD_STEPS = 30, 10
+UNFOLD_ROUNDS, UNFOLD_STEPS = 8, 40
 
 
 def guarded_term(

@@ -91,18 +91,24 @@ def both_ways(pairs: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def augment(
-    batch: tuple[Tensor, ...], strength: float, generator: torch.Generator
+    batch: tuple[Tensor, ...],
+    strength: float,
+    generator: torch.Generator,
+    flip: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Each image under its own random affine map; both of a pair flipped alike.
+    """Each image under its own random affine map.
 
     Args:
         batch: moving, fixed and perhaps their masks, ``[B, C, *grid]``.
         strength: standard deviation of the entries of (matrix - identity).
         generator: source of the maps.
+        flip: mirror both of a pair alike, at random along each axis.
     """
     count, dimension = batch[0].shape[0], batch[0].dim() - 2
     grid = identity_map(batch[0].shape[2:])
-    flips = 1 - 2 * torch.randint(2, (count, dimension), generator=generator).float()
+    flips = torch.ones(count, dimension)
+    if flip:
+        flips -= 2 * torch.randint(2, (count, dimension), generator=generator)
     result = list(batch)
     for side in range(2):
         noise = torch.randn(count, dimension, dimension + 1, generator=generator)

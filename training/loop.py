@@ -33,7 +33,8 @@ from icon_nephi import GradientICONPoints
 from training.data import Images, augment
 
 CHECKPOINT = "checkpoint.pt"
-MUST_AGREE = ("batch", "parts", "seed", "augment")  # of a run and the one it continues
+# Of a run and the one that it continues.
+MUST_AGREE = ("batch", "parts", "seed", "augment", "flip")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Plan:
         rate: Adam's learning rate, warmed up, then a cosine down to zero.
         warmup: steps.
         augment: see `training.data.augment`; 0 for none.
+        flip: the same.
         seed: of everything random.
         validate_every: steps; 0: at the end only.
         save_every: steps between checkpoints.
@@ -64,6 +66,7 @@ class Plan:
     rate: float = 1e-3
     warmup: int = 50
     augment: float = 0.0
+    flip: bool = False
     seed: int = 0
     validate_every: int = 0
     save_every: int = 200
@@ -175,8 +178,8 @@ def _batches(
         rows = images.rows(step * plan.batch + part * size, size, plan.seed)
         generator = generator_of(plan.seed, step, part)
         batch = images.batch(rows)
-        if plan.augment:
-            batch = augment(batch, plan.augment, generator)
+        if plan.augment or plan.flip:
+            batch = augment(batch, plan.augment, generator, plan.flip)
         return rows, batch, generator
 
     order = ((s, part) for s in itertools.count(step) for part in mine)

@@ -11,6 +11,8 @@ from icon_nephi import Patches
 from icon_nephi.losses import PatchNCC
 from icon_nephi.models import make_network
 
+VOXEL_LMBDA = 1.5  # as ICON's pretrained networks
+
 
 def make(
     args: argparse.Namespace, input_shape: Sequence[int], similarity: str
@@ -18,13 +20,14 @@ def make(
     """The network that ``--method`` and ``--preset`` name.
 
     Args:
-        args: the options.
+        args: the options (``lmbda`` None: the network's own).
         input_shape: ICON's ``[B, C, *grid]``.
         similarity: "ncc" of whole images or "lncc" of neighbourhoods.
     """
     if args.method == "voxel":
-        return voxel_network(input_shape, similarity)
-    keywords: dict[str, Any] = {}
+        lmbda = VOXEL_LMBDA if args.lmbda is None else args.lmbda
+        return voxel_network(input_shape, similarity, lmbda)
+    keywords: dict[str, Any] = {"lmbda": args.lmbda}
     if similarity == "lncc" and args.preset == "default":
         # Small blocks, samples far apart: local contrast, and reach.
         keywords["similarity"] = PatchNCC(floor=1e-3)
@@ -33,7 +36,7 @@ def make(
 
 
 def voxel_network(
-    input_shape: Sequence[int], similarity: str = "lncc", lmbda: float = 1.5
+    input_shape: Sequence[int], similarity: str = "lncc", lmbda: float = VOXEL_LMBDA
 ) -> nn.Module:
     """GradICON of displacements on voxels (one tallUNet2), as ICON trains it."""
     import icon_registration as icon
