@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint clean
+.PHONY: help demo test bench docs lint clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ test: $(INSTALLED) ## run the tests that need neither a GPU nor minutes
 
 bench: $(INSTALLED) ## measure the speed and memory of the core
 	$(BIN)/python -m evaluation.bench_field
+
+docs: $(INSTALLED) ## build the documentation, docs/_build/index.html
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
 
 lint: $(INSTALLED) ## check format, style and types
 	$(BIN)/ruff format --check .

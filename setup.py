@@ -15,7 +15,7 @@ setup(
     description="NePhi neural deformation fields for icon_registration",
     license="Apache-2.0",
     packages=["icon_nephi"],  # written out: training and tests are never installed
-    package_data={"icon_nephi": ["py.typed"]},
+    package_data={"icon_nephi": ["py.typed", "report.html"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11",
@@ -26,16 +26,20 @@ setup(
         "safetensors",
         "tqdm",
         "matplotlib",
+        "jinja2",
         "pooch",
     ],
     extras_require={
         "peers": ["antspyx", "itk-elastix", "convexAdam"],
-        "dev": ["pytest", "hypothesis", "ruff", "mypy"],
+        "meshes": ["nibabel"],
+        "dev": ["pytest", "hypothesis", "ruff", "mypy", "nibabel", "playwright"],
     },
     entry_points={
         "console_scripts": [
             "nephi-register = icon_nephi.cli:register",
             "nephi-warp = icon_nephi.cli:warp",
+            "nephi-jacobian = icon_nephi.cli:jacobian",
+            "nephi-info = icon_nephi.cli:info",
             "nephi-compare = icon_nephi.cli:compare",
         ]
     },

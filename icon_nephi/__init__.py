@@ -21,6 +21,7 @@ from icon_nephi.transforms import (
 
 if TYPE_CHECKING:
     from icon_nephi import itk_wrapper as itk_wrapper
+    from icon_nephi.certificate import certify
     from icon_nephi.registration import Registration, load, register
 
 __version__ = "0.1.0"
@@ -40,6 +41,7 @@ __all__ = [
     "Registration",
     "TwoStepPair",
     "add_neural_residual",
+    "certify",
     "gradient_inverse_consistency",
     "load",
     "make_network",
@@ -47,14 +49,19 @@ __all__ = [
     "swap_fields",
 ]
 
-_LAZY = ("Registration", "load", "register")
+_LAZY = {
+    "Registration": "registration",
+    "certify": "certificate",
+    "load": "registration",
+    "register": "registration",
+}
 _ROOMS = ("itk_wrapper", "pretrained_models")
 
 
 def __getattr__(name: str) -> Any:
     """What is not needed to build networks is imported when it is first asked for."""
     if name in _LAZY:
-        return getattr(importlib.import_module("icon_nephi.registration"), name)
+        return getattr(importlib.import_module(f"icon_nephi.{_LAZY[name]}"), name)
     if name in _ROOMS:
         return importlib.import_module(f"icon_nephi.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -54,6 +54,7 @@ def search(
     angles: Sequence[float],
     mask_B: Tensor | None = None,
     count: int = 3000,
+    score: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """The best of many rigid maps by correlation at random points.
@@ -71,6 +72,8 @@ def search(
         angles: degrees, tried about every axis of rotation.
         mask_B: where the fixed points may lie.
         count: points.
+        score: in place of correlation: of moved values ``[C, K, N]`` under K maps,
+            fixed values ``[C, 1, N]`` and in-bounds tags ``[K, N]``; ``[C, K]``.
         generator: source of the points.
     """
     d = geometry_B.dimension
@@ -81,8 +84,9 @@ def search(
     points = apply_affine(geometry_B.unit_to_physical(), rows[0].double())
     to_unit = geometry_A.physical_to_unit()
     centre = points.mean(0)
+    agreement = score or _weighted_ncc
 
-    def score(matrices: Tensor) -> Tensor:
+    def rate(matrices: Tensor) -> Tensor:
         linear = matrices[:, :d, :d]
         moved = points @ linear.mT + matrices[:, None, :d, d]
         x = apply_affine(to_unit, moved).to(rows.dtype)
@@ -91,7 +95,8 @@ def search(
             image_A.shape[1], len(matrices), -1
         )
         weight = inside(at)[0, 0].reshape(len(matrices), -1).to(values.dtype)
-        return _weighted_ncc(values, target[:, None], weight)
+        found = agreement(values, target[:, None], weight).mean(0)
+        return found * weight.mean(1).sqrt()
 
     extent = max(geometry_B.extent)
     best = None
@@ -105,21 +110,20 @@ def search(
             for rotation in _rotations(d, turns, centre):
                 candidates += _shifted(start @ rotation, reach * extent, steps)
         matrices = torch.stack(candidates)
-        scores = torch.cat([score(m) for m in matrices.split(50)])
+        scores = torch.cat([rate(m) for m in matrices.split(50)])
         best = matrices[scores.argmax()]
     assert best is not None
     return best
 
 
 def _weighted_ncc(values: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """``[K]``: correlation over the weighted points, times the root of their share."""
+    """``[C, K]``: correlation over the weighted points."""
     total = weight.sum(1).clamp(min=1)
     mean_a = (values * weight).sum(2) / total
     mean_b = (target * weight).sum(2) / total
     a = (values - mean_a[..., None]) * weight
     b = (target - mean_b[..., None]) * weight
-    ncc = (a * b).sum(2) / (a.square().sum(2) * b.square().sum(2) + 1e-12).sqrt()
-    return ncc.mean(0) * (weight.mean(1)).sqrt()
+    return (a * b).sum(2) / (a.square().sum(2) * b.square().sum(2) + 1e-12).sqrt()
 
 
 def _rotations(d: int, angles: Sequence[float], centre: Tensor) -> list[Tensor]:

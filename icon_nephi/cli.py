@@ -1,24 +1,29 @@
-"""The commands: nephi-register, nephi-warp and nephi-compare."""
+"""The commands: nephi-register, -warp, -jacobian, -info and -compare."""
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
+import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from icon_nephi.parsers import (
     IMAGES,
+    MODALITIES,
+    POINTS,
     TRANSFORMS,
+    VECTORS,
     check_output,
     compare_parser,
+    info_parser,
+    jacobian_parser,
     register_parser,
     warp_parser,
 )
@@ -32,9 +37,13 @@ def _one_sentence(prog: str) -> Callable[[Callable[..., None]], Callable[..., No
         def run(argv: Sequence[str] | None = None) -> None:
             try:
                 command(argv)
-            except (ValueError, TypeError, OSError) as error:
-                print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
+            except (ValueError, TypeError, OSError, MemoryError) as error:
+                said = " ".join(str(error).split()) or "not enough memory"
+                print(f"{prog}: {said}", file=sys.stderr)
                 raise SystemExit(2) from None
+            except KeyboardInterrupt:
+                print(f"{prog}: stopped", file=sys.stderr)
+                raise SystemExit(130) from None
 
         return run
 
@@ -43,281 +52,276 @@ def _one_sentence(prog: str) -> Callable[[Callable[..., None]], Callable[..., No
 
 @_one_sentence("nephi-register")
 def register(argv: Sequence[str] | None = None) -> None:
-    """Nothing; registers two image files and writes what was asked for."""
-    given = register_parser().parse_args(argv)
-    outputs = {
-        name: path
-        for name, endings in (
-            ("transform_out", TRANSFORMS),
-            ("inverse_transform_out", TRANSFORMS),
-            ("warped_moving_out", IMAGES),
-            ("save", (".nephi",)),
-        )
-        if (path := check_output(name, getattr(given, name), endings)) is not None
-    }
-    if not outputs:
-        raise ValueError("nothing to write: give --transform_out or --save")
-    if len({path.absolute() for path in outputs.values()}) < len(outputs):
-        raise ValueError("two outputs have the same path; give each its own")
-    if given.model == "none" and given.network_weights is not None:
-        raise ValueError("--network_weights needs --model: which network are they of?")
-    if given.model != "none" and given.save is not None:
-        raise ValueError(
-            "--save holds what is registered from scratch; with --model give "
-            "--transform_out"
-        )
+    """Nothing; registers two image files, or the pairs of a table."""
+    typed = list(sys.argv[1:] if argv is None else argv)
+    given = register_parser().parse_args(typed)
+    command = ["nephi-register", *typed]
+    if given.pairs is not None or given.out_dir is not None:
+        _register_pairs(given, command)
+        return
 
-    from icon_nephi import itk_images
+    from icon_nephi import runs, scores
 
-    images = {
-        name: itk_images.read_image(f"--{name}", path)
-        for name in ("moving", "fixed", "moving_mask", "fixed_mask")
-        if (path := getattr(given, name)) is not None
-    }
-    start = time.perf_counter()
-    run = _from_scratch if given.model == "none" else _through_model
-    try:
-        result = run(given, images)
-    except (ValueError, TypeError) as error:
-        raise type(error)(_in_flags(str(error))) from error
-    seconds = time.perf_counter() - start
-    _write(outputs, result, images["moving"])
-    for warning in result.warnings:
+    runs.check_flags(given)
+    found = runs.run(given, command)
+    for warning in found["warnings"]:
         print(f"nephi-register: warning: {warning}", file=sys.stderr)
-    if not given.quiet:
-        _summarize(result, seconds, outputs)
+    if str(given.json) == "-":
+        print(json.dumps(found, indent=2))
+    elif not given.quiet:
+        print("\n".join(scores.as_text(found)))
 
 
-def _from_scratch(given: argparse.Namespace, images: dict[str, Any]) -> Any:
-    from icon_nephi.registration import register as run
+def _register_pairs(given: argparse.Namespace, command: list[str]) -> None:
+    from icon_nephi import batch, runs
 
-    kinds = [
-        None if kind == "none" else kind
-        for kind in (given.moving_modality, given.fixed_modality)
-    ]
-    return run(
-        images["moving"],
-        images["fixed"],
-        modality=(kinds[0], kinds[1]),
-        mask_A=images.get("moving_mask"),
-        mask_B=images.get("fixed_mask"),
-        similarity=_similarity(given.io_sim),
-        affine=not given.no_affine,
-        seed=given.seed,
-        device=given.device,
-        progress=not given.quiet,
-        time_limit=given.time_limit,
-    )
-
-
-def _through_model(given: argparse.Namespace, images: dict[str, Any]) -> Any:
-    """What `_write` asks for, from a pretrained network and instance optimisation."""
-    from icon_nephi import itk_images, pretrained_models
-    from icon_nephi.inputs import choose_device
-    from icon_nephi.itk_wrapper import register_pair_with_mask
-
-    device = choose_device(given.device, None)
-    weights = given.network_weights
-    if weights is not None and not weights.is_file():
-        raise ValueError(f"--network_weights: {weights} does not exist")
-    model = pretrained_models.init_network(
-        given.model, neural="residual", weights=weights
-    ).to(device)
-    model.similarity = _similarity(given.io_sim) or model.similarity
-    moving, fixed = (_for_model(given, images, side) for side in ("moving", "fixed"))
-    phi_AB, phi_BA = register_pair_with_mask(
-        model,
-        moving,
-        fixed,
-        images.get("moving_mask"),
-        images.get("fixed_mask"),
-        given.io_iterations,
-        progress=not given.quiet,
-        seed=given.seed,
-    )
-
-    def warp(moving: Any) -> Any:
-        return itk_images.resample(moving, images["fixed"], phi_AB, "linear")
-
-    return SimpleNamespace(phi_AB=phi_AB, phi_BA=phi_BA, warp=warp, warnings=[])
-
-
-def _for_model(given: argparse.Namespace, images: dict[str, Any], side: str) -> Any:
-    """An image with the intensities its network was trained with."""
-    from icon_nephi import pretrained_models as models
-
-    image, mask = images[side], images.get(f"{side}_mask")
-    if given.model == "lung":
-        return models.lung_network_preprocess(image, mask)
-    if given.model == "brain":
-        return models.brain_network_preprocess(image)
-    kind = "mri" if given.model == "knee" else getattr(given, f"{side}_modality")
-    if kind == "none":
-        raise ValueError(f"--model {given.model} needs --{side}_modality ct or mri")
-    return models.unigradicon_network_preprocess(image, kind, mask)
-
-
-def _similarity(name: str) -> Any:
-    """None (the default, lncc) or the one of that name."""
-    from icon_nephi.losses import PatchNCC
-
-    return PatchNCC(1e-3, squared=True) if name == "lncc2" else None
-
-
-def _write(outputs: dict[str, Path], result: Any, moving: Any) -> None:
-    import itk
-
-    from icon_nephi.files import written_whole
-
-    with written_whole(*outputs.values()) as parts:
-        for name, part in zip(outputs, parts, strict=True):
-            if name == "transform_out":
-                itk.transformwrite(result.phi_AB, str(part))
-            elif name == "inverse_transform_out":
-                itk.transformwrite(result.phi_BA, str(part))
-            elif name == "warped_moving_out":
-                _write_image(result.warp(moving), part)
-            else:
-                result.save(part)
-
-
-def _summarize(result: Any, seconds: float, outputs: dict[str, Path]) -> None:
-    print(f"registered in {seconds:.1f} s")
-    if hasattr(result, "fold_fraction"):
-        folds = 100 * result.fold_fraction()
-        errors = np.asarray(result.inverse_consistency_error())
-        print(f"folds: {folds:.3g} % of voxels, both directions, analytic determinant")
-        print(
-            f"inverse consistency: mean {errors.mean():.3f} mm, "
-            f"95th percentile {np.percentile(errors, 95):.3f} mm"
+    if given.pairs is None or given.out_dir is None:
+        raise ValueError("--pairs and --out_dir belong together: give both")
+    names = (*runs.OUTPUTS, "json", *batch.FILES)
+    both = [f"--{name}" for name in names if getattr(given, name) is not None]
+    if both:
+        raise ValueError(
+            f"{both[0]} is for one pair; with --pairs inputs are columns of the table "
+            "and outputs lie in --out_dir"
         )
-    for name, path in outputs.items():
-        print(f"{name}: {path}")
+    if not given.out_dir.is_dir() or not os.access(given.out_dir, os.W_OK):
+        what = "cannot be written to" if given.out_dir.is_dir() else "is not a folder"
+        raise ValueError(f"--out_dir: {given.out_dir} {what}")
+    rows = batch.read_pairs(given.pairs, MODALITIES)
+
+    def run(pair: argparse.Namespace) -> dict[str, Any]:
+        runs.check_flags(pair)
+        return runs.run(pair, command)
+
+    from tqdm import tqdm
+
+    found = batch.run_pairs(rows, given, run)
+    bar = tqdm(found, "registering", len(rows), disable=given.quiet, leave=False)
+    results = list(bar)
+    if not given.quiet:
+        print(batch.aligned(results, batch.HEADS))
+        print(f"summary: {given.out_dir / 'summary.csv'}")
+    failed = sum(row["status"] == "failed" for row in results)
+    if failed:
+        print(f"nephi-register: {failed} of {len(rows)} pairs failed", file=sys.stderr)
+        raise SystemExit(1)
 
 
 @_one_sentence("nephi-warp")
 def warp(argv: Sequence[str] | None = None) -> None:
-    """Nothing; moves an image, a label map or points and writes the result."""
+    """Nothing; moves an image, a label map, points or a mesh and writes the result."""
     given = warp_parser().parse_args(argv)
     kind = "points" if given.points else "labels" if given.labels else "image"
-    out = check_output("out", given.out, (".csv",) if kind == "points" else IMAGES)
+    ending = given.points and next(
+        (e for e in POINTS if given.points.name.lower().endswith(e)), None
+    )
+    out = check_output(
+        "out", given.out, ((ending,) if ending else POINTS) if given.points else IMAGES
+    )
     assert out is not None  # argparse requires it
-    endings = (".nephi", *TRANSFORMS)
-    if not str(given.transform).lower().endswith(endings):
+    allowed = {"image": ("linear", "cubic"), "labels": ("nearest", "onehot")}
+    if given.interpolation not in (None, *allowed.get(kind, ())):
         raise ValueError(
-            f"--transform: {given.transform} must end in one of {', '.join(endings)}"
+            f"--interpolation {given.interpolation} is not for --{kind}; of --image "
+            "linear or cubic, of --labels nearest or onehot"
         )
-    own = str(given.transform).lower().endswith(".nephi")
+    own = _is_own(given.transform)
+    # An image comes from where its points are looked up, so it goes the other way.
+    home = "moving" if kind == "points" else "fixed"
+    inverse = given.inverse if given.to is None else given.to != home
+    if (given.inverse or given.to) and not own:
+        raise ValueError(
+            f"--{'inverse' if given.inverse else 'to'} needs a .nephi file; of an ITK "
+            "transform give the file that nephi-register wrote to "
+            "--inverse_transform_out"
+        )
+
+    from icon_nephi.files import written_whole
+
+    transform = _read_map(given.transform)
+    if given.points:
+        way = _move_points(given, transform, out, own=own, inverse=inverse)
+    else:
+        from icon_nephi.itk_maps import write_image
+
+        result = _warp_image(given, transform, kind, own=own, inverse=inverse)
+        with written_whole(out) as (part,):
+            write_image(result, part)
+        way = "fixed -> moving" if inverse else "moving -> fixed"
+        way = way if own else "to the reference's grid, as the transform says"
+    if not given.quiet:
+        print(f"{kind}: {way}\nout: {out}")
+
+
+def _is_own(path: Path) -> bool:
+    endings = (".nephi", *TRANSFORMS)
+    if not str(path).lower().endswith(endings):
+        raise ValueError(f"--transform: {path} must end in one of {', '.join(endings)}")
+    return str(path).lower().endswith(".nephi")
+
+
+def _read_map(path: Path) -> Any:
+    """A `Registration` or an `ItkMap`."""
+    if not _is_own(path):
+        from icon_nephi.itk_images import read_transform
+        from icon_nephi.itk_maps import ItkMap
+
+        return ItkMap(read_transform("--transform", path))
+    from icon_nephi.registration import load
+
+    transform = load(path)
+    if not transform.itk:
+        raise ValueError(
+            f"--transform: {path} holds a registration of tensors, which have no place "
+            "in space; use icon_nephi.load in Python"
+        )
+    return transform
+
+
+def _reference(given: argparse.Namespace, *, needed: bool) -> Any:
+    from icon_nephi import itk_images
+
+    if given.reference is not None:
+        return itk_images.read_image("--reference", given.reference)
+    if needed:
+        raise ValueError(
+            "--reference is needed with an ITK transform: the image whose grid the "
+            "result gets, usually the fixed image"
+        )
+    return None
+
+
+def _warp_image(
+    given: argparse.Namespace, transform: Any, kind: str, *, own: bool, inverse: bool
+) -> Any:
+    from icon_nephi import itk_images, scores
+
+    path = getattr(given, kind)
+    image = itk_images.read_image(f"--{kind}", path)
+    if kind == "labels":
+        image = scores.check_label_map(f"--labels: {path}", image)
+    reference = _reference(given, needed=not own)
+    mode = given.interpolation or ("nearest" if kind == "labels" else "linear")
+    outside = 0 if kind == "labels" else None
+    if own:
+        return transform.warp(image, mode, reference, inverse=inverse, outside=outside)
+    least = float(itk_images.array_of(image).min()) if outside is None else outside
+    return transform.warp(image, reference, mode, least)
+
+
+def _move_points(
+    given: argparse.Namespace, transform: Any, out: Path, *, own: bool, inverse: bool
+) -> str:
+    """Which way they went, in words; writes them."""
+    from icon_nephi.files import written_whole
+    from icon_nephi.point_files import read_points
+    from icon_nephi.runs import outside
+
+    found = read_points("--points", given.points)
+    points = found.points
+    place, side = None, "reference"
+    if own:
+        side = "moving" if inverse else "fixed"
+        place = transform.geometry_A if inverse else transform.geometry_B
+        d = place.dimension
+    else:
+        reference = _reference(given, needed=False)
+        d = transform.dimension
+        if reference is not None:
+            from icon_nephi.itk_images import geometry_of
+
+            place = geometry_of(reference)
+            d = d if place.dimension == d else -1
+    if points.shape[1] != d:
+        raise ValueError(
+            f"points must be {d}D as the transform, but --points has "
+            f"{points.shape[1]} coordinates a point"
+            if d > 0
+            else "--reference and --transform have different dimensions"
+        )
+    if own:
+        direction = "moving_to_fixed" if inverse else "fixed_to_moving"
+        moved = transform.transform_points(points, direction)
+    else:
+        moved = transform(points)
+    with written_whole(out) as (part,):
+        part.write_bytes(found.content(moved))
+    far = outside(points, place) if place is not None and len(points) else 0
+    if far:
+        print(
+            f"nephi-warp: warning: {far} of {len(points)} points lie outside the "
+            f"{side} image, where nothing was registered; they must be LPS mm",
+            file=sys.stderr,
+        )
+    way = "moving -> fixed" if inverse else "fixed -> moving"
+    way = way if own else "as the transform says (of --transform_out fixed -> moving)"
+    return f"{way} ({len(points)} points, {found.frame} mm)"
+
+
+@_one_sentence("nephi-jacobian")
+def jacobian(argv: Sequence[str] | None = None) -> None:
+    """Nothing; writes determinants, their logarithm or the matrices, and sums up."""
+    given = jacobian_parser().parse_args(argv)
+    out = check_output("out", given.out, VECTORS if given.tensor else IMAGES)
+    assert out is not None  # argparse requires it
+    own = _is_own(given.transform)
     if given.inverse and not own:
         raise ValueError(
             "--inverse needs a .nephi file; of an ITK transform give the file that "
             "nephi-register wrote to --inverse_transform_out"
         )
 
-    from icon_nephi import itk_images
     from icon_nephi.files import written_whole
+    from icon_nephi.itk_images import array_of, geometry_of, image_of
+    from icon_nephi.itk_maps import write_image
 
+    transform = _read_map(given.transform)
+    reference = _reference(given, needed=not own)
+    way: dict[str, Any] = {}
     if own:
-        from icon_nephi.registration import load
-
-        transform = load(given.transform)
-        if not transform.itk:
-            raise ValueError(
-                f"--transform: {given.transform} holds a registration of tensors, "
-                "which have no place in space; use icon_nephi.load in Python"
-            )
+        way["direction"] = "moving_to_fixed" if given.inverse else "fixed_to_moving"
+    if given.tensor:
+        result = transform.jacobian(reference, **way)
+        numbers = array_of(result).astype(float)
+        d = result.GetImageDimension()
+        values = np.linalg.det(numbers.reshape(*numbers.shape[:-1], d, d))
     else:
-        transform = itk_images.read_transform("--transform", given.transform)
-    if kind == "points":
-        header, points = _read_points(given.points)
-        moved = _move_points(transform, points, own, given.inverse)
-        text = [[f"{x:.6f}" for x in row] for row in moved]
-        with (
-            written_whole(out) as (part,),
-            part.open("w", newline="", encoding="utf-8") as file,
-        ):
-            csv.writer(file).writerows([header, *text])
-    else:
-        image = itk_images.read_image(f"--{kind}", getattr(given, kind))
-        reference = None
-        if given.reference is not None:
-            reference = itk_images.read_image("--reference", given.reference)
-        elif not own:
-            raise ValueError(
-                "--reference is needed with an ITK transform: the image whose grid the "
-                "result gets, usually the fixed image"
-            )
-        mode = "nearest" if kind == "labels" else "linear"
-        if own:
-            outside = 0 if kind == "labels" else None
-            result = transform.warp(
-                image, mode, reference, inverse=given.inverse, outside=outside
-            )
-        else:
-            result = itk_images.resample(image, reference, transform, mode)
-        with written_whole(out) as (part,):
-            _write_image(result, part)
-    print(f"out: {out}")
-
-
-def _move_points(
-    transform: Any, points: np.ndarray[Any, Any], own: bool, inverse: bool
-) -> Any:
-    if own:
-        direction = "moving_to_fixed" if inverse else "fixed_to_moving"
-        return transform.transform_points(points, direction)
-    dimension = transform.GetInputSpaceDimension()
-    if dimension != points.shape[1]:
-        raise ValueError(
-            f"--points has {points.shape[1]} columns but the transform is {dimension}D"
+        result = transform.jacobian_determinant(reference, **way)
+        values = array_of(result)
+    folds = int((~(values > 0)).sum())
+    if given.log:
+        logs = np.log(np.where(values > 0, values, np.nan)).astype(np.float32)
+        result = image_of(logs, geometry_of(result))
+    with written_whole(out) as (part,):
+        write_image(result, part)
+    if given.log and folds:
+        print(
+            f"nephi-jacobian: warning: {folds} voxels have no logarithm (determinant "
+            "not positive): they are NaN",
+            file=sys.stderr,
         )
-    return [tuple(transform.TransformPoint(row)) for row in points.tolist()]
-
-
-def _read_points(path: Path) -> tuple[list[str], np.ndarray[Any, Any]]:
-    """Header and rows ``[N, d]`` of a CSV file with the columns x, y(, z)."""
-    if not path.is_file():
-        raise ValueError(f"--points: {path} does not exist")
-    try:
-        rows = list(csv.reader(path.read_text("utf-8-sig").splitlines()))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"--points: {path} cannot be read as text") from error
-    header = [column.strip().lower() for column in rows[0]] if rows else []
-    if header not in (["x", "y"], ["x", "y", "z"]):
-        raise ValueError(
-            f"--points: {path} must begin with the line x,y,z (in 2D x,y), got "
-            f"{','.join(header)[:60]!r}"
+    if not given.quiet:
+        said = "moving -> fixed" if given.inverse else "fixed -> moving"
+        said = said if own else "as the transform says"
+        print(
+            f"jacobian: {said}, mm by mm\n"
+            f"determinant: min {values.min():.4f}, median {np.median(values):.4f}, max "
+            f"{values.max():.4f}\nfolds: {folds} of {values.size} voxels\nout: {out}"
         )
-    try:
-        values = [[float(v) for v in row] for row in rows[1:] if "".join(row).strip()]
-    except ValueError:
-        values = [[]]
-    if any(len(row) != len(header) or not np.isfinite(row).all() for row in values):
-        raise ValueError(
-            f"--points: {path} must hold rows of {len(header)} finite numbers"
-        )
-    return header, np.array(values, dtype=float).reshape(-1, len(header))
 
 
-def _write_image(image: Any, path: Path) -> None:
-    import itk
+@_one_sentence("nephi-info")
+def info(argv: Sequence[str] | None = None) -> None:
+    """Nothing; says what is in a saved registration or an ITK transform."""
+    given = info_parser().parse_args(argv)
+    endings = (".nephi", *TRANSFORMS)
+    if not str(given.file).lower().endswith(endings):
+        raise ValueError(f"{given.file} must end in one of {', '.join(endings)}")
 
-    try:
-        itk.imwrite(image, str(path), compression=True)
-    except RuntimeError as error:
-        raise ValueError(f"{path.suffix} cannot hold this image") from error
+    from icon_nephi.describe import describe, lines
 
-
-def _in_flags(message: str) -> str:
-    """The same complaint with the command's names for things."""
-    for name, flag in (
-        *(("image_A", "--moving"), ("image_B", "--fixed")),
-        *(("mask_A", "--moving_mask"), ("mask_B", "--fixed_mask")),
-        *(("device ", "--device: "), ("time_limit ", "--time_limit ")),
-        ("weights: ", "--network_weights: "),
-    ):
-        message = message.replace(name, flag)
-    return message
+    found = describe(given.file)
+    print(json.dumps(found, indent=2) if given.json else "\n".join(lines(found)))
 
 
 @_one_sentence("nephi-compare")
@@ -383,14 +387,6 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
         **{"inference_ms": ("inference ms", ".0f"), "step_ms": ("step ms", ".0f")},
         **{"steps": ("steps", "d"), "peak_gib": ("peak GiB", ".2f")},
     }
-    used = [key for key in heads if any(row.get(key) is not None for row in rows)]
-    lines = [[heads[key][0] for key in used]]
-    for row in rows:
-        cells = ((row.get(key), heads[key][1]) for key in used)
-        lines.append(["-" if v is None else format(v, form) for v, form in cells])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    errors = ["", *(f"  {row['error']}" if "error" in row else "" for row in rows)]
-    return "\n".join(
-        "  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) + error
-        for line, error in zip(lines, errors, strict=True)
-    )
+    from icon_nephi.batch import aligned
+
+    return aligned(rows, heads)

@@ -81,7 +81,7 @@ class LatentCode:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def prior(self, sigma: float = 1.0) -> Tensor:
-        """Scalar: |z_g|^2 / sigma^2 + mean over grid points of |z_l|^2 / sigma^2.
+        """Scalar: ``|z_g|^2 / sigma^2`` + grid points' mean of ``|z_l|^2 / sigma^2``.
 
         Eq. 7, averaged over the batch; several grids add up. Differs from the official
         code, which averages unsquared norms and has no sigma.

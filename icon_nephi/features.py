@@ -93,6 +93,26 @@ class FeatureDifference:
         return self.similarity(own, fixed[:, : self.channels]) + self.weight * mean
 
 
+class FeaturesAlone:
+    """A similarity of the features, whatever the intensities: for other modalities.
+
+    Args:
+        similarity: of the features and the in-bounds tag, `PatchNCC` for example.
+        channels: how many are intensities, before the features.
+    """
+
+    isInterpolated = True
+
+    def __init__(
+        self, similarity: Callable[[Tensor, Tensor], Tensor], channels: int
+    ) -> None:
+        self.similarity, self.channels = similarity, channels
+
+    def __call__(self, warped: Tensor, fixed: Tensor) -> Tensor:
+        """Scalar; warped has the in-bounds tag (0 or 1) as its last channel."""
+        return self.similarity(warped[:, self.channels :], fixed[:, self.channels :])
+
+
 def _moved(image: Tensor, axis: int, by: int) -> Tensor:
     """The image a few voxels further along an axis; its border is repeated."""
     count = image.shape[2 + axis]

@@ -133,23 +133,26 @@ class ModulatedSiren(nn.Module):
             points: rows ``[B, N, d]`` in the unit box.
             values: ``[R, B, N, C]``, R = 1 or 1 + d.
         """
-        rows, batch, count, _ = values.shape
+        rows, batch, count, size = values.shape
         dimension = points.shape[-1]
         phase = (2 * math.pi) * F.linear(
             2 * points.reshape(-1, dimension) - 1, self.frequencies
         )
-        sine, cosine = phase.sin(), phase.cos()
-        features = torch.cat([sine, cosine], 1)[None]
-        if rows > 1:
-            slopes = (4 * math.pi) * self.frequencies.T[:, None, :]
-            features = torch.cat(
-                [features, torch.cat([slopes * cosine, -slopes * sine], -1)]
-            )
-        codes = values.flatten(1, 2)
-        first = gate = _sine_layer(
-            torch.cat([codes, features], -1), self.modulator[0], self.omega
+        features = torch.cat([phase.sin(), phase.cos()], 1)
+        slopes = (4 * math.pi) * self.frequencies.T if rows > 1 else None
+        modulate, synthesise = self.modulator[0], self.synthesis[0]
+        assert isinstance(modulate, nn.Linear)
+        assert isinstance(synthesise, nn.Linear)
+        of_codes, of_features = (modulate.weight * self.omega).split(
+            [size, features.shape[1]], 1
         )
-        hidden = _sine_layer(features, self.synthesis[0], self.first_omega)
+        read = F.linear(values.flatten(1, 2), of_codes)
+        read = read + _feature_layer(features, of_features, slopes)
+        first = gate = _sine(read, modulate.bias * self.omega)
+        hidden = _sine(
+            _feature_layer(features, synthesise.weight * self.first_omega, slopes),
+            synthesise.bias * self.first_omega,
+        )
         for modulate, synthesise in zip(
             self.modulator[1:], self.synthesis[1:], strict=True
         ):
@@ -250,15 +253,29 @@ def _last_layer(jet: Tensor, layer: nn.Linear, scale: float) -> Tensor:
     return torch.cat([out[:1] + layer.bias * scale, out[1:]])
 
 
+def _feature_layer(features: Tensor, weight: Tensor, slopes: Tensor | None) -> Tensor:
+    """W times the jet of Fourier features ``[M, 2 F] = [sin, cos]``: ``[R, M, H]``.
+
+    The features' derivative along an axis is themselves, turned and scaled; turning and
+    scaling W instead leaves nothing but products of matrices to be done per point.
+    """
+    weights = weight[None]
+    if slopes is not None:
+        of_sine, of_cosine = weight.chunk(2, 1)
+        turned = torch.cat([-of_cosine, of_sine], 1)
+        weights = torch.cat([weights, turned * slopes.repeat(1, 2)[:, None]])
+    return torch.bmm(features.expand(len(weights), -1, -1), weights.mT)
+
+
 class _Sine(torch.autograd.Function):
     """sin(z + b) of a jet: values sin, derivatives cos times theirs; fused backward."""
 
     @staticmethod
     def forward(ctx: Any, jet: Tensor, bias: Tensor) -> Tensor:
-        phase = jet[0] + bias
         out = torch.empty_like(jet)
-        cosine = phase.cos()
-        torch.sin(phase, out=out[0])
+        torch.add(jet[0], bias, out=out[0])
+        cosine = out[0].cos()
+        out[0].sin_()
         torch.mul(jet[1:], cosine, out=out[1:])
         ctx.save_for_backward(out, cosine, jet if len(jet) > 1 else None)
         return out
@@ -269,7 +286,7 @@ class _Sine(torch.autograd.Function):
         out, cosine, jet = ctx.saved_tensors
         result = grad * cosine
         if jet is not None:
-            result[0] -= (grad[1:] * jet[1:]).sum(0) * out[0]
+            result[0].addcmul_(_dot(grad[1:], jet[1:]), out[0], value=-1)
         return result, result[0].sum(0)
 
 
@@ -291,10 +308,18 @@ class _Product(torch.autograd.Function):
 
 
 def _product_grad(grad: Tensor, other: Tensor) -> Tensor:
-    result = grad * other[:1]
-    if len(grad) > 1:
-        result[0] += (grad[1:] * other[1:]).sum(0)
+    result = torch.empty_like(grad)
+    torch.mul(grad[1:], other[:1], out=result[1:])
+    _dot(grad, other, out=result[0])
     return result
+
+
+def _dot(first: Tensor, second: Tensor, out: Tensor | None = None) -> Tensor:
+    """The sum over rows of their products: ``[M, C]`` of two ``[R, M, C]``."""
+    total = torch.mul(first[0], second[0], out=out)
+    for a, b in zip(first[1:], second[1:], strict=True):
+        total.addcmul_(a, b)
+    return total
 
 
 _sine = cast(Callable[[Tensor, Tensor], Tensor], _Sine.apply)

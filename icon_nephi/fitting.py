@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -17,13 +17,21 @@ from icon_nephi.affine import (
     search,
     voxel_stride,
 )
+from icon_nephi.chunks import Image
 from icon_nephi.coordinates import Geometry, apply_affine, inside, points_as_grid
-from icon_nephi.features import FeatureDifference, coarser, with_features
+from icon_nephi.features import (
+    FeatureDifference,
+    FeaturesAlone,
+    coarser,
+    with_features,
+)
+from icon_nephi.finer import fit_levels
 from icon_nephi.folds import guarded_term, relative_determinant, unfold
-from icon_nephi.losses import GradientICONPoints, PatchNCC
+from icon_nephi.losses import GradientICONPoints
 from icon_nephi.models import Fit, Settings, find_settings, make_pair
 from icon_nephi.optimize import Stage, gaussian_blur, optimize
 from icon_nephi.sampling import Patches, Points, draw_points
+from icon_nephi.similarities import Comparison, MutualInformation, find_similarity
 from icon_nephi.transforms import AffinePair
 
 # Local spread of intensities below which there is nothing to match.
@@ -31,6 +39,9 @@ CONTENT = 0.05
 # Steps of the short fits that choose between starts, and the advantage the first has.
 TRIAL_STEPS = 40
 DRAW = 0.07
+# Where single points are compared: how many for each block there would be, and the
+# blur of the images, in strides that the samples of a block would have.
+POINTS, BLUR = 8, 0.5
 
 
 def fit_pair(
@@ -41,13 +52,14 @@ def fit_pair(
     *,
     mask_A: Tensor | None = None,
     mask_B: Tensor | None = None,
-    similarity: Callable[[Tensor, Tensor], Tensor] | None = None,
+    similarity: str | Callable[[Tensor, Tensor], Tensor] | None = None,
     field: str | Settings = "auto",
     modality: str | None = None,
     affine: bool = True,
     seed: int = 0,
     progress: bool = True,
     time_limit: float | None = None,
+    levels: Sequence[tuple[Image, Image]] = (),
 ) -> Fit:
     """Register one pair from scratch.
 
@@ -58,42 +70,44 @@ def fit_pair(
         geometry_B: where image_B lies.
         mask_A: ``[1, 1, *grid]``, where image_A is to be matched.
         mask_B: the same of image_B.
-        similarity: of blocks; default `PatchNCC`, and `FeatureDifference` where the
-            settings ask for it.
+        similarity: a name (see `find_similarity`), or a similarity of blocks.
         field: "auto", a name in `icon_nephi.models.PRESETS`, or `Settings`.
         modality: of both images, for "auto" (see `find_settings`).
         affine: look for an affine start; else start from the physical frames.
         seed: of everything random.
         progress: show a bar.
         time_limit: seconds after which the deformable part stops early.
+        levels: finer (moving, fixed) for the last stages, see `fit_levels`.
 
     Raises:
-        ValueError: unknown field.
+        ValueError: unknown field or similarity.
     """
-    settings = find_settings(field, geometry_B.size, modality)
-    if similarity is not None:
+    size = levels[-1][1].shape[2:] if levels else geometry_B.size
+    settings = find_settings(field, size, modality)
+    choice = find_similarity(similarity, settings.floor)
+    if choice.features != "beside":
         settings = replace(settings, features=0.0)
-    if settings.features:
+    if settings.features or choice.features == "only":
         image_A, mask_A, geometry_A = coarser(image_A, mask_A, geometry_A)
         image_B, mask_B, geometry_B = coarser(image_B, mask_B, geometry_B)
     generator = torch.Generator().manual_seed(seed)
     images = _Images(image_A, image_B, geometry_A, geometry_B, mask_A, mask_B)
-    similarity = similarity or PatchNCC(settings.floor)
     coincide = _coincide(geometry_A, geometry_B)
     start = _eye(geometry_B.dimension)
     if affine:
-        found = find_affine(images, similarity, generator)
+        found = find_affine(images, choice, generator)
         starts = [start, found] if coincide else [found]
-        start = _better_start(images, starts, similarity, settings, seed)
+        start = _better_start(images, starts, choice, settings, seed)
     pair, losses = _fit(
         images,
         start,
-        similarity,
+        choice,
         settings,
         generator,
         progress=progress,
         time_limit=time_limit,
         final=True,
+        levels=levels,
     )
     net: Any = pair.net
     with torch.no_grad():
@@ -164,6 +178,11 @@ class _Images:
         found = (spread.sqrt() > CONTENT).any(dim=1, keepdim=True)
         return found if bool(found.any()) else torch.ones_like(found)
 
+    @cached_property
+    def featured(self) -> tuple[Tensor, Tensor]:
+        """Both images with their features, see `with_features`."""
+        return with_features(self.image_A), with_features(self.image_B)
+
     def blurred(self, units: float) -> tuple[Tensor, Tensor]:
         """Both images smoothed by a Gaussian of that many units, on the CPU."""
         size = units * self.unit
@@ -208,9 +227,7 @@ def _between(
 
 
 def find_affine(
-    images: _Images,
-    similarity: Callable[[Tensor, Tensor], Tensor],
-    generator: torch.Generator,
+    images: _Images, choice: Comparison, generator: torch.Generator
 ) -> Tensor:
     """The affine map in the physical frame, by search and then by refinement."""
     d = images.geometry_B.dimension
@@ -227,6 +244,7 @@ def find_affine(
         angles=range(-180, 180, 15) if d == 2 else (),
         mask_B=None if images.masks[1] is None else images.where_B.cpu(),
         count=2000,
+        score=MutualInformation(16).counted if choice.contrast else None,
         generator=generator,
     )
     return refine(
@@ -235,7 +253,7 @@ def find_affine(
         best,
         strides=(12 * images.unit, 6 * images.unit),
         steps=50,
-        similarity=similarity,
+        similarity=choice.alone,
         mask_A=images.where_A.cpu(),
         mask_B=images.where_B.cpu(),
         generator=generator,
@@ -245,7 +263,7 @@ def find_affine(
 def _better_start(
     images: _Images,
     starts: Sequence[Tensor],
-    similarity: Callable[[Tensor, Tensor], Tensor],
+    choice: Comparison,
     settings: Settings,
     seed: int,
 ) -> Tensor:
@@ -270,7 +288,7 @@ def _better_start(
     results = []
     for start in starts:
         generator = torch.Generator().manual_seed(seed)
-        _, losses = _fit(images, start, similarity, trial, generator, progress=False)
+        _, losses = _fit(images, start, choice, trial, generator, progress=False)
         last = losses[-10:]
         results.append(2 - sum(x["similarity_loss"] for x in last) / len(last))
     # Of losses 1 - correlation in both directions, these are the correlations.
@@ -282,13 +300,14 @@ def _better_start(
 def _fit(
     images: _Images,
     start: Tensor,
-    similarity: Callable[[Tensor, Tensor], Tensor],
+    choice: Comparison,
     settings: Settings,
     generator: torch.Generator,
     *,
     progress: bool,
     time_limit: float | None = None,
     final: bool = False,
+    levels: Sequence[tuple[Image, Image]] = (),
 ) -> tuple[AffinePair, list[dict[str, float]]]:
     """The deformable part behind an affine start, coarse to fine."""
     geometry = images.geometry_B
@@ -297,11 +316,14 @@ def _fit(
     matrix = in_unit_boxes(start, geometry, images.geometry_A)
     pair = AffinePair(net, matrix.to(dtype)).to(device)
     image_A, image_B = images.image_A, images.image_B
-    fade = None
-    if settings.features:
-        both = FeatureDifference(similarity, image_A.shape[1], settings.features)
+    similarity, fade, only = choice.similarity, None, choice.features == "only"
+    if settings.features or only:
+        image_A, image_B = images.featured
+    if only:
+        similarity = FeaturesAlone(similarity, images.image_A.shape[1])
+    elif settings.features:
+        both = FeatureDifference(similarity, images.image_A.shape[1], settings.features)
         similarity = both
-        image_A, image_B = with_features(image_A), with_features(image_B)
 
         def fade(step: int, _: Any) -> None:
             both.weight = settings.features * (1 - step / settings.steps)
@@ -321,12 +343,15 @@ def _fit(
     stages = [
         Stage(
             round(settings.steps * share),
-            Patches(
+            Points(POINTS * settings.patches)
+            if choice.points
+            else Patches(
                 settings.patches,
                 settings.size,
                 voxel_stride(stride * images.unit, geometry),
                 corners=not exact,
             ),
+            blur=BLUR * stride * images.unit if choice.points else 0.0,
         )
         for stride, share, exact in zip(
             settings.strides, settings.shares, settings.exact, strict=True
@@ -350,6 +375,18 @@ def _fit(
         time_limit=time_limit,
         callback=fade,
     )
+    if levels and choice.features != "only":  # those on disk have none
+        loss.similarity = choice.similarity
+        losses += fit_levels(
+            loss,
+            levels,
+            net.net,
+            settings,
+            (images.where_A, images.where_B),
+            points=POINTS if choice.points else None,
+            progress=progress,
+            time_limit=time_limit,
+        )
     if final:
         unfold(
             pair,

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from icon_nephi._check import check_image, check_mask
-from icon_nephi.coordinates import Geometry
+from icon_nephi.coordinates import (
+    Geometry,
+)
 from icon_nephi.physical import Array
 
 
@@ -134,6 +136,23 @@ def read_input(
         check_mask(mask_name, mask, values.shape[2:])
         mask = (mask > 0).any(1, keepdim=True).float()
     return values, mask, voxel_geometry(values.shape[2:])
+
+
+def check_points(name: str, points: Any, dimension: int) -> Array:
+    """The points as ``[N, d]`` float64.
+
+    Raises:
+        ValueError: another shape, or numbers that are not finite.
+    """
+    rows = np.asarray(points.detach().cpu() if isinstance(points, Tensor) else points)
+    if rows.ndim != 2 or rows.shape[1] != dimension:
+        raise ValueError(
+            f"{name} must be [N, {dimension}], a row for each point, got shape "
+            f"{rows.shape}"
+        )
+    if not np.isfinite(rows.astype(np.float64)).all():
+        raise ValueError(f"{name} must be finite; leave out those that are not")
+    return rows.astype(np.float64)
 
 
 def _from_itk(

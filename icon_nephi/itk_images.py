@@ -89,16 +89,20 @@ def tensor_of(image: Any) -> Tensor:
 
 
 def image_of(array: Array, geometry: Geometry) -> Any:
-    """An ITK image of ``[*grid]``, or of vectors ``[*grid, d]`` (float32), placed."""
+    """An ITK image of ``[*grid]``, or of numbers ``[*grid, c]`` (float32), placed."""
     d = geometry.dimension
     if array.ndim == d:
         kinds = {"bool": np.uint8, "float16": np.float32}
         values = array.astype(kinds.get(array.dtype.name, array.dtype))
         image = itk.image_from_array(np.ascontiguousarray(values))
     else:
-        kind = itk.Image[itk.Vector[itk.F, d], d]
         values = np.ascontiguousarray(array, dtype=np.float32)
-        image = itk.image_from_array(values, ttype=(kind,))
+        kind = (
+            {"ttype": (itk.Image[itk.Vector[itk.F, d], d],)}
+            if values.shape[-1] == d  # what readers of displacements expect
+            else {"is_vector": True}
+        )
+        image = itk.image_from_array(values, **kind)
     image.SetSpacing(geometry.spacing)
     image.SetOrigin(geometry.origin)
     image.SetDirection(itk.matrix_from_array(np.array(geometry.direction)))

@@ -11,6 +11,7 @@ from icon_registration.losses import ICONLoss
 from torch import Tensor, nn
 
 from icon_nephi._check import check_image, check_mask
+from icon_nephi.chunks import ChunkedImage, Image
 from icon_nephi.codes import LatentCode
 from icon_nephi.coordinates import inside, points_as_grid, sample_image
 from icon_nephi.sampling import Patches, Points, draw_points
@@ -20,7 +21,7 @@ from icon_nephi.transforms import Map, value_and_jacobian
 
 
 def gradient_inverse_consistency(phi_AB: Map, phi_BA: Map, points: Tensor) -> Tensor:
-    """Scalar: mean of |D(phi_AB o phi_BA) - I|_F^2 / d over the points.
+    """Scalar: mean of ``|D(phi_AB o phi_BA) - I|_F^2 / d`` over the points.
 
     Any ICON maps; exact Jacobians, carried forward. Normalised as ICON's GradientICON,
     so ``lmbda`` means the same there and here. The paper's Eq. 5 has no 1 / d: its
@@ -150,8 +151,8 @@ class GradientICONPoints(RegistrationModule):
 
     def forward(
         self,
-        image_A: Tensor,
-        image_B: Tensor,
+        image_A: Image,
+        image_B: Image,
         mask_A: Tensor | None = None,
         mask_B: Tensor | None = None,
         *,
@@ -165,7 +166,8 @@ class GradientICONPoints(RegistrationModule):
         Beside the images, what uniGradICON's loss takes: masks ``[B, 1, *grid]`` say
         where the samples of their image may lie; ``label_*`` are images (of another
         modality, say) that the similarity compares in the place of ``image_*``, which
-        the network sees; segmentations are label maps for the Dice term.
+        the network sees; segmentations are label maps for the Dice term. Of a
+        `ChunkedImage`, only what the samples need is read, and masks are on any grid.
         """
         seen_A = image_A if label_A is None else label_A
         seen_B = image_B if label_B is None else label_B
@@ -201,10 +203,11 @@ class GradientICONPoints(RegistrationModule):
         return ICONLoss(loss, regularity, similarity, magnitude, flips)
 
     def _check(
-        self, image_A: Tensor, image_B: Tensor, seen_A: Tensor, seen_B: Tensor
+        self, image_A: Image, image_B: Image, seen_A: Image, seen_B: Image
     ) -> None:
-        check_image("image_A", image_A)
-        check_image("image_B", image_B)
+        for name, image in (("image_A", image_A), ("image_B", image_B)):
+            if not isinstance(image, ChunkedImage):
+                check_image(name, image)
         for name, first, second in (
             ("image", image_A, image_B),
             ("label", seen_A, seen_B),
@@ -216,11 +219,12 @@ class GradientICONPoints(RegistrationModule):
                 )
 
     def _check_maps(
-        self, side: str, image: Tensor, mask: Tensor | None, labels: Tensor | None
+        self, side: str, image: Image, mask: Tensor | None, labels: Tensor | None
     ) -> None:
         """What comes with an image lies on its grid."""
+        whole = isinstance(image, Tensor)
         for name, extra in (("mask", mask), ("segmentation", labels)):
-            if extra is not None and extra.shape[2:] != image.shape[2:]:
+            if whole and extra is not None and extra.shape[2:] != image.shape[2:]:
                 check_mask(f"{name}_{side}", extra, image.shape[2:])
         if self.dice_loss_weight and labels is None:
             raise ValueError(
@@ -229,27 +233,33 @@ class GradientICONPoints(RegistrationModule):
             )
 
     def _samples(
-        self, phi: Map, fixed: Tensor, mask: Tensor | None
+        self, phi: Map, fixed: Image, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, tuple[int, ...] | None]:
         """Where phi takes fresh samples of the fixed space, they, and their blocks."""
         sampler = self.similarity_sampler
-        rows = draw_points(
-            sampler.count,
-            fixed.shape[0],
-            fixed.dim() - 2,
-            mask=mask,
-            generator=self.generator,
-            dtype=fixed.dtype,
-            device=fixed.device,
-        )
+        rows = self._rows(sampler.count, fixed, mask)
         if isinstance(sampler, Points):
             at = points_as_grid(rows)
             return phi(at), at, None
         at, moved = patch_maps(phi, sampler, rows, fixed.shape[2:])
         return moved, at, (at.shape[2] // sampler.size, *at.shape[3:])
 
+    def _rows(self, count: int, image: Image, mask: Tensor | None = None) -> Tensor:
+        """Fresh places ``[B, N, d]`` in an image; on disk, where it is being read."""
+        if isinstance(image, ChunkedImage):
+            return image.draw(count, mask, self.generator)
+        return draw_points(
+            count,
+            image.shape[0],
+            image.dim() - 2,
+            mask=mask,
+            generator=self.generator,
+            dtype=image.dtype,
+            device=image.device,
+        )
+
     def _regularity(
-        self, image_A: Tensor, image_B: Tensor
+        self, image_A: Image, image_B: Image
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Both orders averaged; mean squared displacement; folded voxels."""
         terms = []
@@ -258,15 +268,7 @@ class GradientICONPoints(RegistrationModule):
             (self.phi_BA, self.phi_AB, image_A),
             (self.phi_AB, self.phi_BA, image_B),
         ):
-            rows = draw_points(
-                self.regularity_sampler.count,
-                image.shape[0],
-                image.dim() - 2,
-                generator=self.generator,
-                dtype=image.dtype,
-                device=image.device,
-            )
-            x = points_as_grid(rows)
+            x = points_as_grid(self._rows(self.regularity_sampler.count, image))
             moved, jacobian = value_and_jacobian(first, x)
             terms.append(self.regularity(then, x, moved, jacobian, self.extent))
         with torch.no_grad():
@@ -313,8 +315,8 @@ def compare(
     similarity: Callable[..., Tensor],
     moved: Tensor,
     at: Tensor,
-    moving: Tensor,
-    fixed: Tensor,
+    moving: Image,
+    fixed: Image,
     blocks: tuple[int, ...] | None = None,
 ) -> Tensor:
     """Similarity of the moving image at moved points and the fixed image at points.
@@ -327,7 +329,7 @@ def compare(
         fixed: ``[B, C, *grid]``.
         blocks: shape of the samples as blocks, see `as_blocks`.
     """
-    warped, target = sample_image(moving, moved), sample_image(fixed, at)
+    warped, target = _read(moving, moved), _read(fixed, at)
     if getattr(similarity, "isInterpolated", False):
         # Beyond either image there is only its repeated border.
         tag = inside(moved) & inside(at)
@@ -335,6 +337,13 @@ def compare(
     if blocks is not None:
         warped, target = (as_blocks(i, blocks) for i in (warped, target))
     return similarity(warped, target)
+
+
+def _read(image: Image, coordinates: Tensor) -> Tensor:
+    """Intensities at ICON-frame coordinates, see `sample_image`."""
+    if isinstance(image, ChunkedImage):
+        return image.sample(coordinates)
+    return sample_image(image, coordinates)
 
 
 def patch_maps(

@@ -141,6 +141,25 @@ def find_settings(
     return PRESETS[field][len(size)]
 
 
+# How long to work at a pair, by name: whose settings, and times their steps.
+EFFORTS = {"fast": ("grid", 0.5), "default": ("auto", 1.0), "accurate": ("auto", 2.0)}
+
+
+def find_effort(
+    name: str, size: Sequence[int], modality: str | None = None
+) -> Settings:
+    """The settings of a name in `EFFORTS`; the others as in `find_settings`.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if name not in EFFORTS:
+        raise ValueError(f"preset must be one of {sorted(EFFORTS)}, got {name!r}")
+    field, times = EFFORTS[name]
+    settings = find_settings(field, size, modality)
+    return replace(settings, steps=round(times * settings.steps))
+
+
 @dataclass(frozen=True)
 class Fit:
     """What registering a pair gives.

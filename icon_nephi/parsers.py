@@ -6,10 +6,12 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 IMAGES = (".nii.gz", ".nii", ".nrrd", ".mha", ".tif", ".tiff")
 TRANSFORMS = (".h5", ".hdf5", ".tfm", ".txt")
+VECTORS = (".nii.gz", ".nii", ".nrrd", ".mha")
+POINTS = (".csv", ".fcsv", ".mrk.json", ".vtk", ".ply", ".stl", ".gii")
 MODALITIES = ("ct", "mri", "none")
 MODELS = ("lung", "brain", "knee", "unigradicon", "multigradicon", "none")
 
@@ -47,27 +49,46 @@ def _iterations(text: str) -> int | None:
     return count
 
 
+def _parser(prog: str, description: str, epilog: str) -> Parser:
+    return Parser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
 def register_parser() -> Parser:
     """The flags of nephi-register."""
-    parser = Parser(
-        prog="nephi-register",
-        description="Register two 2D or 3D images with a neural deformation field, "
-        "optimised for this pair from scratch or after a pretrained network.",
-        epilog="""examples:
+    parser = _parser(
+        "nephi-register",
+        "Register two 2D or 3D images with a neural deformation field, optimised for "
+        "this pair from scratch or after a pretrained network.",
+        """examples:
   nephi-register --fixed exhale.nii.gz --moving inhale.nii.gz \\
       --fixed_modality ct --moving_modality ct \\
       --transform_out transform.hdf5 --warped_moving_out warped.nii.gz
   nephi-register --fixed a.nrrd --moving b.nrrd --save a_b.nephi --quiet
+  nephi-register --fixed t1.nii.gz --moving t2.nii.gz --similarity mind \\
+      --save pair.nephi --report report.html --json summary.json
   nephi-register --model unigradicon --fixed a.nrrd --moving b.nrrd \\
       --fixed_modality mri --moving_modality mri --transform_out transform.hdf5
+  nephi-register --pairs pairs.csv --out_dir results --preset fast
 
 The transform maps points of the fixed image to the moving image (LPS mm), which is
-what ITK and 3D Slicer need to resample the moving image onto the fixed one.""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+what ITK and 3D Slicer need to resample the moving image onto the fixed one.
+
+pairs.csv has the columns fixed and moving and may have name and those of other inputs
+(fixed_mask, moving_modality, landmarks_fixed, ...); relative paths start where the CSV
+lies. Each pair gets a folder in --out_dir; a finished one is skipped next time.
+
+exit codes: 0 done, 1 some pairs of --pairs failed, 2 wrong input.""",
     )
-    add = parser.add_argument
-    add("--fixed", type=Path, required=True, help="image that stays")
-    add("--moving", type=Path, required=True, help="image that is aligned to it")
+    inputs = parser.add_argument_group("inputs")
+    add = inputs.add_argument
+    add("--fixed", type=Path, help="image that stays")
+    add("--moving", type=Path, help="image that is aligned to it")
     for image in ("fixed", "moving"):
         add(
             f"--{image}_modality",
@@ -75,13 +96,60 @@ what ITK and 3D Slicer need to resample the moving image onto the fixed one.""",
             default="none",
             help="how to scale intensities: ct takes Hounsfield units (default: none)",
         )
+    window: dict[str, Any] = {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
+    for image in ("fixed", "moving"):
+        add(f"--{image}_window", **window, help="clip its intensities to these")
+    add("--quantiles", **window, help="clip both to these shares, such as 0.01 0.99")
     for image in ("fixed", "moving"):
         add(f"--{image}_mask", type=Path, help="look only where this is above zero")
+    for image in ("fixed", "moving"):
+        add(f"--{image}_segmentation", type=Path, help="label map for --model's loss")
+    outputs = parser.add_argument_group("outputs")
+    add = outputs.add_argument
     formats = f"({', '.join(TRANSFORMS)})"
-    add("--transform_out", type=Path, help=f"ITK transform, fixed to moving {formats}")
-    add("--inverse_transform_out", type=Path, help="the same, moving to fixed")
+    add("--transform_out", type=Path, help=f"ITK transform, fixed -> moving {formats}")
+    add("--inverse_transform_out", type=Path, help="the same, moving -> fixed")
     add("--warped_moving_out", type=Path, help="moving image on the fixed grid")
+    add(
+        "--displacement_out",
+        type=Path,
+        help="fixed -> moving as LPS mm vectors on the fixed grid, which ANTs and "
+        f"3D Slicer read as a transform ({', '.join(VECTORS)})",
+    )
+    add(
+        "--inverse_displacement_out",
+        type=Path,
+        help="the same, moving -> fixed on the moving grid",
+    )
+    add("--jacobian_out", type=Path, help="determinant, fixed -> moving, fixed grid")
     add("--save", type=Path, help="everything in one small .nephi file for nephi-warp")
+    add("--report", type=Path, help="a page to look at (.html)")
+    add("--json", type=Path, metavar="FILE", help="all numbers; - for standard output")
+    scores = parser.add_argument_group("scores")
+    add = scores.add_argument
+    for image in ("fixed", "moving"):
+        add(
+            f"--landmarks_{image}",
+            type=Path,
+            help="points, row by row the same in both (.csv with x,y,z in LPS mm, "
+            ".fcsv, .mrk.json): their distance before and after",
+        )
+    for image in ("fixed", "moving"):
+        add(f"--labels_{image}", type=Path, help="label map: Dice before and after")
+    how = parser.add_argument_group("how")
+    add = how.add_argument
+    add(
+        "--preset",
+        choices=("fast", "default", "accurate"),
+        default="default",
+        help="how long to work at a pair",
+    )
+    add(
+        "--similarity",
+        choices=("ncc", "lncc", "lncc2", "mind", "mi"),
+        help="mind or mi for other modalities, lncc2 where contrasts may be inverted "
+        "(default: lncc)",
+    )
     add("--model", choices=MODELS, default="none", help="start from this network's map")
     add("--network_weights", type=Path, help="its weights (default: downloaded once)")
     add(
@@ -95,64 +163,143 @@ what ITK and 3D Slicer need to resample the moving image onto the fixed one.""",
         "--io_sim",
         choices=("lncc", "lncc2"),
         default="lncc",
-        help="similarity; lncc2 where contrasts may be inverted (default: lncc)",
+        help="similarity of those steps (default: lncc)",
     )
+    add("--no_affine", action="store_true", help="trust the headers, no affine start")
     add("--seed", type=int, default=0, help="of the random numbers (default: 0)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
-    add("--no_affine", action="store_true", help="trust the headers, no affine start")
     add("--time_limit", type=float, help="seconds after which to stop early")
     add("--quiet", action="store_true", help="no progress bar, no summary")
+    many = parser.add_argument_group("many pairs")
+    many.add_argument("--pairs", type=Path, help="CSV with a pair a row, see below")
+    many.add_argument("--out_dir", type=Path, help="existing folder for its results")
     return parser
 
 
 def warp_parser() -> Parser:
     """The flags of nephi-warp."""
-    parser = Parser(
-        prog="nephi-warp",
-        description="Apply a registration to an image, a label map or points.",
-        epilog="""examples:
+    parser = _parser(
+        "nephi-warp",
+        "Apply a registration to an image, a label map, points or a mesh.",
+        """examples:
   nephi-warp --transform a_b.nephi --image moving.nii.gz --out warped.nii.gz
   nephi-warp --transform a_b.nephi --labels moving_seg.nii.gz --out warped_seg.nii.gz
   nephi-warp --transform T.hdf5 --image moving.nrrd --reference fixed.nrrd --out w.nrrd
   nephi-warp --transform a_b.nephi --points fixed_points.csv --out in_moving.csv
+  nephi-warp --transform a_b.nephi --points moving.vtk --to fixed --out in_fixed.vtk
 
 Images and label maps go from the moving image's space to the fixed image's grid;
-points go from the fixed image to the moving image. --inverse turns both around.""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+points go from the fixed image to the moving image. --inverse turns both around, or
+say --to fixed, --to moving: the image in whose space the result lies.
+
+Coordinates are LPS mm, unless the file says RAS: .fcsv and .mrk.json name their frame,
+.vtk may (SPACE=RAS), .gii is RAS. Other columns, triangles and data are kept.""",
     )
     add = parser.add_argument
     formats = f".nephi, {', '.join(TRANSFORMS)}"
     add("--transform", type=Path, required=True, help=f"of nephi-register ({formats})")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--image", type=Path, help="image to warp, read linearly")
-    what.add_argument("--labels", type=Path, help="label map to warp, nearest voxel")
+    what.add_argument("--image", type=Path, help="image to warp")
+    what.add_argument("--labels", type=Path, help="label map to warp")
     what.add_argument(
-        "--points", type=Path, help="CSV with the header x,y,z (2D: x,y), LPS mm"
+        "--points",
+        type=Path,
+        help="points or mesh: .csv with columns x,y,z (2D: x,y), .fcsv, .mrk.json, "
+        ".vtk, .ply, .stl, .gii",
     )
     add("--reference", type=Path, help="image whose grid the result gets")
-    add("--out", type=Path, required=True, help="image, or CSV for points")
     add(
+        "--interpolation",
+        choices=("linear", "cubic", "nearest", "onehot"),
+        help="of an image linear (default) or cubic (B-splines); of labels nearest "
+        "(default) or onehot (each label read linearly, the largest share wins)",
+    )
+    add("--out", type=Path, required=True, help="image; points: ending as they have")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument(
         "--inverse",
         action="store_true",
         help="images from fixed to moving, points from moving to fixed (.nephi only)",
     )
+    way.add_argument(
+        "--to", choices=("fixed", "moving"), help="where to take it (.nephi only)"
+    )
+    add("--quiet", action="store_true", help="print nothing but warnings")
+    return parser
+
+
+def jacobian_parser() -> Parser:
+    """The flags of nephi-jacobian."""
+    parser = _parser(
+        "nephi-jacobian",
+        "The Jacobian of a registration in physical units (mm by mm), fixed -> moving.",
+        """examples:
+  nephi-jacobian --transform a_b.nephi --out determinant.nii.gz
+  nephi-jacobian --transform a_b.nephi --inverse --log --out log_determinant.nrrd
+  nephi-jacobian --transform T.hdf5 --reference fixed.nrrd --tensor --out tensor.nrrd
+
+The determinant is volume in the moving image over volume in the fixed image; at or
+below 0 the map folds. The tensor has d * d numbers a voxel, row by row: number d i + j
+is d (mapped coordinate i) / d (coordinate j), LPS axes. Of a .nephi file derivatives
+are exact, of an ITK transform central differences a twentieth of a voxel to each side.
+In Python a tensor is itk.imread(path, itk.VariableLengthVector[itk.F]).""",
+    )
+    add = parser.add_argument
+    formats = f".nephi, {', '.join(TRANSFORMS)}"
+    add("--transform", type=Path, required=True, help=f"of nephi-register ({formats})")
+    add("--out", type=Path, required=True, help="image, fixed grid or the reference's")
+    add(
+        "--reference",
+        type=Path,
+        help="image whose grid the result gets (default: the fixed image's)",
+    )
+    add(
+        "--inverse",
+        action="store_true",
+        help="moving -> fixed, on the moving image's grid (.nephi only)",
+    )
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument(
+        "--log",
+        action="store_true",
+        help="logarithm of the determinant; NaN where it folds, and a warning",
+    )
+    kind.add_argument("--tensor", action="store_true", help="the whole matrix")
+    add("--quiet", action="store_true", help="print nothing but warnings")
+    return parser
+
+
+def info_parser() -> Parser:
+    """The flags of nephi-info."""
+    parser = _parser(
+        "nephi-info",
+        "What is in a saved registration or an ITK transform.",
+        """examples:
+  nephi-info a_b.nephi
+  nephi-info transform.hdf5 --json
+
+A .nephi file holds both directions, fixed image -> moving image and back.""",
+    )
+    formats = f".nephi, {', '.join(TRANSFORMS)}"
+    parser.add_argument("file", type=Path, metavar="FILE", help=formats)
+    parser.add_argument("--json", action="store_true", help="for machines")
     return parser
 
 
 def compare_parser() -> Parser:
     """The flags of nephi-compare."""
-    parser = Parser(
-        prog="nephi-compare",
-        description="Register your own pairs with NePhi and with a voxel network "
-        "(GradICON), both optimised for each pair from scratch in the same time.",
-        epilog="""examples:
+    parser = _parser(
+        "nephi-compare",
+        "Register your own pairs with NePhi and with a voxel network (GradICON), both "
+        "optimised for each pair from scratch in the same time.",
+        """examples:
   nephi-compare --data pairs --out compare.csv
   nephi-compare --data pairs --cases patient_1 patient_2 --seconds 120
 
 A folder for each pair holds fixed.nii.gz and moving.nii.gz and, where there are, masks
 (fixed_mask.nii.gz ...), label maps (fixed_labels.nii.gz ...), landmarks in LPS mm
-(fixed_landmarks.csv ... with the header x,y,z) and case.json ({"modality": "ct"}).""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+(fixed_landmarks.csv ... with the header x,y,z) and case.json ({"modality": "ct"}).
+Both map points of the fixed image to the moving image.""",
     )
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder of pairs")

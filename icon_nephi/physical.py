@@ -19,6 +19,7 @@ from icon_nephi.coordinates import (
     Geometry,
     apply_affine,
     points_as_grid,
+    sample_image,
     to_rows,
 )
 from icon_nephi.transforms import Map, value_and_jacobian
@@ -58,17 +59,22 @@ class FramedMap:
             ]
         return np.concatenate(parts) if parts else np.empty((0, self.dimension))
 
-    def determinants(self, points: Array) -> Array:
-        """Analytic ``det`` of d target / d source at points, ``[N]`` float64."""
+    def jacobians(self, points: Array) -> Array:
+        """Analytic d target_i / d source_j at points, ``[N, d, d]`` float64."""
         d = self.dimension
-        scale = float(torch.linalg.det(self.out[:d, :d] @ self.into[:d, :d]))
-        parts = [np.empty(0)]
+        parts = [np.empty((0, d, d))]
         with torch.no_grad():
             for part in self._split(points):
                 jacobian = value_and_jacobian(self.phi, self._coordinates(part))[1]
                 matrices = jacobian[0].flatten(2).permute(2, 0, 1).cpu().double()
-                parts.append(scale * torch.linalg.det(matrices).numpy())
+                framed = self.out[:d, :d] @ matrices @ self.into[:d, :d]
+                parts.append(framed.numpy())
         return np.concatenate(parts)
+
+    def determinants(self, points: Array) -> Array:
+        """Analytic ``det`` of d target / d source at points, ``[N]`` float64."""
+        values: Array = np.linalg.det(self.jacobians(points))
+        return values
 
     def _split(self, points: Array) -> Iterator[Tensor]:
         rows = torch.from_numpy(np.array(points, dtype=np.float64))
@@ -121,6 +127,42 @@ def over_grid(
     for part, points in slabs(size, frame):
         result[part] = function(points)
     return result.reshape(*size, *shape)
+
+
+def reader(
+    voxels: Array, into: Tensor, mode: str = "linear", outside: float | None = None
+) -> Callable[[Array], Array]:
+    """A function of rows ``[N, d]`` in a frame: the image's values there, ``[N, C]``.
+
+    Args:
+        voxels: ``[*grid, C]``; ``"nearest"`` keeps their type to the last bit.
+        into: homogeneous matrix, the frame -> the image's unit box.
+        mode: ``"linear"`` (float32 comes out) or ``"nearest"``.
+        outside: the value half a voxel beyond the image and farther, default: the
+            nearest border's.
+    """
+    limits = np.array(voxels.shape[:-1]) - 1.0
+    tensor = None
+    if mode == "linear":
+        tensor = torch.from_numpy(voxels.astype(np.float32)).movedim(-1, 0)[None]
+
+    def read(points: Array) -> Array:
+        unit = apply_affine(into, torch.from_numpy(points))
+        index = unit.numpy() * limits
+        if tensor is None:
+            near = np.clip(np.floor(index + 0.5), 0, limits).astype(np.int64)
+            values: Array = voxels[tuple(near.T)]
+        else:
+            at = points_as_grid(unit[None].float())
+            values = sample_image(tensor, at)[0].flatten(1).T.numpy()
+        if outside is not None:
+            far = np.any((index < -0.5) | (index > limits + 0.5), axis=1)
+            values = np.where(
+                far[:, np.newaxis], np.asarray(outside, values.dtype), values
+            )
+        return values
+
+    return read
 
 
 def linear_part(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,19 @@ def prepare(image: Tensor, modality: str | None = None) -> Tensor:
     Raises:
         ValueError: unknown modality.
     """
+    return find_scale(image, modality)(image.float())
+
+
+def find_scale(
+    image: Tensor, modality: str | None = None
+) -> Callable[[Tensor], Tensor]:
+    """What `prepare` does to an image, as a function of any of its float32 voxels.
+
+    Its argument is ``[B, C, *any]`` with as many axes as the image.
+
+    Raises:
+        ValueError: unknown modality.
+    """
     if modality not in MODALITIES:
         raise ValueError(
             f"modality must be one of {MODALITIES}, got {modality!r}; None scales by "
@@ -30,7 +45,7 @@ def prepare(image: Tensor, modality: str | None = None) -> Tensor:
     image = image.float()
     if modality == "ct":
         low, high = _HOUNSFIELD
-        return (image.clamp(low, high) - low) / 1000
+        return lambda values: (values.clamp(low, high) - low) / 1000
     share = 0.01 if modality == "mri" else 0.001
     flat = image.transpose(0, 1).flatten(1)
     flat = flat[:, :: max(1, flat.shape[1] // _VOXELS)]
@@ -44,7 +59,5 @@ def prepare(image: Tensor, modality: str | None = None) -> Tensor:
     lowest, highest = (x.reshape(shape) for x in (flat.amin(1), flat.amax(1)))
     bottom = bottom + flatness * (lowest - bottom)
     top = top + flatness * (highest - top)
-    scaled: Tensor = ((image - bottom) / (top - bottom).clamp(min=1e-12)).clamp(
-        -0.2, 1.2
-    )
-    return scaled
+    width = (top - bottom).clamp(min=1e-12)
+    return lambda values: ((values - bottom) / width).clamp(-0.2, 1.2)

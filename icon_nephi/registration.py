@@ -7,6 +7,8 @@ the ICON frame: tensor axes, unit box). ITK is imported only where ITK images co
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,16 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from icon_nephi._check import check_intensities
-from icon_nephi.coordinates import Geometry, apply_affine, points_as_grid, sample_image
+from icon_nephi.coordinates import Geometry
 from icon_nephi.files import load_fit, save_fit
 from icon_nephi.fitting import fit_pair
-from icon_nephi.inputs import choose_device, is_itk, place_of, read_input, voxels_of
+from icon_nephi.inputs import check_points, place_of, voxels_of
+from icon_nephi.memory import peak_memory
 from icon_nephi.metrics import fold_fraction
 from icon_nephi.models import Fit, Settings
+from icon_nephi.pairs import read_pair
 from icon_nephi.physical import Array, FramedMap, over_grid, slabs
-from icon_nephi.preprocess import prepare
+from icon_nephi.report import write_report
+from icon_nephi.resampling import MODES, reader
 from icon_nephi.transforms import Composition, MatrixTransform, NeuralTransform
+from icon_nephi.trust import error_estimate, inverse_consistency
 
 DIRECTIONS = ("fixed_to_moving", "moving_to_fixed")
 
@@ -42,18 +47,21 @@ def register(
     device: torch.device | str | None = None,
     progress: bool = True,
     time_limit: float | None = None,
+    memory_limit: int | str | None = None,
 ) -> Registration:
     """The `Registration` that lays image_A on image_B, optimised from scratch.
 
     Args:
         image_A: moving: an ITK image (2D or 3D, one number per voxel, any pixel type)
-            or a tensor ``[1, C, *grid]``.
+            or a tensor ``[1, C, *grid]``; on disk: a `icon_nephi.volumes.Volume`, or
+            the path of a Zarr folder.
         image_B: fixed: the same kind; its grid may differ.
         modality: ``"ct"``, ``"mri"`` or None; a tuple of two for (A, B).
         mask_A: where image_A is looked at (above zero). ITK: on any grid; tensor:
             ``[1, 1, *grid]`` on image_A's.
         mask_B: the same of image_B.
-        similarity: an ICON similarity in place of the default.
+        similarity: an ICON similarity or a name, ``"lncc"`` (the default), ``"lncc2"``,
+            ``"ncc"``, ``"mind"``, ``"mi"``: see `find_similarity`.
         field: ``"siren"`` (the modulated sine field), ``"grid"`` (a smaller one,
             about twice as fast, less exact on large motion), ``"detail"`` (the small
             one with finer codes), ``"ct"`` (the small one, comparing self-similarity
@@ -65,48 +73,21 @@ def register(
         device: default: the tensors' own; for ITK images a GPU if there is one.
         progress: show a bar.
         time_limit: seconds after which the optimisation stops early.
+        memory_limit: bytes, or as "4GiB": what images on disk may take in all.
 
     Raises:
         TypeError: an argument of another kind than this.
         ValueError: images or masks that cannot be registered; one sentence says why.
     """
-    itk = is_itk(image_A)
-    if itk != is_itk(image_B):
-        raise TypeError(
-            f"image_A is {type(image_A).__name__} but image_B is "
-            f"{type(image_B).__name__}; pass two ITK images or two tensors"
-        )
+    begin = time.perf_counter()
     if time_limit is not None and not time_limit > 0:
         raise ValueError(f"time_limit must be positive seconds, got {time_limit}")
     modalities = modality if isinstance(modality, tuple) else (modality, modality)
-    where = choose_device(device, None if itk else image_A)
-    prepared, masks, geometries = [], [], []
-    for letter, image, mask, kind in zip(
-        "AB", (image_A, image_B), (mask_A, mask_B), modalities, strict=True
-    ):
-        values, inside, geometry = read_input(letter, image, mask)
-        check_intensities(f"image_{letter}", values)
-        prepared.append(prepare(values.to(where), kind))
-        masks.append(None if inside is None else inside.to(where))
-        geometries.append(geometry)
-    if geometries[0].dimension != geometries[1].dimension:
-        raise ValueError(
-            f"image_A is {geometries[0].dimension}D but image_B is "
-            f"{geometries[1].dimension}D; pass two 2D or two 3D images"
-        )
-    if prepared[0].shape[1] != prepared[1].shape[1]:
-        raise ValueError(
-            f"image_A has {prepared[0].shape[1]} channels but image_B has "
-            f"{prepared[1].shape[1]}; pass the same channels of both"
-        )
+    images = (image_A, image_B, mask_A, mask_B)
+    A, B = read_pair(*images, modalities, device, memory_limit, progress)
     with torch.enable_grad():
         fit = fit_pair(
-            prepared[0],
-            prepared[1],
-            geometries[0],
-            geometries[1],
-            mask_A=masks[0],
-            mask_B=masks[1],
+            **A.beside(B),
             similarity=similarity,
             field=field,
             modality=modalities[0] if modalities[0] == modalities[1] else None,
@@ -115,7 +96,20 @@ def register(
             progress=progress,
             time_limit=time_limit,
         )
-    return Registration(fit, geometries[0], geometries[1], itk=itk)
+    result = Registration(fit, A.whole, B.whole, itk=A.placed)
+    result.images = images
+    choices = {"modality": modality, "similarity": similarity, "field": field}
+    choices |= {"affine": affine, "seed": seed, "time_limit": time_limit}
+    choices |= {"memory_limit": memory_limit, "peak_memory": peak_memory()}
+    result.made_with = {**choices, "seconds": time.perf_counter() - begin}
+    return result
+
+
+def ensemble(
+    image_A: Any, image_B: Any, seeds: int = 3, **keywords: Any
+) -> list[Registration]:
+    """The pair `register`ed once for each seed 0, 1, ...: for `error_estimate`."""
+    return [register(image_A, image_B, seed=s, **keywords) for s in range(seeds)]
 
 
 def load(path: str | os.PathLike[str]) -> Registration:
@@ -144,6 +138,10 @@ class Registration:
     Attributes:
         map_AB: the map in ICON frames, fixed unit box -> moving unit box.
         map_BA: its counterpart, moving -> fixed.
+        images: what was registered, (moving, fixed, moving mask, fixed mask); None
+            after loading.
+        made_with: the choices of `register` and the seconds it took; empty after
+            loading.
     """
 
     def __init__(
@@ -151,6 +149,8 @@ class Registration:
     ) -> None:
         self.fit, self.geometry_A, self.geometry_B = fit, geometry_A, geometry_B
         self.itk = itk
+        self.images: tuple[Any, ...] | None = None
+        self.made_with: dict[str, Any] = {}
         self.device = fit.code.global_code.device
         self._inverse = torch.linalg.inv(fit.matrix)
         with torch.no_grad():
@@ -194,7 +194,8 @@ class Registration:
         Args:
             image: ITK image on any grid in the moving image's space, or a tensor
                 ``[1, C, *grid]`` over its unit box.
-            mode: ``"linear"`` (float32 comes out) or ``"nearest"`` (same pixel type).
+            mode: ``"linear"`` or ``"cubic"`` (float32 comes out), ``"nearest"`` or
+                ``"onehot"`` (same pixel type): see `icon_nephi.resampling`.
             reference: another grid to warp to: an ITK image, or a tensor.
             inverse: take a fixed-space image to the moving image's grid instead.
             outside: the value where there is no image; default: the nearest border's.
@@ -202,38 +203,17 @@ class Registration:
         Raises:
             ValueError: unknown mode, or an image that `register` would refuse.
         """
-        if mode not in ("linear", "nearest"):
-            raise ValueError(f"mode must be 'linear' or 'nearest', got {mode!r}")
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
         direction = DIRECTIONS[1 if inverse else 0]
         mapped = self._map(direction)
         size, frame = self._grid(reference, direction)
         place, values = self._place_of("image", image), voxels_of(image)
-        into = torch.linalg.inv(self._frame(place))
-        limits = np.array(place.size) - 1.0
-        channels = values.shape[-1]
-        # Nearest keeps any pixel type to the last bit, which no float tensor would.
-        tensor = None
-        if mode == "linear":
-            tensor = torch.from_numpy(values.astype(np.float32)).movedim(-1, 0)[None]
-
-        def sample(points: Array) -> Array:
-            unit = apply_affine(into, torch.from_numpy(mapped(points)))
-            index = unit.numpy() * limits
-            if tensor is None:
-                near = np.clip(np.floor(index + 0.5), 0, limits).astype(np.int64)
-                read: Array = values[tuple(near.T)]
-            else:
-                at = points_as_grid(unit[None].float())
-                read = sample_image(tensor, at)[0].flatten(1).T.numpy()
-            if outside is not None:
-                far = np.any((index < -0.5) | (index > limits + 0.5), axis=1)
-                read = np.where(
-                    far[:, np.newaxis], np.asarray(outside, read.dtype), read
-                )
-            return read
-
-        kind = np.float32 if tensor is not None else values.dtype
-        result = over_grid(sample, size, frame, channels, kind)
+        read = reader(values, torch.linalg.inv(self._frame(place)), mode, outside)
+        kind = np.float32 if mode in ("linear", "cubic") else values.dtype
+        result = over_grid(
+            lambda p: read(mapped(p)), size, frame, values.shape[-1], kind
+        )
         if self.itk:
             return self._as_image(result[..., 0], reference, direction)
         moved = torch.from_numpy(result).movedim(-1, 0)[None]
@@ -286,6 +266,22 @@ class Registration:
         values = over_grid(mapped.determinants, size, frame)
         return self._as_image(values, reference, direction)
 
+    def jacobian(self, reference: Any = None, direction: str = DIRECTIONS[0]) -> Any:
+        """Analytic d mapped_i / d place_j at every voxel, number d i + j of the voxel.
+
+        For ITK images ``d * d`` numbers a voxel, millimetres by millimetres, LPS axes;
+        for tensors ``[1, d, d, *grid]``, ICON frame. Grids as in `displacement_field`.
+        """
+        mapped, d = self._map(direction), self.geometry_B.dimension
+        size, frame = self._grid(reference, direction)
+        flat = over_grid(
+            lambda p: mapped.jacobians(p).reshape(-1, d * d), size, frame, d * d
+        )
+        if self.itk:
+            return self._as_image(flat, reference, direction)
+        matrices = torch.from_numpy(flat).movedim(-1, 0).reshape(1, d, d, *size)
+        return matrices.contiguous()
+
     def fold_fraction(self, points: Any = None) -> float:
         """The share of places, 0 to 1, where an analytic determinant is not positive.
 
@@ -306,21 +302,50 @@ class Registration:
         return folds / total
 
     def inverse_consistency_error(self, reference: Any = None) -> Any:
-        """|phi_BA(phi_AB(x)) - x| at every voxel of the fixed grid or the reference.
+        """``|phi_BA(phi_AB(x)) - x|`` at every voxel of the fixed grid or reference.
 
         Millimetres for ITK images; for tensors ``[1, 1, *grid]`` in the fixed image's
         voxels.
         """
-        forward, backward = (self._map(direction) for direction in DIRECTIONS)
-        unit = 1.0 if self.itk else np.array(self.geometry_B.size) - 1.0
-
-        def error(points: Array) -> Array:
-            missed = (backward(forward(points)) - points) * unit
-            length: Array = np.linalg.norm(missed, axis=1)
-            return length
-
         size, frame = self._grid(reference, DIRECTIONS[0])
-        return self._as_image(over_grid(error, size, frame), reference, DIRECTIONS[0])
+        errors = over_grid(lambda p: inverse_consistency(self, p), size, frame)
+        return self._as_image(errors, reference, DIRECTIONS[0])
+
+    def error_estimate(
+        self,
+        points: Any,
+        others: Sequence[Registration] = (),
+        direction: str = DIRECTIONS[0],
+    ) -> Array:
+        """About how far off each mapped point is, ``[N]``: see `icon_nephi.trust`.
+
+        Args:
+            points: as of `transform_points`.
+            others: registrations of the same pair with other seeds (`ensemble`).
+            direction: where the points go.
+        """
+        return error_estimate(self, self._points(points), others, direction)
+
+    def error_image(
+        self, reference: Any = None, others: Sequence[Registration] = ()
+    ) -> Any:
+        """`error_estimate` at every voxel of the fixed grid or the reference."""
+        size, frame = self._grid(reference, DIRECTIONS[0])
+        errors = over_grid(lambda p: error_estimate(self, p, others), size, frame)
+        return self._as_image(errors, reference, DIRECTIONS[0])
+
+    def report(self, path: str | os.PathLike[str], **extras: Any) -> None:
+        """Nothing; writes one HTML page that shows and measures this registration.
+
+        Args:
+            path: of the page.
+            extras: landmarks and label maps of both images to score with, others of an
+                ensemble, the command, ...: see `icon_nephi.report.write_report`.
+
+        Raises:
+            ValueError: a loaded registration, which has no images, or bad extras.
+        """
+        write_report(path, self, **extras)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Nothing; writes one file that `load` reads, whole or not at all."""
@@ -329,12 +354,11 @@ class Registration:
     def _exported(self, direction: str) -> Any:
         from icon_nephi.itk_images import composite_transform
 
-        A, B, device = self.geometry_A, self.geometry_B, self.device
-        if direction == "fixed_to_moving":
-            return composite_transform(
-                self.map_AB, B, A, self.fit.matrix, device=device
-            )
-        return composite_transform(self.map_BA, A, B, self._inverse, device=device)
+        A, B = self.geometry_A, self.geometry_B
+        way = (self.map_AB, B, A, self.fit.matrix)
+        if direction != DIRECTIONS[0]:
+            way = (self.map_BA, A, B, self._inverse)
+        return composite_transform(*way, device=self.device)
 
     def _frame(self, geometry: Geometry) -> Tensor:
         """The unit box -> the frame that points are given in."""
@@ -352,17 +376,7 @@ class Registration:
         return FramedMap(self.map_BA, A, B, self.device)
 
     def _points(self, points: Any) -> Array:
-        rows = np.asarray(
-            points.detach().cpu() if isinstance(points, Tensor) else points
-        )
-        d = self.geometry_B.dimension
-        if rows.ndim != 2 or rows.shape[1] != d:
-            raise ValueError(
-                f"points must be [N, {d}], a row for each point, got shape {rows.shape}"
-            )
-        if not np.isfinite(rows.astype(np.float64)).all():
-            raise ValueError("points must be finite; leave out those that are not")
-        return rows.astype(np.float64)
+        return check_points("points", points, self.geometry_B.dimension)
 
     def _place_of(self, name: str, image: Any) -> Geometry:
         return place_of(name, image, itk=self.itk, dimension=self.geometry_B.dimension)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import product
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -44,6 +48,145 @@ class PatchNCC:
         return 1 - (correlation * share).sum() / share.expand_as(
             correlation
         ).sum().clamp(min=1)
+
+
+class MutualInformation:
+    """1 - the share of information that two images have in common, for any contrasts.
+
+    Of scattered samples, `Points` ``[B, C, N, 1(, 1)]``, every item and channel has
+    its own joint histogram (Parzen windows, so it is differentiable); the blocks of
+    `Patches` are one set of samples, for a few samples have no histogram. The mean
+    over channels counts. Samples outside the moving image are left out, as in
+    `PatchNCC`.
+
+    Args:
+        bins: of each image, between low and high.
+        low: intensities below count as this; the default is the least that
+            `icon_nephi.preprocess.prepare` gives.
+        high: intensities above count as this; the default is the most it gives.
+    """
+
+    isInterpolated = True
+
+    def __init__(self, bins: int = 32, low: float = -0.2, high: float = 1.5) -> None:
+        if bins < 2 or not low < high:
+            raise ValueError(
+                "MutualInformation needs at least 2 bins and low below high, got bins="
+                f"{bins}, low={low}, high={high}"
+            )
+        self.bins, self.low, self.high = bins, low, high
+
+    def __call__(self, warped: Tensor, fixed: Tensor) -> Tensor:
+        """Scalar; warped has the in-bounds tag (0 or 1) as its last channel."""
+        if math.prod(warped.shape[3:]) > 1:
+            warped, fixed = (x.transpose(0, 1)[None] for x in (warped, fixed))
+        warped, fixed = warped.flatten(2), fixed.flatten(2)
+        return 1 - self.shared(warped[:, :-1], fixed, warped[:, -1:]).mean()
+
+    def shared(self, first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
+        """``[...]``: 2 I / (H_first + H_second) of samples ``[..., N]``, 0 to 1.
+
+        The shapes may differ where they broadcast.
+        """
+        windows = self._windows(first) * weight[..., None]
+        return _common(windows.mT @ self._windows(second))
+
+    def counted(self, first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
+        """As `shared`, of plain histograms: no gradient, and thirty times quicker."""
+        first, second, weight = torch.broadcast_tensors(
+            self._bin(first).round(), self._bin(second).round(), weight
+        )
+        bins, shape = self.bins, first.shape[:-1]
+        cell = (first * bins + second).long().flatten(0, -2)
+        cell = cell + bins**2 * torch.arange(len(cell), device=cell.device)[:, None]
+        count = len(cell) * bins**2
+        joint = torch.bincount(cell.flatten(), weight.flatten(), minlength=count)
+        return _common(joint.reshape(*shape, bins, bins))
+
+    def _bin(self, values: Tensor) -> Tensor:
+        """Where values lie among the bins, 0 to bins - 1, between them too."""
+        inner = values.clamp(self.low, self.high) - self.low
+        return inner * ((self.bins - 1) / (self.high - self.low))
+
+    def _windows(self, values: Tensor) -> Tensor:
+        """``[..., N, bins]``: the share of each sample in each bin, Gaussian."""
+        bins = torch.arange(self.bins, dtype=values.dtype, device=values.device)
+        away = (self._bin(values)[..., None] - bins) / _WINDOW
+        return torch.softmax(-0.5 * away.square(), -1)
+
+
+# Width of the windows, in bins.
+_WINDOW = 1.0
+
+
+def _common(joint: Tensor) -> Tensor:
+    """``[...]``: 2 I / (H_first + H_second) of joint histograms ``[..., K, K]``."""
+    joint = joint / joint.sum((-2, -1), keepdim=True).clamp(min=1e-6)
+    apart = _entropy(joint.sum(-1), 1) + _entropy(joint.sum(-2), 1)
+    return 2 * (apart - _entropy(joint, 2)) / apart.clamp(min=1e-6)
+
+
+def _entropy(shares: Tensor, axes: int) -> Tensor:
+    """In nats, over the last axes."""
+    return -(shares * (shares + 1e-12).log()).flatten(-axes).sum(-1)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a registration compares, and on what.
+
+    Attributes:
+        similarity: of samples.
+        points: on single points of blurred images, not on blocks.
+        features: the similarity is of self-similarity features "only"; or these are
+            compared "beside" where the settings have a weight for them; or "never".
+        contrast: the images may have different contrasts, so that the search for an
+            affine start must not go by correlation.
+    """
+
+    similarity: Callable[[Tensor, Tensor], Tensor]
+    points: bool = False
+    features: Literal["only", "beside", "never"] = "never"
+    contrast: bool = False
+
+    @property
+    def alone(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """What compares the intensities, where there are no features."""
+        return MutualInformation() if self.features == "only" else self.similarity
+
+
+NAMES = ("ncc", "lncc", "lncc2", "mind", "mi")
+
+
+def find_similarity(similarity: Any, floor: float = 1e-3) -> Comparison:
+    """What a name in `NAMES` means; None is "lncc", a callable is taken for blocks.
+
+    Args:
+        similarity: "lncc": correlation of blocks; "lncc2": its square, for contrasts
+            that may be inverted; "ncc": correlation of all samples; "mind": lncc of
+            self-similarity features, "mi": mutual information, for other modalities.
+        floor: see `PatchNCC`.
+
+    Raises:
+        ValueError: unknown name.
+        TypeError: neither a name nor callable.
+    """
+    if similarity is None or similarity == "lncc":
+        return Comparison(PatchNCC(floor), features="beside")
+    if callable(similarity) and not isinstance(similarity, type):
+        return Comparison(similarity)
+    named = f"a name of {', '.join(map(repr, NAMES))} or an ICON similarity object"
+    if not isinstance(similarity, str):
+        raise TypeError(f"similarity must be {named}, got {similarity!r}")
+    if similarity == "ncc":
+        return Comparison(PatchNCC(floor), points=True)
+    if similarity == "lncc2":
+        return Comparison(PatchNCC(floor, squared=True), contrast=True)
+    if similarity == "mind":
+        return Comparison(PatchNCC(floor), features="only", contrast=True)
+    if similarity == "mi":
+        return Comparison(MutualInformation(), points=True, contrast=True)
+    raise ValueError(f"similarity must be {named}, got {similarity!r}")
 
 
 def dice_loss(

@@ -29,7 +29,7 @@ from icon_nephi.codes import LatentCode
 from icon_nephi.coordinates import from_rows, to_rows
 
 Map = Callable[[Tensor], Tensor]
-CHUNK_SIZE = 2**14
+CHUNK_SIZE = 2**13  # its layers fit the caches of a core (docs/performance.md)
 _TWICE = (
     b"autograd cannot derive a neural map twice: get its exact Jacobian from "
     b"icon_nephi.transforms.value_and_jacobian, and derive that once"
@@ -57,14 +57,14 @@ class NeuralTransform(_Transform):
     """phi(x) = x + u(x, z(x)), callable on ICON-frame coordinates ``[B, d, *any]``.
 
     Coordinates of batch 1 are evaluated for every item of the code's batch. Outside
-    the unit box the field sees the nearest border point, so the displacement there is
-    that of the border. More than ``chunk_size`` points are evaluated in chunks, which
-    are recomputed in the backward pass, so memory does not follow their number.
+    the unit box the displacement is that of the nearest border point. More than
+    ``chunk_size`` points are evaluated in chunks, which are recomputed in the backward
+    pass, so memory does not follow their number.
 
     Args:
         field: see `icon_nephi.fields`.
         code: what the field reads.
-        chunk_size: points evaluated at once.
+        chunk_size: points evaluated at once; with its Jacobian one counts as 1 + d.
         owned: take a copy of the weights (default: when gradients are off).
     """
 
@@ -119,7 +119,7 @@ class NeuralTransform(_Transform):
     def _in_chunks(self, jets: bool, rows: Tensor) -> tuple[Tensor, ...]:
         """Displacements of rows; with ``jets`` their derivatives too."""
         rows = rows.to(self.code.global_code.dtype)
-        live, chunks = torch.is_grad_enabled(), self._split(rows)
+        live, chunks = torch.is_grad_enabled(), self._split(jets, rows)
         ours = isinstance(self.field, fields.ModulatedSiren | fields.LatentMLP)
         if live and ours and not getattr(self.field, "_is_replica", False):
             codes = self.code.global_code, *self.code.local_codes
@@ -131,8 +131,9 @@ class NeuralTransform(_Transform):
             work = partial(checkpoint, work, use_reentrant=False)
         return _joined(list(map(work, chunks)))
 
-    def _split(self, rows: Tensor) -> Any:
-        return rows.split(max(1, self.chunk_size // max(1, rows.shape[0])), dim=1)
+    def _split(self, jets: bool, rows: Tensor) -> Any:
+        cost = max(1, rows.shape[0] * (1 + jets * rows.shape[2]))
+        return rows.split(max(1, self.chunk_size // cost), dim=1)
 
     def _evaluate(self, jets: bool, rows: Tensor) -> tuple[Tensor, ...]:
         x = rows.clamp(0, 1)
@@ -164,7 +165,7 @@ class _Recomputed(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.phi, ctx.jets, ctx.weights, ctx.kept = phi, jets, weights, []
         ctx.save_for_backward(rows, *weights)
-        chunks = phi._split(rows)
+        chunks = phi._split(jets, rows)
         if len(chunks) > 1:
             return _joined([phi._evaluate(jets, chunk) for chunk in chunks])
         ctx.kept = [_with_graph(ctx, rows)]
@@ -174,7 +175,8 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         phi, rows, derive = ctx.phi, ctx.saved_tensors[0], ctx.needs_input_grad[2]
         slopes, sums = [], [torch.zeros_like(w) for w in ctx.weights]
-        for chunk, *outer in zip(*map(phi._split, (rows, *grads)), strict=True):
+        split = partial(phi._split, ctx.jets)
+        for chunk, *outer in zip(*map(split, (rows, *grads)), strict=True):
             x, out = ctx.kept.pop() if ctx.kept else _with_graph(ctx, chunk)
             inputs = (*ctx.weights, x) if derive else ctx.weights
             found = torch.autograd.grad(out, inputs, [g.detach() for g in outer])
@@ -246,8 +248,7 @@ def value_and_jacobian(phi: Map, coordinates: Tensor) -> tuple[Tensor, Tensor]:
 
     Ours carry both forward. ICON's TwoStepRegistration closes over its two maps by
     name, so its Jacobian is their chain rule. Any other pointwise map (ICON's voxel
-    fields and matrices among them) is derived by autograd, one pass per component;
-    differentiable where gradients are on.
+    fields, say) is derived by autograd, once per component, with a graph if it is on.
     """
     known = getattr(phi, "value_and_jacobian", None)
     if known is not None:
@@ -278,9 +279,8 @@ class FunctionFromNeuralField(RegistrationModule):
     images swapped, which is right when ``net`` is an encoder that sees the images;
     with a learned code use `NePhi`, whose two directions have a field each.
 
-    Those losses evaluate every voxel, ten times a step in 3D: about 1.3 kB a voxel and
-    up to 2 GB for chunks, 40 s and more at 64^3 on one core. From 64^3 on, use
-    `GradientICONPoints` (0.6 s). Measured by ``evaluation/bench_dense_losses.py``.
+    Those losses evaluate every voxel, ten times a step in 3D: 1.3 kB a voxel, 40 s at
+    64^3 on one core. Use `GradientICONPoints` (0.6 s); `evaluation.bench_dense_losses`.
 
     Args:
         net: ``net(image_A, image_B)`` -> `LatentCode`.

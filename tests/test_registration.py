@@ -235,7 +235,7 @@ def test_wrong_questions_are_refused():
     with pytest.raises(ValueError, match="reference is 2D but"):
         result.displacement_field(flat)
     with pytest.raises(ValueError, match="mode must be"):
-        result.warp(flat, "cubic")
+        result.warp(flat, "sinc")
     with pytest.raises(TypeError, match=r"image must be a torch\.Tensor"):
         made(2, itk=False).warp(flat)
 

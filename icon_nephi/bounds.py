@@ -1,0 +1,189 @@
+"""What a displacement can do inside a box: expansions of codes and fields, in float64.
+
+Inside a box that no knot of the code's grids crosses (see `knots`) the code is a
+polynomial, kept exactly up to the degree of the `Expansion`; the field's layers follow.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor, nn
+
+from icon_nephi.codes import LatentCode
+from icon_nephi.expansions import (
+    UNIT,
+    Expansion,
+    add,
+    beside,
+    linear,
+    monomials,
+    product,
+    sine,
+)
+from icon_nephi.fields import LatentMLP, ModulatedSiren
+
+# Boxes are taken a little larger than they are, so that the rounding of their edges is
+# inside: every polynomial piece is bounded a bit beyond its knots.
+WIDER = 1e-12
+
+
+def knots(code: LatentCode, axis: int) -> Tensor:
+    """Sorted places within (0, 1) where an axis's polynomials change, float64."""
+    places: set[float] = set()
+    for grid in code.local_codes:
+        steps = _steps(grid.shape[2 + axis], code.interpolation)
+        # The same place of two grids may differ in its last bit; `WIDER` covers that.
+        places |= {round(k / steps, 13) for k in range(1, steps)}
+    return torch.tensor(sorted(places), dtype=torch.float64)
+
+
+def expand_displacement(
+    field: nn.Module, code: LatentCode, centre: Tensor, half: Tensor, degree: int
+) -> Expansion:
+    """The `Expansion` of the displacement a field makes of a code, C = d.
+
+    Args:
+        field: `LatentMLP` or `ModulatedSiren`, float64.
+        code: of batch 1, float64.
+        centre: of the boxes ``[N, d]``, in the unit box, float64.
+        half: half their sides, 0 along axes where nothing changes.
+        degree: of the polynomials.
+
+    Raises:
+        TypeError: another field.
+    """
+    if isinstance(field, LatentMLP):
+        return _through_mlp(field, code, centre, half, degree)
+    if isinstance(field, ModulatedSiren):
+        return _through_siren(field, code, centre, half, degree)
+    raise TypeError(
+        f"bounds are known for LatentMLP and ModulatedSiren, got {type(field).__name__}"
+    )
+
+
+def _through_mlp(
+    field: LatentMLP, code: LatentCode, centre: Tensor, half: Tensor, degree: int
+) -> Expansion:
+    hidden = beside(_place(centre, half, degree), _read(code, centre, half, degree))
+    for layer in field.hidden:
+        assert isinstance(layer, nn.Linear)
+        hidden = linear(hidden, layer.weight * field.omega, layer.bias * field.omega)
+        hidden = sine(hidden, degree)
+    return linear(hidden, field.last.weight)
+
+
+def _through_siren(
+    field: ModulatedSiren, code: LatentCode, centre: Tensor, half: Tensor, degree: int
+) -> Expansion:
+    # 2 pi B (2 x - 1); a cosine is a sine further on.
+    turns = torch.cat([field.frequencies, field.frequencies]) * (2 * math.pi)
+    further = torch.zeros_like(turns[:, 0])
+    further[len(field.frequencies) :] = math.pi / 2
+    features = sine(linear(_place(centre, half, 1), turns, further), degree)
+
+    def layer(inputs: Expansion, of: nn.Module, omega: float) -> Expansion:
+        assert isinstance(of, nn.Linear)
+        return sine(linear(inputs, of.weight * omega, of.bias * omega), degree)
+
+    known = beside(_read(code, centre, half, degree), features)
+    start = gate = layer(known, field.modulator[0], field.omega)
+    hidden = layer(features, field.synthesis[0], field.first_omega)
+    for modulate, synthesise in zip(
+        field.modulator[1:], field.synthesis[1:], strict=True
+    ):
+        gate = add(layer(gate, modulate, field.omega), start)
+        hidden = product(gate, layer(hidden, synthesise, field.omega))
+    return linear(hidden, field.last.weight * 0.5)
+
+
+def _place(centre: Tensor, half: Tensor, degree: int) -> Expansion:
+    """2 x - 1."""
+    count, d = centre.shape
+    rows = centre.new_zeros(len(monomials(d, degree)), count, d)
+    rows[0] = 2 * centre - 1
+    for axis in range(d):
+        rows[1 + axis, :, axis] = 2 * half[:, axis]
+    stray = centre.new_zeros(1 + d, count, d)
+    stray[0] = 4 * UNIT
+    return Expansion.of(rows, stray, d, degree)
+
+
+def _steps(nodes: int, order: str) -> int:
+    return nodes - 1 if order == "linear" else nodes - 2
+
+
+def _read(code: LatentCode, centre: Tensor, half: Tensor, degree: int) -> Expansion:
+    """z(x): each grid's polynomial piece around the boxes' centres."""
+    count, d = centre.shape
+    powers = 2 if code.interpolation == "linear" else 3
+    known = monomials(d, degree)
+    spot = {p: n for n, p in enumerate(itertools.product(range(powers), repeat=d))}
+    kept = [spot.get(p, -1) for p in known]
+    most = centre.new_zeros(len(known), count, code.global_code.shape[1])
+    most[0] = code.global_code
+    parts = [Expansion.of(most, most.new_zeros(1 + d, *most.shape[1:]), d, degree)]
+    for grid in code.local_codes:
+        polynomial, rounding = _piece(grid, centre, half, code.interpolation)
+        rows = polynomial.new_zeros(len(known), *polynomial.shape[1:])
+        for n, place in enumerate(kept):
+            if place >= 0:
+                rows[n] = polynomial[place]
+        stray = polynomial.new_zeros(1 + d, *polynomial.shape[1:])
+        for power, place in spot.items():
+            if sum(power) > degree:
+                for axis in range(d):
+                    stray[1 + axis] += power[axis] * polynomial[place].abs()
+        stray += rounding[:, :, None]
+        parts.append(Expansion.of(rows, stray, d, degree))
+    return beside(*parts)
+
+
+def _piece(
+    grid: Tensor, centre: Tensor, half: Tensor, order: str
+) -> tuple[Tensor, Tensor]:
+    """``[powers^d, N, C]``, in the order of itertools.product; ``[1 + d, N]`` rounding.
+
+    The same pieces as `icon_nephi.interpolation` reads.
+    """
+    count, d = centre.shape
+    shape, channels = grid.shape[2:], grid.shape[1]
+    steps = torch.tensor([_steps(n, order) for n in shape], dtype=centre.dtype)
+    cells = centre * steps
+    base = cells.floor().clamp(min=0).minimum(steps - 1)
+    f, h = cells - base, half * steps
+    nodes = 2 if order == "linear" else 3
+    if order == "linear":
+        table = [[1 - f, f], [-h, h]]
+    else:
+        f = f - 0.5
+        low, high = 0.5 - f, 0.5 + f
+        table = [
+            [0.5 * low.square(), 0.75 - f.square(), 0.5 * high.square()],
+            [-low * h, -2 * f * h, high * h],
+            [0.5 * h * h, -h * h, 0.5 * h * h],
+        ]
+    weights = torch.stack([torch.stack(row, -1) for row in table], -2)
+    strides = [shape[axis + 1 :].numel() for axis in range(d)]
+    near = torch.tensor(
+        [
+            sum(o * s for o, s in zip(at, strides, strict=True))
+            for at in itertools.product(range(nodes), repeat=d)
+        ]
+    )
+    number = (base.long() * torch.tensor(strides)).sum(1, keepdim=True) + near
+    read = grid[0].flatten(1).T.contiguous().index_select(0, number.flatten())
+    for axis in range(d):
+        # The first axis of the nodes becomes the last of the powers.
+        read = weights[:, axis] @ read.view(count, nodes, -1)
+        read = read.view(count, nodes, -1, channels).transpose(1, 2).contiguous()
+    # Magnitudes: the weights' values add up to 1, their slopes by x to 2 steps, and so
+    # do the second ones times half a box. The place in a cell has lost steps * u.
+    size = float(grid.abs().max()) if grid.numel() else 0.0
+    lost = 64 * UNIT * (1 + float(steps.max())) * size
+    slopes = lost * (1 + 2 * h.T) * 2 * h.T
+    return read.view(count, -1, channels).transpose(0, 1), torch.cat(
+        [torch.full_like(slopes[:1], lost), slopes * (1 + 4 * h.T).prod(0)]
+    )

@@ -1,0 +1,214 @@
+"""The last stages of a large pair: on finer levels, in one neighbourhood after another.
+
+Only codes move here, without their prior, and regularity is looked at where similarity
+is. So what is not looked at for a while stays as it was: Adam would take steps of full
+size by the prior alone.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from icon_nephi.chunks import ChunkedImage, Image
+from icon_nephi.coordinates import points_as_grid, to_rows
+from icon_nephi.losses import GradientICONPoints
+from icon_nephi.models import Settings
+from icon_nephi.optimize import Stage, optimize
+from icon_nephi.sampling import Patches, Points
+from icon_nephi.transforms import Map
+
+# Of the settings' steps and code rate, what each level gets.
+SHARE, RATE = 0.6, 0.3
+# Between the samples of a block, in voxels of the level.
+STRIDES = 2.0, 1.2
+# Voxels a side of a neighbourhood at least; how many at a time; new ones a step.
+SIDE, MOST, NEW = 48, 32, 2
+# Chunks that a neighbourhood takes of each image, its surroundings included.
+_CHUNKS = 16
+_CELLS = 1_000_000  # mask voxels that are kept as places to draw samples
+
+
+def fit_levels(
+    loss: GradientICONPoints,
+    levels: Sequence[tuple[Image, Image]],
+    codes: nn.Module,
+    settings: Settings,
+    where: tuple[Tensor, Tensor],
+    *,
+    points: int | None = None,
+    progress: bool = False,
+    time_limit: float | None = None,
+) -> list[dict[str, float]]:
+    """The loss history; the codes are left at their optimum for the last level.
+
+    Args:
+        loss: with a network that is near already; its prior is left out from here on.
+        levels: (moving, fixed), coarse to fine, all over the same unit boxes.
+        codes: what moves.
+        settings: see `Settings`.
+        where: masks ``[1, 1, *grid]`` of the two, on any grid over their unit boxes.
+        points: single points in place of each block, for a similarity of points.
+        progress: show a bar.
+        time_limit: seconds after which to stop early.
+    """
+    history: list[dict[str, float]] = []
+    loss.prior_lmbda, began = 0.0, time.monotonic()
+    for image_A, image_B in levels:
+        left = None
+        if time_limit is not None:
+            left = time_limit - (time.monotonic() - began)
+            if left <= 0:
+                break
+        steps = max(2, round(settings.steps * SHARE))
+        stages = [
+            Stage(
+                steps // len(STRIDES),
+                Points(points * settings.patches)
+                if points
+                else Patches(
+                    settings.patches,
+                    settings.size,
+                    stride,
+                    corners=not settings.exact[-1],
+                ),
+            )
+            for stride in STRIDES
+        ]
+        near = None
+        if isinstance(image_A, ChunkedImage) and isinstance(image_B, ChunkedImage):
+            near = _neighbourhoods(loss, image_A, image_B, where)
+        advance = None if near is None else lambda *_, n=near: n.advance(loss.phi_AB)
+        try:
+            history += optimize(
+                loss,
+                image_A,  # type: ignore[arg-type]  # the loss reads both kinds
+                image_B,  # type: ignore[arg-type]
+                stages,
+                [{"params": list(codes.parameters()), "lr": RATE * settings.code_rate}],
+                mask_A=where[0],
+                mask_B=where[1],
+                progress=progress,
+                time_limit=left,
+                callback=advance,
+            )
+        finally:
+            for image in (image_A, image_B):
+                if isinstance(image, ChunkedImage):
+                    image.close()
+    return history
+
+
+def _neighbourhoods(
+    loss: GradientICONPoints,
+    image_A: ChunkedImage,
+    image_B: ChunkedImage,
+    where: tuple[Tensor, Tensor],
+) -> Neighbourhoods | None:
+    """None where everything can be held: then samples lie everywhere at once."""
+    if image_A.cache.whole and image_B.cache.whole:
+        return None
+    near = Neighbourhoods(image_A, image_B, *where, loss.generator)
+    with torch.no_grad():
+        phi = loss.regis_net(image_A, image_B)[0]
+    for _ in range(-(-near.count // NEW) + 1):
+        near.advance(phi)
+    return near
+
+
+class Neighbourhoods:
+    """Where samples are drawn for some steps: boxes of whole chunks with content.
+
+    Every box of the fixed image is visited once, in random order, before any again.
+    In the moving image samples lie where the map takes the box, so both directions
+    read the same chunks. The next boxes are read ahead.
+
+    Args:
+        image_A: moving.
+        image_B: fixed.
+        where_A: ``[1, 1, *grid]``, content of image_A, over its unit box.
+        where_B: the same of image_B.
+        generator: source of the order.
+    """
+
+    def __init__(
+        self,
+        image_A: ChunkedImage,
+        image_B: ChunkedImage,
+        where_A: Tensor,
+        where_B: Tensor,
+        generator: torch.Generator | None,
+    ) -> None:
+        self.image_A, self.image_B, self.generator = image_A, image_B, generator
+        self.cells_A, image_A.cell = _cells(where_A)
+        cells_B, image_B.cell = _cells(where_B)
+        cache = image_B.cache
+        side = [
+            min(n, c * -(-SIDE // c))
+            for c, n in zip(cache.chunk, cache.shape, strict=True)
+        ]
+        shape = torch.tensor(cache.shape)
+        index = cells_B.double() * image_B.scale + image_B.shift
+        index = index.clamp(min=0).minimum(shape - 1).long() // torch.tensor(side)
+        number = index[:, 0]
+        for axis in range(1, len(side)):
+            number = number * -(-cache.shape[axis] // side[axis]) + index[:, axis]
+        counts = torch.unique(number, return_counts=True)[1]
+        self._boxes = cells_B[number.argsort(stable=True)].split(counts.tolist())
+        slots = min(image_A.cache.slots, cache.slots)
+        self.count = min(MOST, max(4, slots // _CHUNKS), len(self._boxes))
+        self._order: list[int] = []
+        self._active: deque[tuple[Tensor, Tensor]] = deque(maxlen=self.count)
+        self._next: list[tuple[Tensor, Tensor]] = []
+
+    def advance(self, phi_AB: Map) -> None:
+        """Nothing; the oldest boxes go, and the next ones come and are read ahead."""
+        self._active.extend(self._next)
+        images = self.image_B, self.image_A
+        for image, rows in zip(images, zip(*self._active, strict=True), strict=False):
+            image.focus = torch.cat(rows)
+        self._next, boxes_A, boxes_B = [], [], []
+        for _ in range(min(NEW, self.count)):
+            cells = self._boxes[self._draw()]
+            low, high = cells.amin(0), cells.amax(0)
+            boxes_B.append(self.image_B.box(low, high))
+            low, high = self._moved(phi_AB, low, high)
+            boxes_A.append(self.image_A.box(low, high))
+            there = ((self.cells_A >= low) & (self.cells_A <= high)).all(1)
+            self._next.append((cells, self.cells_A[there]))
+        self.image_B.cache.ahead(boxes_B)
+        self.image_A.cache.ahead(boxes_A)
+
+    def _draw(self) -> int:
+        if not self._order:
+            order = torch.randperm(len(self._boxes), generator=self.generator)
+            self._order = order.tolist()
+        return self._order.pop()
+
+    def _moved(self, phi: Map, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """The box around where a map takes a box."""
+        d = len(low)
+        share = torch.cartesian_prod(*[torch.linspace(0, 1, 3)] * d).reshape(-1, d)
+        rows = low + share * (high - low)
+        with torch.no_grad():
+            at = points_as_grid(rows[None].to(self.image_B.device))
+            moved = to_rows(phi(at))[0].to(low)
+        return moved.amin(0), moved.amax(0)
+
+
+def _cells(where: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows ``[V, d]`` of cells with content, not too many, and a cell's size."""
+    shape = where.shape[2:]
+    d = len(shape)
+    every = max(1, math.ceil((shape.numel() / _CELLS) ** (1 / d)))
+    steps = torch.tensor(shape) - 1
+    thinned = where[0, 0]
+    for axis, n in enumerate(shape):
+        thinned = thinned.index_select(axis, torch.arange(0, n, every).to(where.device))
+    rows = (thinned > 0).cpu().nonzero() * every / steps
+    return rows, every / steps

@@ -1,0 +1,70 @@
+"""How much memory a process may take, holds, and has held."""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+from pathlib import Path
+
+#: What a registration may take where nothing is said.
+MEMORY_LIMIT = "4GiB"
+# Bytes that fitting a pair on a level takes for each of its voxels, and in any case.
+_WORKING_BYTES, _RESERVE, _LEAST = 120, 300 * 2**20, 64 * 2**20
+
+
+def to_bytes(limit: int | str) -> int:
+    """The bytes of a number or of a text such as "4GiB", "500 MB", "2G".
+
+    Raises:
+        ValueError: another text, or not positive.
+    """
+    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(I?)B?\s*", str(limit).upper())
+    result = 0
+    if match and match[1].count(".") < 2 and match[1] != ".":
+        plain = str(limit).strip().upper().endswith("B") and not match[3]
+        power = " KMGT".index(match[2] or " ")
+        result = int(float(match[1]) * (1000 if plain else 1024) ** power)
+    if result <= 0:
+        raise ValueError(
+            f"memory_limit must be bytes or a text such as '4GiB', got {limit!r}"
+        )
+    return result
+
+
+def plan(limit: int, voxels: int) -> tuple[int, int]:
+    """Voxels of the working level of each of two images, and bytes for its chunks.
+
+    Args:
+        limit: bytes that the whole process may take.
+        voxels: enough for a working level.
+
+    Raises:
+        ValueError: less than what is needed besides.
+    """
+    spare = limit - held_memory() - _RESERVE
+    if spare < _LEAST:
+        least = (limit - spare + _LEAST) / 2**20
+        raise ValueError(
+            f"memory_limit is {limit / 2**20:.0f} MiB, but with what the process holds "
+            f"already at least {least:.0f} MiB are needed; raise it, or free arrays"
+        )
+    return min(voxels, spare // 2 // _WORKING_BYTES), spare // 5
+
+
+def held_memory() -> int:
+    """The bytes of memory this process holds now."""
+    return _status("VmRSS")
+
+
+def peak_memory() -> int:
+    """The most bytes of memory this process has held."""
+    return _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().split(f"{name}:")[1].split()[0]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

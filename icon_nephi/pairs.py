@@ -1,0 +1,234 @@
+"""Both images of a pair as the fit takes them, from memory or read in parts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from icon_nephi._check import check_intensities
+from icon_nephi.chunks import ChunkCache, ChunkedImage
+from icon_nephi.coordinates import (
+    Geometry,
+    apply_affine,
+    identity_map,
+    points_as_grid,
+    sample_image,
+    to_rows,
+)
+from icon_nephi.inputs import (
+    check_tensor,
+    choose_device,
+    is_itk,
+    read_input,
+    voxel_geometry,
+)
+from icon_nephi.memory import plan, to_bytes
+from icon_nephi.preprocess import find_scale, prepare
+from icon_nephi.volumes import WORKING, Level, Volume, open_volume
+
+#: Voxels from which an image in memory is fitted on coarser levels first, as those on
+#: disk are: nothing of its size is then made beside it.
+LARGE = 30_000_000
+
+
+class Input(NamedTuple):
+    """One image as the fit takes it: see `read_input`; intensities by modality.
+
+    Of a `Volume`: its working level, where the finest lies, and all finer ones, coarse
+    to fine. ``placed``: points are LPS millimetres, as they are of all but tensors.
+    """
+
+    values: Tensor
+    mask: Tensor | None
+    place: Geometry
+    whole: Geometry
+    placed: bool
+    finer: Sequence[ChunkedImage] = ()
+
+    def beside(self, fixed: Input) -> dict[str, Any]:
+        """What `fit_pair` takes of this moving image and of a fixed one, by name."""
+        levels: list[tuple[ChunkedImage, ChunkedImage]] = []
+        count = max(len(self.finer), len(fixed.finer))
+        if count:
+            # The one with fewer levels stays at its coarsest for a while.
+            sides = [
+                [i.held()] * (count - len(i.finer)) + [*i.finer] for i in (self, fixed)
+            ]
+            levels = list(zip(*sides, strict=True))
+        return {
+            **{"image_A": self.values, "geometry_A": self.place, "mask_A": self.mask},
+            **{"image_B": fixed.values, "geometry_B": fixed.place},
+            **{"mask_B": fixed.mask, "levels": levels},
+        }
+
+    def held(self) -> ChunkedImage:
+        """The values, as the finer levels are read."""
+        array = np.ascontiguousarray(self.values[0, 0].cpu().numpy())
+        scale, shift = [n - 1.0 for n in array.shape], [0.0] * array.ndim
+        cache = ChunkCache.of(array)
+        return ChunkedImage(cache, scale, shift, lambda v: v, self.values.device)
+
+
+def read_pair(
+    image_A: Any,
+    image_B: Any,
+    mask_A: Any,
+    mask_B: Any,
+    modalities: Sequence[str | None],
+    device: torch.device | str | None,
+    memory_limit: int | str | None = None,
+    progress: bool = False,
+) -> tuple[Input, Input]:
+    """Both images on one device, None chosen as by `choose_device`.
+
+    Images of `LARGE` size and more, on the CPU, are taken as `Volume`s.
+
+    Raises:
+        TypeError: images or masks of another kind, or of two kinds.
+        ValueError: those that cannot be registered.
+    """
+    if in_millimetres(image_A) != in_millimetres(image_B):
+        raise TypeError(
+            f"image_A is {type(image_A).__name__} but image_B is "
+            f"{type(image_B).__name__}; pass two ITK images or two tensors"
+        )
+    where = choose_device(device, None if is_itk(image_A) else image_A)
+    images, masks = (image_A, image_B), (mask_A, mask_B)
+    if any(is_volume(i) or (where.type == "cpu" and _is_large(i)) for i in images):
+        A, B = _read_volumes(images, masks, modalities, where, memory_limit, progress)
+    else:
+        found = []
+        for letter, image, mask, kind in zip(
+            "AB", images, masks, modalities, strict=True
+        ):
+            values, inside, place = read_input(letter, image, mask)
+            check_intensities(f"image_{letter}", values)
+            looked_at = None if inside is None else inside.to(where)
+            prepared = prepare(values.to(where), kind)
+            found.append(Input(prepared, looked_at, place, place, is_itk(image)))
+        A, B = found
+    if A.place.dimension != B.place.dimension:
+        raise ValueError(
+            f"image_A is {A.place.dimension}D but image_B is "
+            f"{B.place.dimension}D; pass two 2D or two 3D images"
+        )
+    if A.values.shape[1] != B.values.shape[1]:
+        raise ValueError(
+            f"image_A has {A.values.shape[1]} channels but image_B has "
+            f"{B.values.shape[1]}; pass the same channels of both"
+        )
+    return A, B
+
+
+def is_volume(image: Any) -> bool:
+    """Whether this is a `Volume`, or the path of a Zarr folder."""
+    path = str(image) if isinstance(image, str | os.PathLike) else ""
+    return isinstance(image, Volume) or path.rstrip("/").lower().endswith(".zarr")
+
+
+def in_millimetres(image: Any) -> bool:
+    """Whether points of an image are LPS millimetres: all but tensors' are."""
+    return is_itk(image) or is_volume(image)
+
+
+def _is_large(image: Any) -> bool:
+    if is_itk(image):
+        size = image.GetLargestPossibleRegion().GetSize()
+        single = image.GetNumberOfComponentsPerPixel() == 1
+        return single and float(np.prod([int(n) for n in size], dtype=float)) >= LARGE
+    if not isinstance(image, Tensor) or image.dim() < 4 or image.is_complex():
+        return False
+    return image.shape[:2] == (1, 1) and image.numel() >= LARGE
+
+
+def as_volume(name: str, image: Any, memory_limit: int | str | None = None) -> Volume:
+    """A `Volume`, a path's, or one over the voxels of an image in memory.
+
+    Raises:
+        TypeError: another kind of image.
+        ValueError: one that cannot be read.
+    """
+    if isinstance(image, Volume):
+        return image
+    if is_volume(image):
+        return open_volume(image, memory_limit)
+    if is_itk(image):
+        from icon_nephi.itk_images import array_of, check_itk_image, geometry_of
+
+        check_itk_image(name, image)
+        return Volume([Level.of(array_of(image), geometry_of(image))], name)
+    tensor = check_tensor(name, image).detach().cpu()
+    if tensor.shape[1] != 1:
+        raise ValueError(f"{name} has {tensor.shape[1]} channels, expected one")
+    values = tensor[0, 0]
+    if values.dtype in (torch.bfloat16, torch.float16):
+        values = values.float()
+    return Volume([Level.of(values.numpy(), voxel_geometry(values.shape))], name)
+
+
+def _read_volumes(
+    images: Sequence[Any],
+    masks: Sequence[Any],
+    modalities: Sequence[str | None],
+    where: torch.device,
+    memory_limit: int | str | None,
+    progress: bool,
+) -> list[Input]:
+    """Working levels of two images that are read in parts, and their finer ones."""
+    volumes = [
+        as_volume(f"image_{letter}", image, memory_limit)
+        for letter, image in zip("AB", images, strict=True)
+    ]
+    voxels, cache = WORKING, 0
+    if memory_limit is not None or any(v.levels[0].array is None for v in volumes):
+        limit = min(v.memory_limit for v in volumes)
+        limit = limit if memory_limit is None else to_bytes(memory_limit)
+        voxels, cache = plan(limit, WORKING)
+    found = []
+    for letter, image, volume, mask, kind in zip(
+        "AB", images, volumes, masks, modalities, strict=True
+    ):
+        level = volume.working(voxels, progress)
+        values, place = volume.whole(level)
+        check_intensities(f"image_{letter}", values)
+        inside = None
+        if mask is not None:
+            inside = _mask_on(f"mask_{letter}", mask, place, voxels).to(where)
+        scale = find_scale(values.to(where), kind)
+        found.append(
+            Input(
+                scale(values.to(where)),
+                inside,
+                place,
+                volume.geometry,
+                in_millimetres(image),
+                volume.finer(level, cache, scale, where),
+            )
+        )
+    return found
+
+
+def _mask_on(name: str, mask: Any, place: Geometry, voxels: int) -> Tensor:
+    """A mask, read in parts, on the grid of a working level: 0 or 1."""
+    volume = as_volume(name, mask)
+    values, own = volume.whole(volume.working(voxels))
+    if own.dimension != place.dimension:
+        raise ValueError(
+            f"{name} is {own.dimension}D but its image is {place.dimension}D; pass a "
+            "mask of that image"
+        )
+    between = own.physical_to_unit() @ place.unit_to_physical()
+    rows = apply_affine(between, to_rows(identity_map(place.size).double()))
+    at = points_as_grid(rows.float())
+    inside = (sample_image(values, at) > 0).float().reshape(1, 1, *place.size)
+    if not bool(inside.any()):
+        raise ValueError(
+            f"{name} is empty: no voxel of it above zero lies in its image; leave it "
+            "out to use all of the image"
+        )
+    return inside

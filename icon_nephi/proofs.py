@@ -1,0 +1,388 @@
+"""The search for a proof: boxes that cover a region, split until each is decided.
+
+Boxes lie in the unit box of the neural map psi(x) = x + u(x), or beyond it, where u is
+that of the nearest border point. In a box psi's Jacobian is a polynomial and a
+remainder (see `icon_nephi.expansions`). With P its inverse at the centre,
+P J(x) = I + E(x), and bounds on |E| bound det(P J) from below. What cannot be proven is
+split, until it is proven, refuted by a point, or too small.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import cache, partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from icon_nephi.bounds import WIDER, expand_displacement, knots
+from icon_nephi.codes import LatentCode
+from icon_nephi.coordinates import apply_affine
+from icon_nephi.expansions import INFLATE, UNIT, monomials
+from icon_nephi.fields import LatentMLP
+
+# Degrees of the polynomials: a deeper field loses more to its layers' magnitudes.
+SHALLOW_DEGREE, DEEP_DEGREE = 4, 5
+# Boxes expanded at once, and handled between two looks at the clock.
+BATCH, ROUND = 192, 2**13
+# How often a box is halved at most, along all axes together.
+HALVINGS = 15
+# A box counts as proven when its determinants are at least this share of that at its
+# centre, so that the smallest one proven says something.
+SHARE = 0.25
+# Row sums of |E| above which a box is split along several axes at once.
+FAR = 2.0
+# Counterexamples kept.
+KEPT = 1000
+
+
+class Region:
+    """A part of space: a box in some frame, or the voxels of a mask there.
+
+    Args:
+        frame: homogeneous ``[d + 1, d + 1]`` float64: the unit box of psi -> the frame
+            in which the region is the unit box.
+        mask: boolean ``[*grid]`` over that unit box, or None: all of it.
+    """
+
+    def __init__(self, frame: Tensor, mask: Tensor | None = None) -> None:
+        self.frame, self.mask = frame, mask
+        if mask is not None:
+            # Voxels below every corner of the grid: boxes of voxels are counted by it.
+            self.below = torch.zeros([n + 1 for n in mask.shape], dtype=torch.int64)
+            self.below[tuple(slice(1, None) for _ in mask.shape)] = mask.long()
+            for axis in range(mask.dim()):
+                self.below = self.below.cumsum(axis)
+
+    def span(self) -> tuple[Tensor, Tensor]:
+        """The lowest and highest coordinates ``[d]`` in psi's frame."""
+        d = len(self.frame) - 1
+        ends = torch.cartesian_prod(*[torch.tensor([0.0, 1.0]).double()] * d)
+        placed = apply_affine(torch.linalg.inv(self.frame), ends)
+        # The unit box itself has exact ends; others are rounded outwards.
+        own = torch.equal(self.frame, torch.eye(d + 1, dtype=torch.float64))
+        slack = 0.0 if own else 1e-9
+        return placed.amin(0) - slack, placed.amax(0) + slack
+
+    def holds(self, points: Tensor) -> Tensor:
+        """Which points ``[N, d]`` lie in the region."""
+        places = apply_affine(self.frame, points)
+        inside = ((places >= 0) & (places <= 1)).all(1)
+        if self.mask is None:
+            return inside
+        last = torch.tensor(self.mask.shape) - 1
+        voxel = (places.clamp(0, 1) * last).round().long()
+        return inside & self.mask[tuple(voxel.T)]
+
+    def meets(self, low: Tensor, high: Tensor) -> Tensor:
+        """Which boxes ``[N]`` may meet the region; never leaves out one that does."""
+        d = low.shape[1]
+        centre = apply_affine(self.frame, (low + high) / 2)
+        half = (high - low) / 2 @ self.frame[:d, :d].abs().T + 1e-9
+        first, final = centre - half, centre + half
+        inside = ((final >= 0) & (first <= 1)).all(1)
+        if self.mask is None:
+            return inside
+        size = torch.tensor(self.mask.shape)
+        # A voxel's cell reaches half a voxel to either side.
+        ends = (first.clamp(0, 1), final.clamp(0, 1))
+        start, stop = ((e * (size - 1) + 0.5).floor().long() for e in ends)
+        start, stop = start.minimum(size - 1), (stop + 1).minimum(size)
+        found = torch.zeros(len(low), dtype=torch.int64)
+        for corner in itertools.product((0, 1), repeat=d):
+            at = tuple((start, stop)[end][:, a] for a, end in enumerate(corner))
+            found += (-1) ** (d - sum(corner)) * self.below[at]
+        return inside & (found > 0)
+
+
+class Boxes(NamedTuple):
+    """Axis-parallel boxes: corners ``[N, d]`` and how often each was halved ``[N]``."""
+
+    low: Tensor
+    high: Tensor
+    halved: Tensor
+
+    def at(self, chosen: Tensor) -> Boxes:
+        """Those chosen by a mask or by numbers."""
+        return Boxes(*(part[chosen] for part in self))
+
+    def volume(self) -> float:
+        """Of all together."""
+        return float((self.high - self.low).prod(1).sum())
+
+
+class Bounds(NamedTuple):
+    """What is known of the determinant of psi's Jacobian in each box, all ``[N]``.
+
+    Attributes:
+        centre: at the centre.
+        least: a share of that below which it falls nowhere in the box; not above zero
+            where that could not be shown.
+        far: the largest row sum of |E|.
+        blame: ``[N, d]``, how much of that comes from each axis.
+    """
+
+    centre: Tensor
+    least: Tensor
+    far: Tensor
+    blame: Tensor
+
+
+def bound_determinant(
+    field: nn.Module, code: LatentCode, low: Tensor, high: Tensor
+) -> Bounds:
+    """The `Bounds` of det J in boxes that no knot crosses, nor the unit box's border.
+
+    Args:
+        field: `LatentMLP` or `ModulatedSiren`, float64.
+        code: of batch 1, float64.
+        low: lowest corners ``[N, d]``, float64.
+        high: highest corners.
+    """
+    d = low.shape[1]
+    shallow = isinstance(field, LatentMLP) and len(field.hidden) == 1
+    degree = SHALLOW_DEGREE if shallow else DEEP_DEGREE
+    half = (high - low) / 2 * (1 + WIDER) + WIDER
+    # Beyond a border the field sees the border: nothing changes along that axis.
+    half = torch.where((low >= 1) | (high <= 0), 0.0, half)
+    centre = ((low + high) / 2).clamp(0, 1)
+    u = expand_displacement(field, code, centre, half, degree)
+    by_x = torch.where(half > 0, 1 / half, 0.0)[:, None, :]
+    rows = u.rows.permute(1, 2, 0)  # [N, i, monomial]
+    jacobian = torch.eye(d, dtype=low.dtype) + rows[:, :, 1 : 1 + d] * by_x
+    remainder, size = (part[1:].permute(1, 2, 0) * by_x for part in (u.stray, u.size))
+    inverse = torch.linalg.inv_ex(jacobian)[0]
+    slopes, degrees, lower = _derivation(d, degree)
+    coefficients = inverse @ rows
+    changes = coefficients.abs() @ slopes * by_x
+    # What stands between P J and I at the centre, and the rounding of the products.
+    offset = (inverse @ jacobian - torch.eye(d, dtype=low.dtype)).abs()
+    rounding = 32 * UNIT * inverse.abs() @ (jacobian.abs() + size)
+    rest = offset + rounding + inverse.abs() @ remainder
+    e = (changes + rest) * INFLATE
+    trace = (
+        sum(
+            (coefficients[:, k, n] * p * by_x[:, 0, k, None]) @ to
+            for k, (n, p, to) in enumerate(lower)
+        )
+        .abs()
+        .sum(1)
+    )
+    trace = (trace + rest.diagonal(dim1=1, dim2=2).sum(1)) * INFLATE
+    determinant = torch.linalg.det(jacobian)
+    least = _least(e, trace) * (1 - 1e-9)
+    sure = 1e-13 * jacobian.abs().sum(2).prod(1)
+    known = (offset + rounding).sum(2).amax(1) < 1e-9
+    least = torch.where(known & (determinant > sure), least, -torch.inf)
+    blame = coefficients.abs().sum(1) @ degrees
+    return Bounds(determinant, least.nan_to_num(-torch.inf), e.sum(2).amax(1), blame)
+
+
+def _least(e: Tensor, trace: Tensor) -> Tensor:
+    """A lower bound ``[N]`` of det(I + E), |E| <= e ``[N, d, d]``, |tr E| <= trace.
+
+    The better of two. Ostrowski's for dominant diagonals: at least the product of
+    1 - sum_j e_ij where all of these are positive. The expansion of the determinant:
+    1 + tr E + the 2 x 2 minors on the diagonal (+ det E in 3D).
+    """
+    margins = 1 - e.sum(2)
+    dominant = torch.where((margins > 0).all(1), margins.prod(1), -torch.inf)
+    d = e.shape[1]
+    minors = torch.zeros_like(trace)
+    for i, j in itertools.combinations(range(d), 2):
+        minors += e[:, i, i] * e[:, j, j] + e[:, i, j] * e[:, j, i]
+    if d == 3:
+        for a, b, c in itertools.permutations(range(3)):
+            minors += e[:, 0, a] * e[:, 1, b] * e[:, 2, c]
+    return torch.maximum(dominant, 1 - trace - minors * INFLATE)
+
+
+@cache
+def _derivation(
+    d: int, degree: int
+) -> tuple[Tensor, Tensor, list[tuple[list[int], Tensor, Tensor]]]:
+    """Tables over monomials, of which the slopes of a polynomial follow.
+
+    Powers ``[M, d]`` where that slope changes in the box, powers ``[M, d]`` of the
+    highest degree, and by axis: which monomials, their powers, where their slopes go.
+    """
+    known = monomials(d, degree)
+    powers = torch.tensor(known, dtype=torch.float64)
+    total = powers.sum(1, keepdim=True)
+    slopes = torch.where(total > 1, powers, 0.0)
+    degrees = torch.where(total == degree, powers, 0.0)
+    spot = {p: n for n, p in enumerate(known)}
+    lower = []
+    for axis in range(d):
+        numbers = [n for n, p in enumerate(known) if p[axis] and sum(p) > 1]
+        to = torch.zeros(len(numbers), len(known), dtype=torch.float64)
+        for row, n in enumerate(numbers):
+            p = list(known[n])
+            p[axis] -= 1
+            to[row, spot[tuple(p)]] = 1
+        lower.append((numbers, powers[numbers, axis], to))
+    return slopes, degrees, lower
+
+
+class Search:
+    """What is proven about one neural map over a region, and what not.
+
+    Args:
+        field: `LatentMLP` or `ModulatedSiren`.
+        code: what it reads, of batch 1.
+        region: where.
+
+    Attributes:
+        total: volume of the boxes that cover the region, in psi's unit boxes.
+        proven: of it.
+        refuted: of it.
+        smallest: lower bound of det J in what is proven.
+        points: counterexamples ``[N, d]`` in psi's frame, worst first.
+        determinants: theirs ``[N]``.
+        left: boxes that are neither.
+        folded: boxes with a counterexample.
+    """
+
+    def __init__(self, field: nn.Module, code: LatentCode, region: Region) -> None:
+        self.field = copy.deepcopy(field).cpu().double().requires_grad_(False)
+        self.code = replace(
+            code,
+            global_code=code.global_code.detach().cpu().double(),
+            local_codes=tuple(g.detach().cpu().double() for g in code.local_codes),
+        )
+        self.region = region
+        self.total = self.proven = self.refuted = 0.0
+        self.smallest = torch.inf
+        d = len(region.frame) - 1
+        self.points = torch.empty(0, d, dtype=torch.float64)
+        self.determinants = torch.empty(0, dtype=torch.float64)
+        self.left = self.folded = Boxes(
+            self.points, self.points, torch.empty(0, dtype=torch.int64)
+        )
+
+    def run(self, ends: float | None, decided: Callable[[float], None]) -> None:
+        """Nothing; works until all is decided, or until a time (`time.monotonic`).
+
+        Args:
+            ends: when to stop.
+            decided: called with the share of the volume newly decided.
+        """
+        waiting, late = self._cover(), False
+        self.total = sum(boxes.volume() for boxes in waiting)
+        work = partial(bound_determinant, self.field, self.code)
+        with torch.no_grad(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            while waiting and not late:
+                further: list[Boxes] = []
+                while waiting and not late:
+                    boxes = waiting.pop()
+                    known = self.proven + self.refuted
+                    corners = boxes.low.split(BATCH), boxes.high.split(BATCH)
+                    found = list(pool.map(_quietly(work), *corners))
+                    bounds = Bounds(*map(torch.cat, zip(*found, strict=True)))
+                    further += self._decide(boxes, bounds)
+                    decided((self.proven + self.refuted - known) / self.total)
+                    late = ends is not None and time.monotonic() > ends
+                waiting += further if late else _regrouped(further)
+        self.left = _joined([self.left, *waiting])
+
+    def _cover(self) -> list[Boxes]:
+        """Boxes between knots and borders that cover the region, in rounds."""
+        low, high = self.region.span()
+        edges = []
+        for axis in range(len(low)):
+            borders = torch.tensor([0.0, 1.0], dtype=torch.float64)
+            inner = torch.cat([borders, knots(self.code, axis)])
+            inner = inner[(inner > low[axis]) & (inner < high[axis])]
+            edges.append(
+                torch.cat([low[axis, None], inner.sort()[0], high[axis, None]])
+            )
+        counts = tuple(len(e) - 1 for e in edges)
+        kept = []
+        for numbers in torch.arange(math.prod(counts)).split(2**18):
+            places = torch.unravel_index(numbers, counts)
+            low, high = (
+                torch.stack([e[p + n] for e, p in zip(edges, places, strict=True)], 1)
+                for n in (0, 1)
+            )
+            boxes = Boxes(low, high, torch.zeros_like(numbers))
+            kept.append(boxes.at(self.region.meets(boxes.low, boxes.high)))
+        return _regrouped(kept)
+
+    def _decide(self, boxes: Boxes, bounds: Bounds) -> list[Boxes]:
+        """Count what is decided; the parts of what is not."""
+        done = bounds.least >= torch.where(boxes.halved < HALVINGS, SHARE, 1e-12)
+        self.proven += boxes.at(done).volume()
+        if done.any():
+            lowest = float((bounds.least * bounds.centre)[done].min())
+            self.smallest = min(self.smallest, lowest)
+        centres = (boxes.low + boxes.high) / 2
+        folds = ~done & (bounds.centre <= 0)
+        folds[folds.clone()] = self.region.holds(centres[folds])
+        if folds.any():
+            self.refuted += boxes.at(folds).volume()
+            self.folded = _joined([self.folded, boxes.at(folds)])
+            values = torch.cat([self.determinants, bounds.centre[folds]])
+            order = values.argsort()[:KEPT]
+            self.determinants = values[order]
+            self.points = torch.cat([self.points, centres[folds]])[order]
+        open_ = ~done & ~folds
+        small = open_ & (boxes.halved >= HALVINGS)
+        self.left = _joined([self.left, boxes.at(small)])
+        open_ &= ~small
+        return [self._split(boxes.at(open_), bounds.far[open_], bounds.blame[open_])]
+
+    def _split(self, boxes: Boxes, far: Tensor, blame: Tensor) -> Boxes:
+        """Halves, quarters or eighths of boxes; those off the region are dropped."""
+        sides = boxes.high - boxes.low
+        blame = blame.nan_to_num(torch.inf) + 1e-12 * sides
+        most = blame.amax(1, keepdim=True)
+        chosen = blame >= torch.where(far[:, None] > FAR, 0.4 * most, most)
+        before = boxes.volume()
+        for axis in range(sides.shape[1]):
+            some = boxes.at(chosen[:, axis])
+            middle = (some.low[:, axis] + some.high[:, axis]) / 2
+            lower, upper = some.high.clone(), some.low.clone()
+            lower[:, axis] = upper[:, axis] = middle
+            halved = some.halved + 1
+            rest = ~chosen[:, axis]
+            parts = (
+                boxes.at(rest),
+                Boxes(some.low, lower, halved),
+                Boxes(upper, some.high, halved),
+            )
+            boxes = _joined(list(parts))
+            some_chosen = chosen[chosen[:, axis]]
+            chosen = torch.cat([chosen[rest], some_chosen, some_chosen])
+        boxes = boxes.at(self.region.meets(boxes.low, boxes.high))
+        self.total -= before - boxes.volume()
+        return boxes
+
+
+def _quietly(work: Callable[..., Bounds]) -> Callable[..., Bounds]:
+    """Without gradients in a worker thread, too: each thread has its own switch."""
+
+    def quiet(*arguments: Tensor) -> Bounds:
+        with torch.no_grad():
+            return work(*arguments)
+
+    return quiet
+
+
+def _joined(parts: list[Boxes]) -> Boxes:
+    return Boxes(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def _regrouped(parts: list[Boxes]) -> list[Boxes]:
+    """The same boxes, `ROUND` at a time."""
+    if not parts:
+        return []
+    splits = (part.split(ROUND) for part in _joined(parts))
+    groups = [Boxes(*group) for group in zip(*splits, strict=True)]
+    return [group for group in groups if len(group.halved)]

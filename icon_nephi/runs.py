@@ -1,0 +1,398 @@
+"""One registration as the flags of nephi-register ask for it: read, register, write."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from icon_nephi import itk_images, scores
+from icon_nephi.files import written_whole
+from icon_nephi.itk_maps import ItkPair, write_image, write_transform
+from icon_nephi.parsers import IMAGES, TRANSFORMS, VECTORS, check_output
+from icon_nephi.physical import Array
+
+OUTPUTS = {
+    "transform_out": TRANSFORMS,
+    "inverse_transform_out": TRANSFORMS,
+    "warped_moving_out": IMAGES,
+    "displacement_out": VECTORS,
+    "inverse_displacement_out": VECTORS,
+    "jacobian_out": IMAGES,
+    "save": (".nephi",),
+    "report": (".html", ".htm"),
+}
+_BOTH = ("landmarks", "labels", "segmentation")
+
+
+def check_flags(given: argparse.Namespace) -> None:
+    """Nothing, or a ValueError: flags that contradict each other."""
+    scratch = given.model == "none"
+    missing = [f"--{name}" for name in ("fixed", "moving") if not getattr(given, name)]
+    if missing:
+        raise ValueError(
+            f"the following arguments are required: {', '.join(missing)}; see "
+            "nephi-register --help"
+        )
+    if scratch and given.network_weights is not None:
+        raise ValueError("--network_weights needs --model: which network are they of?")
+    if not scratch:
+        for name in ("save", "report"):
+            if getattr(given, name) is not None:
+                raise ValueError(
+                    f"--{name} holds what is registered from scratch; with --model "
+                    "give --transform_out"
+                )
+        for name in ("fixed_window", "moving_window", "quantiles"):
+            if getattr(given, name) is not None:
+                raise ValueError(
+                    f"--{name} is for registration from scratch; --model {given.model} "
+                    "has the intensities it was trained with"
+                )
+        if given.preset != "default" or given.similarity is not None:
+            raise ValueError(
+                "--preset and --similarity are for registration from scratch; with "
+                "--model give --io_iterations and --io_sim"
+            )
+    names = {k: _pair_flags(k) for k in _BOTH}
+    for flags in names.values():
+        if len({getattr(given, flag) is None for flag in flags}) > 1:
+            raise ValueError(
+                f"--{flags[0]} and --{flags[1]} belong together: give both"
+            )
+    if scratch and given.fixed_segmentation is not None:
+        raise ValueError(
+            "--fixed_segmentation and --moving_segmentation need --model; from scratch "
+            "give --labels_fixed and --labels_moving to score the result"
+        )
+    if given.time_limit is not None and not given.time_limit > 0:
+        raise ValueError(
+            f"--time_limit must be positive seconds, got {given.time_limit}"
+        )
+    for name in ("fixed_window", "moving_window", "quantiles"):
+        ends = getattr(given, name)
+        if ends is not None and not ends[0] < ends[1]:
+            raise ValueError(
+                f"--{name} must be LOW HIGH with LOW below HIGH, got {ends[0]:g} "
+                f"{ends[1]:g}"
+            )
+    if given.quantiles is not None and not (
+        given.quantiles[0] >= 0 and given.quantiles[1] <= 1
+    ):
+        raise ValueError("--quantiles must be shares from 0 to 1, such as 0.01 0.99")
+    if _same(given.fixed, given.moving):
+        raise ValueError(
+            f"--fixed and --moving are the same file, {given.fixed}: there is nothing "
+            "to register"
+        )
+
+
+def _pair_flags(kind: str) -> tuple[str, str]:
+    sides = ("fixed", "moving")
+    if kind == "segmentation":
+        return ("fixed_segmentation", "moving_segmentation")
+    return (f"{kind}_{sides[0]}", f"{kind}_{sides[1]}")
+
+
+def _same(first: Path, second: Path) -> bool:
+    return first.exists() and second.exists() and first.samefile(second)
+
+
+def find_outputs(given: argparse.Namespace) -> dict[str, Path]:
+    """The outputs asked for, each of which can be written."""
+    outputs = {
+        name: path
+        for name, endings in OUTPUTS.items()
+        if (path := check_output(name, getattr(given, name), endings)) is not None
+    }
+    if given.json is not None and str(given.json) != "-":
+        path = check_output("json", given.json, (".json",))
+        assert path is not None
+        outputs["json"] = path
+    if not set(outputs) - {"json"} and given.json is None:
+        raise ValueError("nothing to write: give --transform_out or --save")
+    places = [path.absolute() for path in outputs.values()]
+    if len(set(places)) < len(places):
+        raise ValueError("two outputs have the same path; give each its own")
+    written = {*OUTPUTS, "json", "out_dir"}
+    inputs = [
+        v for k, v in vars(given).items() if isinstance(v, Path) and k not in written
+    ]
+    for name, path in outputs.items():
+        if any(_same(path, other) for other in inputs):
+            raise ValueError(
+                f"--{name}: {path} is also an input; it would be overwritten"
+            )
+    return outputs
+
+
+def run(given: argparse.Namespace, command: list[str]) -> dict[str, Any]:
+    """Register, write every output, and the summary of it (see `scores.summary`).
+
+    Args:
+        given: the flags, checked.
+        command: what was typed.
+
+    Raises:
+        ValueError: what cannot be registered, in the words of the flags.
+        OSError: what cannot be written; then nothing is.
+    """
+    outputs = find_outputs(given)
+    read = _Inputs(given)
+    start = time.perf_counter()
+    register = _from_scratch if given.model == "none" else _through_model
+    try:
+        result = register(given, read.images)
+    except (ValueError, TypeError) as error:
+        raise type(error)(in_flags(str(error))) from error
+    seconds = time.perf_counter() - start
+    found: dict[str, Any] = {
+        "command": shlex.join(command),
+        **{name: str(getattr(given, name)) for name in ("fixed", "moving")},
+        **{name: getattr(given, name) for name in ("model", "preset", "seed")},
+        "seconds": seconds,
+        "flags": flags_of(given),
+    }
+    if not given.quiet or given.json is not None:
+        found |= scores.summary(result)
+    found["warnings"] = [in_flags(w) for w in (*result.warnings, *read.warnings)]
+    if read.landmarks is not None:
+        found["landmarks_mm"] = scores.landmark_scores(result, *read.landmarks)
+    if read.labels is not None:
+        found["dice"] = scores.label_scores(result, *read.labels)
+    found["outputs"] = {name: str(path) for name, path in outputs.items()}
+    found["versions"] = scores.versions()
+    with written_whole(*outputs.values()) as parts:
+        for name, part in zip(outputs, parts, strict=True):
+            _write(name, part, result, read, found)
+    return found
+
+
+def flags_of(given: argparse.Namespace) -> dict[str, str]:
+    """The flags that a result depends on, as text."""
+    leave = {"pairs", "out_dir", "quiet", "json"}
+    return {
+        name: str(value)
+        for name, value in sorted(vars(given).items())
+        if name not in leave and value is not None
+    }
+
+
+class _Inputs:
+    """The files of one registration, read and checked before any work is done."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.images = {
+            name: itk_images.read_image(f"--{name}", path)
+            for name in (
+                *("moving", "fixed", "moving_mask", "fixed_mask"),
+                *("moving_segmentation", "fixed_segmentation"),
+            )
+            if (path := getattr(given, name)) is not None
+        }
+        self.original = self.images["moving"]
+        self.warnings: list[str] = []
+        for side in ("moving", "fixed"):
+            mask = self.images.get(f"{side}_mask")
+            if mask is not None:
+                _check_mask(f"--{side}_mask: {getattr(given, f'{side}_mask')}", mask)
+            name = f"{side}_segmentation"
+            if name in self.images:
+                image = self.images[name]
+                self.images[name] = scores.check_label_map(f"--{name}", image)
+            self.images[side] = _windowed(given, side, self.images[side])
+        d = self.images["fixed"].GetImageDimension()
+        self.landmarks: tuple[Array, Array] | None = None
+        self.labels: tuple[Any, Any] | None = None
+        if given.landmarks_fixed is not None:
+            self.landmarks = self._read_landmarks(given, d)
+        if given.labels_fixed is not None:
+            maps = []
+            for flag in ("labels_fixed", "labels_moving"):
+                image = itk_images.read_image(f"--{flag}", getattr(given, flag))
+                if image.GetImageDimension() != d:
+                    raise ValueError(
+                        f"--{flag} is {image.GetImageDimension()}D but the images are "
+                        f"{d}D"
+                    )
+                maps.append(scores.check_label_map(f"--{flag}", image))
+            self.labels = (maps[0], maps[1])
+
+    def _read_landmarks(self, given: argparse.Namespace, d: int) -> tuple[Array, Array]:
+        from icon_nephi.point_files import read_points
+
+        found = []
+        for side in ("fixed", "moving"):
+            flag = f"--landmarks_{side}"
+            points = read_points(flag, getattr(given, f"landmarks_{side}")).points
+            found.append(points)
+        scores.check_landmarks(found[0], found[1], d)
+        for side, points in zip(("fixed", "moving"), found, strict=True):
+            far = outside(points, itk_images.geometry_of(self.images[side]))
+            if far:
+                self.warnings.append(
+                    f"{far} of {len(points)} landmarks lie outside the {side} image; "
+                    "they must be LPS mm (RAS: change the sign of x and y)"
+                )
+        return found[0], found[1]
+
+
+def outside(points: Array, place: Any) -> int:
+    """How many points lie more than half a voxel beyond a grid."""
+    matrix = place.physical_to_unit().numpy()
+    d = place.dimension
+    index = (points @ matrix[:d, :d].T + matrix[:d, d]) * (np.array(place.size) - 1.0)
+    far = (index < -0.5 - 1e-6) | (index > np.array(place.size) - 0.5 + 1e-6)
+    return int(far.any(1).sum())
+
+
+def _check_mask(name: str, mask: Any) -> None:
+    values = itk_images.array_of(mask)
+    odd = ~np.isfinite(values) if values.dtype.kind == "f" else np.zeros(1, bool)
+    if odd.any() or values.min() < 0 or (values[values > 1] % 1).any():
+        raise ValueError(
+            f"{name} does not look like a mask: it holds negative numbers or fractions "
+            "above 1; were image and mask swapped?"
+        )
+
+
+def _windowed(given: argparse.Namespace, side: str, image: Any) -> Any:
+    """The image clipped to its window or quantiles."""
+    ends, values = getattr(given, f"{side}_window"), itk_images.array_of(image)
+    flag = f"--{side}_window"
+    if ends is None and given.quantiles is not None:
+        flag, ends = "--quantiles", np.quantile(values, given.quantiles).tolist()
+    if ends is None:
+        return image
+    clipped = np.clip(values.astype(np.float32), *ends)
+    if clipped.min() == clipped.max():
+        raise ValueError(
+            f"{flag} leaves nothing of --{side}: its intensities go from "
+            f"{values.min():g} to {values.max():g}"
+        )
+    return itk_images.image_of(clipped, itk_images.geometry_of(image))
+
+
+def _from_scratch(given: argparse.Namespace, images: dict[str, Any]) -> Any:
+    from icon_nephi.models import find_effort
+    from icon_nephi.registration import register
+
+    kinds = [
+        None if kind == "none" else kind
+        for kind in (given.moving_modality, given.fixed_modality)
+    ]
+    size = itk_images.geometry_of(images["fixed"]).size
+    modality = kinds[0] if kinds[0] == kinds[1] else None
+    return register(
+        images["moving"],
+        images["fixed"],
+        modality=(kinds[0], kinds[1]),
+        mask_A=images.get("moving_mask"),
+        mask_B=images.get("fixed_mask"),
+        # lncc is what the default compares, with all it does beside.
+        similarity=given.similarity or (None if given.io_sim == "lncc" else "lncc2"),
+        field="auto"
+        if given.preset == "default"
+        else find_effort(given.preset, size, modality),
+        affine=not given.no_affine,
+        seed=given.seed,
+        device=given.device,
+        progress=not given.quiet,
+        time_limit=given.time_limit,
+    )
+
+
+def _through_model(given: argparse.Namespace, images: dict[str, Any]) -> Any:
+    """The same, from a pretrained network and instance optimisation."""
+    from icon_nephi import pretrained_models
+    from icon_nephi.inputs import choose_device
+    from icon_nephi.itk_wrapper import register_pair_with_mask
+    from icon_nephi.losses import PatchNCC
+
+    device = choose_device(given.device, None)
+    weights = given.network_weights
+    if weights is not None and not weights.is_file():
+        raise ValueError(f"--network_weights: {weights} does not exist")
+    model = pretrained_models.init_network(
+        given.model, neural="residual", weights=weights
+    ).to(device)
+    if given.io_sim == "lncc2":
+        model.similarity = PatchNCC(1e-3, squared=True)
+    moving, fixed = (_for_model(given, images, side) for side in ("moving", "fixed"))
+    phi_AB, phi_BA = register_pair_with_mask(
+        model,
+        moving,
+        fixed,
+        images.get("moving_mask"),
+        images.get("fixed_mask"),
+        given.io_iterations,
+        segmentation_A=images.get("moving_segmentation"),
+        segmentation_B=images.get("fixed_segmentation"),
+        progress=not given.quiet,
+        seed=given.seed,
+    )
+    return ItkPair(phi_AB, phi_BA, images["moving"], images["fixed"])
+
+
+def _for_model(given: argparse.Namespace, images: dict[str, Any], side: str) -> Any:
+    """An image with the intensities its network was trained with."""
+    from icon_nephi import pretrained_models as models
+
+    image, mask = images[side], images.get(f"{side}_mask")
+    if given.model == "lung":
+        return models.lung_network_preprocess(image, mask)
+    if given.model == "brain":
+        return models.brain_network_preprocess(image)
+    kind = "mri" if given.model == "knee" else getattr(given, f"{side}_modality")
+    if kind == "none":
+        raise ValueError(f"--model {given.model} needs --{side}_modality ct or mri")
+    return models.unigradicon_network_preprocess(image, kind, mask)
+
+
+def _write(
+    name: str, path: Path, result: Any, read: _Inputs, found: dict[str, Any]
+) -> None:
+    backward = {"direction": "moving_to_fixed"}
+    if name == "transform_out":
+        write_transform(result.phi_AB, path)
+    elif name == "inverse_transform_out":
+        write_transform(result.phi_BA, path)
+    elif name == "warped_moving_out":
+        write_image(result.warp(read.original), path)
+    elif name == "displacement_out":
+        write_image(result.displacement_field(), path)
+    elif name == "inverse_displacement_out":
+        write_image(result.displacement_field(**backward), path)
+    elif name == "jacobian_out":
+        write_image(result.jacobian_determinant(), path)
+    elif name == "report":
+        points = read.landmarks or (None, None)
+        result.report(
+            path,
+            landmarks_fixed=points[0],
+            landmarks_moving=points[1],
+            command=found["command"],
+        )
+    elif name == "json":
+        path.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+    else:
+        result.save(path)
+
+
+def in_flags(message: str) -> str:
+    """The same complaint with the command's names for things."""
+    for name, flag in (
+        *(("image_A", "--moving"), ("image_B", "--fixed")),
+        *(("mask_A", "--moving_mask"), ("mask_B", "--fixed_mask")),
+        *(("segmentation_A", "--moving_segmentation"),),
+        *(("segmentation_B", "--fixed_segmentation"),),
+        *(("device ", "--device: "), ("time_limit ", "--time_limit ")),
+        ("weights: ", "--network_weights: "),
+    ):
+        message = message.replace(name, flag)
+    return message

@@ -1,0 +1,346 @@
+"""Images larger than memory: pyramids and files whose boxes are read when needed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from icon_nephi.chunks import Array, Box, ChunkCache, ChunkedImage
+from icon_nephi.coordinates import Geometry, identity_map
+from icon_nephi.memory import MEMORY_LIMIT, to_bytes
+from icon_nephi.raw_files import SUFFIXES, find_voxels, geometry_in
+
+# Voxels of the level that is held whole; and of one between, made where there is none.
+WORKING, BETWEEN = 6_000_000, 20_000_000
+# Parts of a file without chunks that are read at once.
+_CHUNK = 64
+_UNITS: dict[str | None, float] = {
+    **dict.fromkeys(("nanometer", "nm"), 1e-6),
+    **dict.fromkeys(("micrometer", "um", "µm", "micron"), 1e-3),
+    **dict.fromkeys(("millimeter", "mm", None), 1.0),
+    **dict.fromkeys(("centimeter", "cm"), 10.0),
+    **dict.fromkeys(("meter", "m"), 1000.0),
+}
+
+
+@dataclass(frozen=True)
+class Level:
+    """One grid of an image.
+
+    Attributes:
+        geometry: where it lies.
+        chunk: voxels that are read together, along each axis.
+        dtype: of the voxels.
+        read: the voxels of a box.
+        array: all voxels, where they are in memory.
+    """
+
+    geometry: Geometry
+    chunk: tuple[int, ...]
+    dtype: np.dtype[Any]
+    read: Callable[[Box], Array]
+    array: Array | None = None
+
+    @staticmethod
+    def of(array: Array, geometry: Geometry) -> Level:
+        """A level in memory; C-contiguous arrays are not copied."""
+        values = np.ascontiguousarray(array)
+        chunk = (_CHUNK,) * values.ndim
+        return Level(geometry, chunk, values.dtype, lambda box: values[box], values)
+
+    @property
+    def voxels(self) -> int:
+        """How many."""
+        return int(np.prod(self.geometry.size, dtype=np.int64))
+
+
+class Volume:
+    """One image of one number a voxel, as levels over the same box, fine to coarse.
+
+    Args:
+        levels: in any order; the one with most voxels is the image.
+        name: for errors.
+        memory_limit: bytes that working with it may take, the whole process counted.
+
+    Attributes:
+        memory_limit: as given, in bytes.
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[Level],
+        name: str = "image",
+        memory_limit: int | str | None = None,
+    ) -> None:
+        self.levels = sorted(levels, key=lambda level: -level.voxels)
+        self.name = name
+        self.memory_limit = to_bytes(memory_limit or MEMORY_LIMIT)
+        size = self.geometry.size
+        if len(size) not in (2, 3) or min(size) < 2:
+            raise ValueError(
+                f"{name} has size {size}, expected 2 or 3 axes of at least two voxels; "
+                "leave out the axes with one"
+            )
+        if self.levels[0].dtype.kind not in "biuf":
+            raise ValueError(
+                f"{name} holds {self.levels[0].dtype}, expected numbers; convert it"
+            )
+
+    @property
+    def geometry(self) -> Geometry:
+        """Where the finest level lies."""
+        return self.levels[0].geometry
+
+    def image(
+        self,
+        level: Level,
+        limit: int,
+        intensities: Callable[[Tensor], Tensor] = lambda values: values,
+        device: torch.device | str = "cpu",
+    ) -> ChunkedImage:
+        """A level, read at points of the unit box of the finest one.
+
+        Args:
+            level: one of ``levels``.
+            limit: bytes of chunks held.
+            intensities: see `ChunkedImage`.
+            device: see `ChunkedImage`.
+        """
+        if level.array is not None:
+            cache = ChunkCache.of(level.array)
+        else:
+            size, chunk = level.geometry.size, level.chunk
+            cache = ChunkCache(level.read, size, chunk, level.dtype, limit)
+        ours, its = self.geometry, level.geometry
+        steps = np.array(its.spacing)[::-1]
+        between = np.array(ours.origin) - np.array(its.origin)
+        shift = (np.linalg.inv(np.array(its.direction)) @ between)[::-1] / steps
+        scale = np.array(ours.extent) / steps
+        return ChunkedImage(cache, scale.tolist(), shift.tolist(), intensities, device)
+
+    def working(self, voxels: int = WORKING, progress: bool = False) -> Level:
+        """The finest level with at most that many voxels; made where there is none.
+
+        What is made is kept in memory as a further level: means of blocks, read once
+        from the coarsest level there is, and one level between if the way is far.
+        """
+        for goal in (max(BETWEEN, voxels), voxels):
+            last = self.levels[-1]
+            far = goal > voxels and last.voxels < 8 * voxels
+            if last.voxels > goal and not far:
+                self.levels.append(_averaged(last, goal, self.name, progress))
+        return next(level for level in self.levels if level.voxels <= voxels)
+
+    def finer(
+        self,
+        than: Level,
+        limit: int,
+        scale: Callable[[Tensor], Tensor],
+        device: torch.device | str = "cpu",
+    ) -> list[ChunkedImage]:
+        """The levels finer than one, coarse to fine.
+
+        Args:
+            than: one of ``levels``.
+            limit: bytes of chunks held of each, one after the other.
+            scale: intensities of tensors ``[1, 1, *any]``, see `find_scale`.
+            device: where intensities are given.
+        """
+        ones = (1,) * (self.geometry.dimension + 1)
+
+        def seen(values: Tensor) -> Tensor:
+            return scale(values.reshape(*ones, -1)).reshape(values.shape)
+
+        found = [level for level in self.levels if level.voxels > than.voxels]
+        return [self.image(level, limit, seen, device) for level in reversed(found)]
+
+    def whole(self, level: Level) -> tuple[Tensor, Geometry]:
+        """A level as ``[1, 1, *grid]`` float32 over the unit box of the finest one.
+
+        Its first and last voxels are moved onto those of the finest level, so that all
+        levels have the same unit box.
+        """
+        size = level.geometry.size
+        values = np.asarray(level.read(tuple(slice(0, n) for n in size)))
+        held = Level.of(values.astype(np.float32, copy=False), level.geometry)
+        read = self.image(held, 0)
+        parts = []
+        for rows in identity_map(size).split(8, dim=2):
+            parts.append(read.sample(rows.contiguous()))
+        steps = [e / (n - 1) for e, n in zip(self.geometry.extent, size, strict=True)]
+        place = replace(self.geometry, size=size, spacing=tuple(reversed(steps)))
+        return torch.cat(parts, 2), place
+
+
+def open_volume(
+    path: str | os.PathLike[str], memory_limit: int | str | None = None
+) -> Volume:
+    """The image of an OME-Zarr or Zarr folder, or of an uncompressed file.
+
+    Only headers are read. OME-Zarr 0.4 and 0.5: all levels, spatial axes z, y, x, their
+    scales, translations and units (to millimetres); a plain Zarr array has voxels of
+    1 mm. Files: .nii, .mha, .mhd, .nrrd, .nhdr.
+
+    Args:
+        path: of the folder or file.
+        memory_limit: bytes, or as "4GiB" (the default): see `Volume`.
+
+    Raises:
+        ValueError: not such an image, compressed, truncated, or several images in one.
+        ImportError: a Zarr folder without the package zarr.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    if path.is_dir():
+        return Volume(_zarr_levels(path), str(path), memory_limit)
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(
+            f"{path} cannot be read in parts; give a Zarr folder or an uncompressed "
+            f"file ({', '.join(SUFFIXES)}), converting it where needed"
+        )
+    raw = find_voxels(path)
+    if not raw.path.is_file():
+        raise ValueError(f"{path}: the file of its voxels, {raw.path}, does not exist")
+    place = geometry_in(path)
+    raw.opened(place.size)
+    chunk = (_CHUNK,) * place.dimension
+    level = Level(place, chunk, raw.dtype, partial(raw.read, place.size))
+    return Volume([level], str(path), memory_limit)
+
+
+def _zarr_levels(path: Path) -> list[Level]:
+    try:
+        import zarr
+    except ImportError as error:
+        raise ImportError(
+            f"{path} is read with the package zarr; run pip install 'icon_nephi[zarr]'"
+        ) from error
+    try:
+        node: Any = zarr.open(str(path), mode="r")
+    except Exception as error:  # zarr raises many kinds
+        raise ValueError(f"{path} is not a Zarr array or group") from error
+    if isinstance(node, zarr.Array):
+        names = [*"zyx"][3 - node.ndim :] if node.ndim < 3 else [*"tczyx"][-node.ndim :]
+        return [_zarr_level(path, node, names, [1.0] * node.ndim, [0.0] * node.ndim)]
+    attributes = dict(node.attrs)
+    found = attributes.get("ome", attributes).get("multiscales")
+    if not found:
+        raise ValueError(
+            f"{path} is a Zarr group without multiscales metadata; give one of its "
+            f"arrays: {sorted(key for key, _ in node.arrays())[:8]}"
+        )
+    axes = [a if isinstance(a, dict) else {"name": a} for a in found[0]["axes"]]
+    names = [axis["name"] for axis in axes]
+    units = []
+    for axis in axes:
+        unit = axis.get("unit")
+        if axis["name"] in "zyx" and unit not in _UNITS:
+            raise ValueError(
+                f"{path} has the unit {unit!r} on axis {axis['name']}, expected one of "
+                f"{[u for u in _UNITS if u]}; correct its metadata"
+            )
+        units.append(_UNITS.get(unit, 1.0))
+    levels = []
+    for dataset in found[0]["datasets"]:
+        scale, shift = np.ones(len(names)), np.zeros(len(names))
+        for source in (dataset, found[0]):
+            for step in source.get("coordinateTransformations", ()):
+                numbers = np.array(step.get(step["type"], 1.0), float)
+                if step["type"] == "scale":
+                    scale, shift = scale * numbers, shift * numbers
+                elif step["type"] == "translation":
+                    shift = shift + numbers
+        array = node[dataset["path"]]
+        levels.append(
+            _zarr_level(path, array, names, scale * units, shift * np.array(units))
+        )
+    return levels
+
+
+def _zarr_level(
+    path: Path, array: Any, names: list[str], scale: Any, shift: Any
+) -> Level:
+    spatial = [i for i, name in enumerate(names) if name in "zyx"]
+    others = [n for i, n in enumerate(array.shape) if i not in spatial]
+    order = "".join(names[i] for i in spatial)
+    if array.ndim != len(names) or not "zyx".endswith(order):
+        raise ValueError(
+            f"{path} has axes {names} and shape {array.shape}, expected z, y, x (2D: "
+            "y, x) last and in this order; convert it"
+        )
+    if any(n != 1 for n in others):
+        raise ValueError(
+            f"{path} has axes {names} of shape {tuple(array.shape)}: several images in "
+            "one; write the channel and time to register as one of its own"
+        )
+
+    def read(box: Box) -> Array:
+        index: list[int | slice] = [0] * array.ndim
+        for i, part in zip(spatial, box, strict=True):
+            index[i] = part
+        return np.asarray(array[tuple(index)])
+
+    d = len(spatial)
+    geometry = Geometry(
+        size=tuple(int(array.shape[i]) for i in spatial),
+        spacing=tuple(float(scale[i]) for i in reversed(spatial)),
+        origin=tuple(float(shift[i]) for i in reversed(spatial)),
+        direction=tuple(map(tuple, np.eye(d).tolist())),
+    )
+    if not min(geometry.spacing) > 0:
+        raise ValueError(f"{path} has the scale {list(scale)}; it must be positive")
+    return Level(
+        geometry,
+        tuple(int(array.chunks[i]) for i in spatial),
+        np.dtype(array.dtype),
+        read,
+    )
+
+
+def _averaged(level: Level, goal: int, name: str, progress: bool) -> Level:
+    """Means of blocks of a level, at most ``goal`` of them, about equally wide."""
+    place = level.geometry
+    factors = np.ones(place.dimension, np.int64)
+    while np.prod(np.array(place.size) // factors) > goal:
+        width = np.array(place.spacing)[::-1] * factors
+        factors[width <= 1.5 * width.min()] *= 2
+    size = [n // int(f) for n, f in zip(place.size, factors, strict=True)]
+    # Of whole chunks, in voxels of the result.
+    steps = [
+        -(-max(c, 32) // int(f)) for c, f in zip(level.chunk, factors, strict=True)
+    ]
+    result = np.empty(size, np.float32)
+    starts = list(product(*(range(0, n, s) for n, s in zip(size, steps, strict=True))))
+    for start in tqdm(
+        starts, desc=f"averaging {name}", disable=not progress, leave=False
+    ):
+        first = np.array(start, np.int64)
+        last = np.minimum(first + steps, size)
+        box = [
+            slice(int(a), int(b))
+            for a, b in zip(first * factors, last * factors, strict=True)
+        ]
+        shape = np.stack([last - first, factors], 1).ravel()
+        values = level.read(tuple(box)).astype(np.float32).reshape(shape)
+        into = tuple(slice(int(a), int(b)) for a, b in zip(first, last, strict=True))
+        result[into] = values.mean(axis=tuple(range(1, 2 * len(size), 2)))
+    spacing, stretch = np.array(place.spacing), factors[::-1]
+    shift = np.array(place.direction) @ (spacing * (stretch - 1) / 2)
+    coarse = Geometry(
+        size=tuple(size),
+        spacing=tuple((spacing * stretch).tolist()),
+        origin=tuple((np.array(place.origin) + shift).tolist()),
+        direction=place.direction,
+    )
+    return Level.of(result, coarse)
