@@ -20,6 +20,9 @@ test: $(INSTALLED) ## run the tests that need neither a GPU nor minutes
 
 bench: $(INSTALLED) ## measure the speed and memory of the core
 	$(BIN)/python -m evaluation.bench_field
+	$(BIN)/python -m evaluation.bench_regularizer --counts 500 5000
+	$(BIN)/python -m evaluation.bench_step
+	$(BIN)/python -m evaluation.bench_export
 
 docs: $(INSTALLED) ## build the documentation, docs/_build/index.html
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build

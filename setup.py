@@ -32,7 +32,10 @@ setup(
     extras_require={
         "peers": ["antspyx", "itk-elastix", "convexAdam"],
         "meshes": ["nibabel"],
-        "dev": ["pytest", "hypothesis", "ruff", "mypy", "nibabel", "playwright"],
+        "dev": [
+            *("pytest", "hypothesis", "ruff", "mypy", "nibabel", "playwright"),
+            *("sphinx", "myst-parser", "furo"),
+        ],
     },
     entry_points={
         "console_scripts": [

@@ -2,8 +2,8 @@
 
     python -m evaluation.bench_field [--out CSV]
 
-"ours" carries derivatives forward beside the values; "double backward" is what others
-do: autograd for the Jacobian, and through it again for the loss.
+"ours" carries derivatives forward beside the values; "autograd" is one backward pass
+per component. Losses on Jacobians are compared in `evaluation.bench_regularizer`.
 """
 
 import argparse
@@ -42,13 +42,11 @@ def workloads(field, code: LatentCode, points: torch.Tensor) -> dict:
     def ours():
         return displacement_and_jacobian(field, points, code.at(points, gradient=True))
 
-    def autograd(create_graph):
+    def autograd():
         x = points.detach().requires_grad_()
         u = field(x, code.at(x)[0])
         rows = [
-            torch.autograd.grad(
-                u[..., i].sum(), x, create_graph=create_graph, retain_graph=True
-            )[0]
+            torch.autograd.grad(u[..., i].sum(), x, retain_graph=True)[0]
             for i in range(u.shape[-1])
         ]
         return u, torch.stack(rows, -2)
@@ -70,10 +68,9 @@ def workloads(field, code: LatentCode, points: torch.Tensor) -> dict:
     return {
         "value": without_graph(value),
         "value + Jacobian, ours": without_graph(ours),
-        "value + Jacobian, autograd": lambda: autograd(False),
+        "value + Jacobian, autograd": autograd,
         "value, with backward": with_backward(lambda: [value()]),
         "value + Jacobian, ours, with backward": with_backward(ours),
-        "value + Jacobian, double backward": with_backward(lambda: autograd(True)),
     }
 
 

@@ -22,7 +22,7 @@ from icon_nephi.compare import alone
 
 COLUMNS = (
     *("side", "method", "seconds", "least", "most", "cpu_seconds", "peak_mib"),
-    *("time_ratio", "memory_ratio", "device", "error"),
+    *("time_ratio", "cpu_ratio", "memory_ratio", "device", "error"),
     *bench.PROVENANCE,
 )
 STEPS = {"voxel": 1, "voxel_multi": 1, "nephi training": 3, "nephi IO": 20}
@@ -124,8 +124,12 @@ def main(argv: list[str] | None = None) -> None:
             text = ""
             if "seconds" in first:
                 row["time_ratio"] = first["seconds"] / row["seconds"]
+                row["cpu_ratio"] = first["cpu_seconds"] / row["cpu_seconds"]
                 row["memory_ratio"] = first["peak_mib"] / row["peak_mib"]
-                text = f"{row['time_ratio']:8.1f} x, {row['memory_ratio']:.1f} x memory"
+                text = (
+                    f"{row['time_ratio']:8.1f} x, {row['cpu_ratio']:.1f} x CPU, "
+                    f"{row['memory_ratio']:.1f} x memory"
+                )
             print(
                 f"{side:5d} {method:16s}{row['seconds']:9.3f}{row['cpu_seconds']:9.3f}"
                 f"{row['peak_mib']:8.0f}{text}",

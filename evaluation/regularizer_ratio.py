@@ -44,7 +44,7 @@ def main(
     for count in tqdm(counts[::-1], desc="ratios"):
         for number, pair in enumerate(held):
             net, groups = shapes.neural(field, seed)
-            net.to(device).chunk_size = max(counts)
+            net.to(device).chunk_size = 3 * max(counts)
             loss = shapes.loss_of(net, pair, seed, regularity_sampler=Points(count))
             memory[count] = shapes.step_memory(loss, pair.image_A, pair.image_B)
             found = shapes.fit(loss, groups, pair, steps, every)

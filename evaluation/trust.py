@@ -1,6 +1,6 @@
 """Does a registration know where it is wrong? Estimates against landmark errors.
 
-    python -m evaluation.trust --data DIR --out trust.csv [--cases NAME ...] [--fits DIR]
+    python -m evaluation.trust --data DIR --out FILE.csv [--cases NAME ...] [--fits DIR]
 
 Each pair with landmarks is registered with several seeds. For each ingredient of the
 estimate of `icon_nephi.trust` (and for some that were left out of it) the table has

@@ -22,7 +22,7 @@ from icon_nephi.transforms import (
 if TYPE_CHECKING:
     from icon_nephi import itk_wrapper as itk_wrapper
     from icon_nephi.certificate import certify
-    from icon_nephi.registration import Registration, load, register
+    from icon_nephi.registration import Registration, ensemble, load, register
 
 __version__ = "0.1.0"
 
@@ -42,6 +42,7 @@ __all__ = [
     "TwoStepPair",
     "add_neural_residual",
     "certify",
+    "ensemble",
     "gradient_inverse_consistency",
     "load",
     "make_network",
@@ -52,6 +53,7 @@ __all__ = [
 _LAZY = {
     "Registration": "registration",
     "certify": "certificate",
+    "ensemble": "registration",
     "load": "registration",
     "register": "registration",
 }

@@ -154,7 +154,7 @@ def certify(
                 ends = now + (begin + time_limit - now) / (len(searches) - number)
             search.run(ends, lambda part: bar.update(100 * part / len(searches)))
     total = sum(s.total for s in searches)
-    left = sum(s.left.volume() for s in searches) / total
+    left = sum(boxes.volume() for s in searches for boxes in s.left) / total
     refuted = sum(s.refuted for s in searches) / total
     scales = [_scale(registration, d) for d in chosen]
     ways = list(zip(searches, chosen, scales, strict=True))
@@ -210,7 +210,15 @@ def _scale(registration: Registration, direction: str) -> float:
 def _search(registration: Registration, direction: str, region: Any) -> Search:
     fit = registration.fit
     field = fit.field_AB if direction == DIRECTIONS[0] else fit.field_BA
-    return Search(field, fit.code, _region(registration, direction, region))
+    where = _region(registration, direction, region)
+    low, high = where.span()
+    image = Region(_before(registration, direction))
+    if not bool(image.meets(low[None], high[None])):
+        raise ValueError(
+            f"region lies outside the image that {direction} starts from; give a part of "
+            "that image, in its frame"
+        )
+    return Search(field, fit.code, where)
 
 
 def _region(registration: Registration, direction: str, region: Any) -> Region:

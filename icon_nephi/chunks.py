@@ -61,7 +61,7 @@ class ChunkCache:
         self._slot = np.full(self._total, -1, np.int64)  # of a chunk, -1: not held
         self._chunk = np.full(self.slots, -1, np.int64)  # in a slot, -1: free
         self._used = np.zeros(self.slots, np.int64)  # when, in calls
-        self._calls, self._lock = 0, threading.Lock()
+        self._calls, self._lock = 1, threading.Lock()
         self._thread: ThreadPoolExecutor | None = None
         self._reading: Future[None] | None = None
 
@@ -158,6 +158,7 @@ class ChunkCache:
         if not self._given:
             self._data = np.empty_like(self._data)
             self._slot[:] = self._chunk[:] = -1
+            self._used[:] = 0
 
     def _piles(self, box: Box) -> list[range]:
         return [

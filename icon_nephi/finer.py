@@ -71,12 +71,8 @@ def fit_levels(
                 steps // len(STRIDES),
                 Points(points * settings.patches)
                 if points
-                else Patches(
-                    settings.patches,
-                    settings.size,
-                    stride,
-                    corners=not settings.exact[-1],
-                ),
+                # A block is a few voxels wide: any map is affine across it.
+                else Patches(settings.patches, settings.size, stride, corners=True),
             )
             for stride in STRIDES
         ]

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -29,16 +29,16 @@ from icon_nephi.expansions import INFLATE, UNIT, monomials
 from icon_nephi.fields import LatentMLP
 
 # Degrees of the polynomials: a deeper field loses more to its layers' magnitudes.
-SHALLOW_DEGREE, DEEP_DEGREE = 4, 5
+SHALLOW_DEGREE, DEEP_DEGREE = 5, 6
 # Boxes expanded at once, and handled between two looks at the clock.
-BATCH, ROUND = 192, 2**13
+BATCH, ROUND = 128, 2**10
 # How often a box is halved at most, along all axes together.
 HALVINGS = 15
-# A box counts as proven when its determinants are at least this share of that at its
-# centre, so that the smallest one proven says something.
+# A box is split further until its determinants are proven to be at least this share of
+# that at its centre, so that the smallest one proven says something.
 SHARE = 0.25
 # Row sums of |E| above which a box is split along several axes at once.
-FAR = 2.0
+FAR = 4.0
 # Counterexamples kept.
 KEPT = 1000
 
@@ -103,11 +103,19 @@ class Region:
 
 
 class Boxes(NamedTuple):
-    """Axis-parallel boxes: corners ``[N, d]`` and how often each was halved ``[N]``."""
+    """Axis-parallel boxes.
+
+    Attributes:
+        low: lowest corners ``[N, d]``.
+        high: highest corners.
+        halved: how often ``[N]``.
+        least: ``[N]``, what determinants in them are already proven to exceed, else 0.
+    """
 
     low: Tensor
     high: Tensor
     halved: Tensor
+    least: Tensor
 
     def at(self, chosen: Tensor) -> Boxes:
         """Those chosen by a mask or by numbers."""
@@ -177,10 +185,11 @@ def bound_determinant(
     )
     trace = (trace + rest.diagonal(dim1=1, dim2=2).sum(1)) * INFLATE
     determinant = torch.linalg.det(jacobian)
-    least = _least(e, trace) * (1 - 1e-9)
-    sure = 1e-13 * jacobian.abs().sum(2).prod(1)
+    # How the determinant and its reciprocal, P's, may be rounded.
+    sure = 1 - 1e-13 * jacobian.abs().sum(2).prod(1) / determinant
     known = (offset + rounding).sum(2).amax(1) < 1e-9
-    least = torch.where(known & (determinant > sure), least, -torch.inf)
+    least = _least(e, trace) * (1 - 1e-8) * sure
+    least = torch.where(known & (determinant > 0) & (sure > 0), least, -torch.inf)
     blame = coefficients.abs().sum(1) @ degrees
     return Bounds(determinant, least.nan_to_num(-torch.inf), e.sum(2).amax(1), blame)
 
@@ -260,12 +269,11 @@ class Search:
         self.region = region
         self.total = self.proven = self.refuted = 0.0
         self.smallest = torch.inf
+        self.left: list[Boxes] = []
+        self.folded: list[Boxes] = []
         d = len(region.frame) - 1
         self.points = torch.empty(0, d, dtype=torch.float64)
         self.determinants = torch.empty(0, dtype=torch.float64)
-        self.left = self.folded = Boxes(
-            self.points, self.points, torch.empty(0, dtype=torch.int64)
-        )
 
     def run(self, ends: float | None, decided: Callable[[float], None]) -> None:
         """Nothing; works until all is decided, or until a time (`time.monotonic`).
@@ -276,21 +284,31 @@ class Search:
         """
         waiting, late = self._cover(), False
         self.total = sum(boxes.volume() for boxes in waiting)
-        work = partial(bound_determinant, self.field, self.code)
         with torch.no_grad(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
             while waiting and not late:
                 further: list[Boxes] = []
                 while waiting and not late:
                     boxes = waiting.pop()
-                    known = self.proven + self.refuted
+                    before = self.proven + self.refuted
                     corners = boxes.low.split(BATCH), boxes.high.split(BATCH)
-                    found = list(pool.map(_quietly(work), *corners))
+                    found = list(pool.map(self._bound, *corners))
                     bounds = Bounds(*map(torch.cat, zip(*found, strict=True)))
-                    further += self._decide(boxes, bounds)
-                    decided((self.proven + self.refuted - known) / self.total)
+                    further.append(self._decide(boxes, bounds))
+                    decided((self.proven + self.refuted - before) / self.total)
                     late = ends is not None and time.monotonic() > ends
                 waiting += further if late else _regrouped(further)
-        self.left = _joined([self.left, *waiting])
+        # Some were split although they were proven, to say more.
+        rest, self.left = [*self.left, *waiting], []
+        for boxes in rest:
+            done = boxes.least > 0
+            self._prove(boxes.at(done), boxes.least[done])
+            self.left.append(boxes.at(~done))
+        self.left = [boxes for boxes in self.left if len(boxes.low)]
+
+    def _bound(self, low: Tensor, high: Tensor) -> Bounds:
+        # In a thread of its own, which has its own switch for gradients.
+        with torch.no_grad():
+            return bound_determinant(self.field, self.code, low, high)
 
     def _cover(self) -> list[Boxes]:
         """Boxes between knots and borders that cover the region, in rounds."""
@@ -311,68 +329,58 @@ class Search:
                 torch.stack([e[p + n] for e, p in zip(edges, places, strict=True)], 1)
                 for n in (0, 1)
             )
-            boxes = Boxes(low, high, torch.zeros_like(numbers))
+            boxes = Boxes(low, high, torch.zeros_like(numbers), low.new_zeros(len(low)))
             kept.append(boxes.at(self.region.meets(boxes.low, boxes.high)))
         return _regrouped(kept)
 
-    def _decide(self, boxes: Boxes, bounds: Bounds) -> list[Boxes]:
+    def _prove(self, boxes: Boxes, least: Tensor) -> None:
+        if len(least):
+            self.proven += boxes.volume()
+            self.smallest = min(self.smallest, float(least.min()))
+
+    def _decide(self, boxes: Boxes, bounds: Bounds) -> Boxes:
         """Count what is decided; the parts of what is not."""
-        done = bounds.least >= torch.where(boxes.halved < HALVINGS, SHARE, 1e-12)
-        self.proven += boxes.at(done).volume()
-        if done.any():
-            lowest = float((bounds.least * bounds.centre)[done].min())
-            self.smallest = min(self.smallest, lowest)
+        least = torch.where(bounds.least > 0, bounds.least * bounds.centre, 0.0)
+        boxes = boxes._replace(least=torch.maximum(boxes.least, least))
+        done = bounds.least >= SHARE
+        self._prove(boxes.at(done), boxes.least[done])
         centres = (boxes.low + boxes.high) / 2
-        folds = ~done & (bounds.centre <= 0)
-        folds[folds.clone()] = self.region.holds(centres[folds])
+        folds = (bounds.centre <= 0) & (boxes.least <= 0) & self.region.holds(centres)
         if folds.any():
             self.refuted += boxes.at(folds).volume()
-            self.folded = _joined([self.folded, boxes.at(folds)])
+            self.folded.append(boxes.at(folds))
             values = torch.cat([self.determinants, bounds.centre[folds]])
             order = values.argsort()[:KEPT]
             self.determinants = values[order]
             self.points = torch.cat([self.points, centres[folds]])[order]
-        open_ = ~done & ~folds
-        small = open_ & (boxes.halved >= HALVINGS)
-        self.left = _joined([self.left, boxes.at(small)])
-        open_ &= ~small
-        return [self._split(boxes.at(open_), bounds.far[open_], bounds.blame[open_])]
+        more = ~done & ~folds
+        small = more & (boxes.halved >= HALVINGS)
+        if small.any():
+            self.left.append(boxes.at(small))
+        more &= ~small
+        return self._split(boxes.at(more), bounds.far[more], bounds.blame[more])
 
     def _split(self, boxes: Boxes, far: Tensor, blame: Tensor) -> Boxes:
         """Halves, quarters or eighths of boxes; those off the region are dropped."""
         sides = boxes.high - boxes.low
         blame = blame.nan_to_num(torch.inf) + 1e-12 * sides
         most = blame.amax(1, keepdim=True)
-        chosen = blame >= torch.where(far[:, None] > FAR, 0.4 * most, most)
+        chosen = blame >= torch.where(far[:, None] < FAR, most, 0.4 * most)
         before = boxes.volume()
         for axis in range(sides.shape[1]):
             some = boxes.at(chosen[:, axis])
             middle = (some.low[:, axis] + some.high[:, axis]) / 2
             lower, upper = some.high.clone(), some.low.clone()
             lower[:, axis] = upper[:, axis] = middle
-            halved = some.halved + 1
+            some = some._replace(halved=some.halved + 1)
             rest = ~chosen[:, axis]
-            parts = (
-                boxes.at(rest),
-                Boxes(some.low, lower, halved),
-                Boxes(upper, some.high, halved),
-            )
-            boxes = _joined(list(parts))
+            parts = some._replace(high=lower), some._replace(low=upper)
+            boxes = _joined([boxes.at(rest), *parts])
             some_chosen = chosen[chosen[:, axis]]
             chosen = torch.cat([chosen[rest], some_chosen, some_chosen])
         boxes = boxes.at(self.region.meets(boxes.low, boxes.high))
         self.total -= before - boxes.volume()
         return boxes
-
-
-def _quietly(work: Callable[..., Bounds]) -> Callable[..., Bounds]:
-    """Without gradients in a worker thread, too: each thread has its own switch."""
-
-    def quiet(*arguments: Tensor) -> Bounds:
-        with torch.no_grad():
-            return work(*arguments)
-
-    return quiet
 
 
 def _joined(parts: list[Boxes]) -> Boxes:

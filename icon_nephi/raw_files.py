@@ -148,11 +148,13 @@ def geometry_in(path: Path) -> Geometry:
     return place
 
 
-def write_meta_header(path: Path, geometry: Geometry, stored: np.dtype[Any]) -> RawFile:
+def write_meta_header(
+    path: Path, geometry: Geometry, stored: np.dtype[Any], channels: int = 1
+) -> RawFile:
     """A new .mha file with room for the voxels, for `RawFile.opened` to fill.
 
-    The bytes are those of little-endian machines; every element is one number, and
-    the file is sparse until it is written to.
+    Little-endian; sparse until it is written to. The channels of a voxel lie beside
+    each other.
     """
     d = geometry.dimension
     names = {code: name for name, code in _META.items()}
@@ -172,12 +174,13 @@ def write_meta_header(path: Path, geometry: Geometry, stored: np.dtype[Any]) -> 
             f"Offset = {row(geometry.origin)}",
             f"ElementSpacing = {row(geometry.spacing)}",
             f"DimSize = {' '.join(str(n) for n in reversed(geometry.size))}",
+            f"ElementNumberOfChannels = {channels}",
             f"ElementType = {names[stored.str[1:]]}",
             "ElementDataFile = LOCAL\n",
         ]
     )
     header = text.encode("ascii")
-    size = int(np.prod(geometry.size, dtype=np.int64)) * stored.itemsize
+    size = int(np.prod((*geometry.size, channels), dtype=np.int64)) * stored.itemsize
     with open(path, "wb") as file:
         file.write(header)
         file.truncate(len(header) + size)

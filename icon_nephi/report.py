@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib import metadata, resources
@@ -17,6 +16,7 @@ from icon_nephi import views
 from icon_nephi.files import written_whole
 from icon_nephi.layers import SLICES, Scales, Scene, draw, layers_of
 from icon_nephi.measures import Measured, label_overlap, landmark_errors, warnings_of
+from icon_nephi.memory import peak_memory
 from icon_nephi.metrics import summarize
 from icon_nephi.physical import Array
 
@@ -126,9 +126,9 @@ def _tiles(
     took = result.made_with.get("seconds") if seconds is None else seconds
     if took is not None:
         tiles.append(("Time", f"{took:.0f} s", f"on {result.device}"))
-    peak = _peak_memory()
-    if peak is not None:
-        tiles.append(("Memory", f"{peak:.1f} GiB", "peak of the whole process"))
+    peak = result.made_with.get("peak_memory") or peak_memory()
+    note = "peak of the whole process"
+    tiles.append(("Memory", f"{peak / 2**30:.1f} GiB", note))
     return [{"name": n, "value": v, "note": t} for n, v, t in tiles]
 
 
@@ -257,7 +257,7 @@ def _smooth(values: Array, width: int) -> Array:
 def _call(result: Any) -> str:
     """The Python call, with the choices that are not the defaults."""
     defaults = {"modality": None, "similarity": None, "field": "auto", "affine": True}
-    defaults |= {"time_limit": None}
+    defaults |= {"time_limit": None, "memory_limit": None}
     given = []
     for name, value in result.made_with.items():
         if name in defaults and value != defaults[name]:
@@ -278,19 +278,6 @@ def _versions() -> list[tuple[str, str]]:
         except metadata.PackageNotFoundError:
             continue
     return [*found, ("System", f"{platform.system()} {platform.machine()}")]
-
-
-def _peak_memory() -> float | None:
-    """Peak resident memory of this process in GiB, None where it is not known."""
-    status = Path("/proc/self/status")
-    if status.exists():  # where `resource` would begin with the parent's memory
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return float(peak) / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def _render(page: dict[str, Any]) -> str:

@@ -371,13 +371,14 @@ def _write(
     elif name == "jacobian_out":
         write_image(result.jacobian_determinant(), path)
     elif name == "report":
-        points = read.landmarks or (None, None)
-        result.report(
-            path,
-            landmarks_fixed=points[0],
-            landmarks_moving=points[1],
-            command=found["command"],
-        )
+        given = {"landmarks": read.landmarks, "labels": read.labels}
+        extras = {
+            f"{kind}_{side}": what
+            for kind, both in given.items()
+            for side, what in zip(("fixed", "moving"), both or (), strict=False)
+        }
+        seconds, command = found["seconds"], found["command"]
+        result.report(path, **extras, seconds=seconds, command=command)
     elif name == "json":
         path.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
     else:

@@ -17,8 +17,8 @@ from icon_nephi.physical import Array
 
 #: What `estimate` weighs the voxel, the inverse consistency and the spread with;
 #: measured on five real pairs (`python -m evaluation.trust`).
-ALONE = (0.35, 1.2)
-ENSEMBLE = (0.3, 0.4, 1.3)
+ALONE = (0.35, 1.3)
+ENSEMBLE = (0.35, 0.5, 1.0)
 _BACK = {"fixed_to_moving": "moving_to_fixed", "moving_to_fixed": "fixed_to_moving"}
 
 
@@ -80,11 +80,13 @@ def scatter(moved: Array) -> Array:
 
 
 def estimate(voxel: float, missed: Array, apart: Array | None = None) -> Array:
-    """About the error of each point: half of the true ones are smaller.
+    """A typical error of each point: about half of the true ones are smaller.
 
-    On real pairs true errors are above twice the estimate at one point in four, above
-    three times at one in ten (docs/results.md); it ranks the points of a pair better
-    than it tells pairs apart, and landmarks are uncertain themselves.
+    With weights fitted to four pairs, on the fifth 75 % of the landmark errors were
+    below twice the estimate and 89 % below three times it (with an ensemble 85 % and
+    96 %). Within a pair it ranks points with a correlation of 0.7 where the truth is
+    exact, 0.3 in abdominal MRI, and not at all in a lung CT and a pair of stains
+    whose landmarks are about as uncertain as the registration.
 
     Args:
         voxel: side of a voxel of the fixed image (the geometric mean).

@@ -1,18 +1,24 @@
 """Proofs of det J > 0: bounds that hold, no false proof, folds found, clear answers."""
 
 import copy
+import importlib
 import itertools
-import subprocess
-import sys
+from pathlib import Path
 
-import itk
 import numpy as np
 import pytest
 import torch
 from small_fits import geometry, small_fit, unit_matrix
 
 import icon_nephi
-from icon_nephi import LatentCode, LatentMLP, ModulatedSiren, itk_images, proofs
+from icon_nephi import (
+    LatentCode,
+    LatentMLP,
+    ModulatedSiren,
+    certify,
+    itk_images,
+    proofs,
+)
 from icon_nephi.bounds import expand_displacement, knots
 from icon_nephi.coordinates import points_as_grid
 from icon_nephi.expansions import monomials
@@ -123,7 +129,8 @@ def test_determinants_stay_above_their_bound(kind, dimension, generator):
 
 def test_the_bound_of_a_determinant_holds_at_every_corner(dimension, generator):
     shape = (2000, dimension, dimension)
-    e = torch.rand(shape, generator=generator).double() * torch.rand(2000, 1, 1).double()
+    sizes = torch.rand(2000, 1, 1, generator=generator)
+    e = (sizes * torch.rand(shape, generator=generator)).double()
     trace = e.diagonal(dim1=1, dim2=2).sum(1)
     least = proofs._least(e, trace)
     assert (least > 0).any()
@@ -136,14 +143,15 @@ def test_the_bound_of_a_determinant_holds_at_every_corner(dimension, generator):
 
 def lowest_point(field, code, dimension, generator):
     """Where the determinant is about lowest in the unit box, and its value."""
-    points = torch.rand(1000, dimension, generator=generator).double()
-    for reach in (0.0, 0.05, 0.02, 0.01, 0.004, 0.001):
+    points = torch.rand(500, dimension, generator=generator).double()
+    for reach in (0.03, 0.01, 0.003, 0.001):
         jitter = torch.randn(points.shape, generator=generator).double()
         points = torch.cat([points, (points + reach * jitter).clamp(0, 1)])
         values = torch.linalg.det(jacobians(field, code, points))
-        best = values.argsort()[:50]
-        points = points[best].repeat(4 if reach < 0.001 else 2, 1)
-    return points[0], float(values[best[0]])
+        best = values.argsort()[:40]
+        lowest = points[best[0]], float(values[best[0]])
+        points = points[best].repeat(4, 1)
+    return lowest
 
 
 def in_boxes(point, *several):
@@ -154,18 +162,18 @@ def in_boxes(point, *several):
 
 def check_no_false_proof(seeds, monkeypatch):
     """Fields around folding: what is found folded is never inside a proven box."""
-    monkeypatch.setattr(proofs, "HALVINGS", 9)
+    monkeypatch.setattr(proofs, "HALVINGS", 5)
     outcomes = []
     for seed in seeds:
-        dimension, kind = 2 + (seed % 8 == 0), list(FIELDS)[seed % 3]
+        dimension, kind = 2 + (seed % 16 == 0), list(FIELDS)[seed % 3]
         order = "linear" if seed % 5 == 0 else "quadratic"
         g = torch.Generator().manual_seed(seed)
-        strength = (0.03, 0.06, 0.12)[seed // 3 % 3] * (2 if kind != "mlp" else 1)
+        strength = (0.03, 0.06, 0.12)[seed // 3 % 3] / (1 if kind == "mlp" else 2)
         field, code = random_map(kind, dimension, seed, strength, order)
         search = Search(field, code, Region(torch.eye(dimension + 1).double()))
         search.run(None, lambda part: None)
         point, value = lowest_point(field, code, dimension, g)
-        unproven = search.left, search.folded
+        unproven = *search.left, *search.folded
         whole = search.proven + sum(boxes.volume() for boxes in unproven)
         assert whole == pytest.approx(1.0, abs=1e-9)
         if value <= 0:
@@ -175,14 +183,14 @@ def check_no_false_proof(seeds, monkeypatch):
         if len(search.points):
             there = torch.linalg.det(jacobians(field, code, search.points))
             assert (there <= 1e-12).all()
-        outcomes.append("proven" if whole == search.proven else value <= 0)
+        outcomes.append(value <= 0 if unproven else "proven")
     return outcomes
 
 
 def test_no_fold_is_ever_proven_away(monkeypatch):
-    outcomes = check_no_false_proof(range(150), monkeypatch)
-    assert outcomes.count("proven") > 20
-    assert outcomes.count(True) > 40
+    outcomes = check_no_false_proof(range(48), monkeypatch)
+    assert outcomes.count("proven") > 8
+    assert outcomes.count(True) > 12
 
 
 @pytest.mark.slow
@@ -195,7 +203,7 @@ def wave(dimension, lowest, seed=0):
     """A map whose determinant is 1 - (1 - lowest) cos(...) along the first axis: it is
     lowest on one thin sheet, at x_0 = 0.6180."""
     field = LatentMLP(dimension, 0, width=1, omega=4.0)
-    code = LatentCode(torch.zeros(1, 0), ())
+    code = LatentCode(torch.zeros(1, 0, dtype=torch.float64), ())
     with torch.no_grad():
         layer = field.hidden[0]
         layer.weight.zero_()
@@ -219,7 +227,7 @@ def test_a_fold_that_every_voxel_misses_is_found(dimension):
     size = (23, 9, 8)[:dimension]
     result = registered(*wave(dimension, -1e-4), size)
     assert result.fold_fraction() == 0
-    answer = icon_nephi.certify(result, progress=False)
+    answer = certify(result, progress=False)
     assert not answer.holds
     assert 0 < answer.refuted < 0.9
     assert answer.counterexamples.shape[1] == dimension
@@ -232,7 +240,7 @@ def test_a_fold_that_every_voxel_misses_is_found(dimension):
 
 def test_a_map_that_nearly_folds_is_proven(dimension):
     result = registered(*wave(dimension, 1e-3), (23, 9, 8)[:dimension])
-    answer = icon_nephi.certify(result, progress=False)
+    answer = certify(result, progress=False)
     assert answer.holds
     assert answer.proven == 1.0
     assert 1e-4 < answer.smallest <= 1.001e-3
@@ -253,7 +261,7 @@ def made(dimension, *, strength, as_itk=True, kind="LatentMLP", matrix=None):
 def test_the_smallest_determinant_is_in_the_units_of_the_registration(kind, as_itk):
     result = made(2, strength=0.01, as_itk=as_itk, kind=kind)
     for direction in DIRECTIONS:
-        answer = icon_nephi.certify(result, direction=direction, progress=False)
+        answer = certify(result, direction=direction, progress=False)
         assert answer.holds
         image = result.jacobian_determinant(direction=direction)
         lowest = float(itk_images.array_of(image).min() if as_itk else image.min())
@@ -263,7 +271,7 @@ def test_the_smallest_determinant_is_in_the_units_of_the_registration(kind, as_i
 def test_folds_come_back_as_points_of_the_image_they_start_from():
     result = made(2, strength=0.2)
     for direction in DIRECTIONS:
-        answer = icon_nephi.certify(result, direction=direction, progress=False)
+        answer = certify(result, direction=direction, progress=False)
         assert answer.refuted > 0
         mapped = result._map(direction)
         found = mapped.determinants(answer.counterexamples)
@@ -278,7 +286,7 @@ def test_folds_come_back_as_points_of_the_image_they_start_from():
 def test_a_reflecting_affine_part_is_no_fold():
     matrix = torch.diag(torch.tensor([-0.8, 0.9, 1.0], dtype=torch.float64))
     matrix[:2, 2] = torch.tensor([0.9, 0.05])
-    answer = icon_nephi.certify(
+    answer = certify(
         made(2, strength=0.01, as_itk=False, matrix=matrix), progress=False
     )
     assert answer.holds
@@ -289,7 +297,7 @@ def test_a_moving_image_beyond_the_fixed_one_is_covered():
     matrix = torch.diag(torch.tensor([0.5, 0.7, 1.0], dtype=torch.float64))
     matrix[:2, 2] = torch.tensor([0.3, 0.1])
     result = made(2, strength=0.02, as_itk=False, matrix=matrix)
-    answer = icon_nephi.certify(result, direction=DIRECTIONS[1], progress=False)
+    answer = certify(result, direction=DIRECTIONS[1], progress=False)
     assert answer.holds
     points = np.random.default_rng(0).uniform(0, 1, (20_000, 2))
     assert answer.smallest <= result._map(DIRECTIONS[1]).determinants(points).min()
@@ -299,22 +307,22 @@ def test_a_moving_image_beyond_the_fixed_one_is_covered():
 def test_a_region_without_the_fold_is_proven(as_itk):
     field, code = wave(2, -0.5)
     result = registered(field, code, (24, 12), as_itk=as_itk)
-    assert icon_nephi.certify(result, progress=False).refuted > 0
+    assert certify(result, progress=False).refuted > 0
     mask = torch.zeros(1, 1, 24, 12)
     mask[..., :6, 2:9] = 1
     if as_itk:
         mask = itk_images.image_of(mask[0, 0].numpy(), result.geometry_B)
-    answer = icon_nephi.certify(result, mask, progress=False)
+    answer = certify(result, mask, progress=False)
     assert answer.holds
     corners = np.array([[0.0, 0.1], [0.25, 0.9]])
     if as_itk:
         frame = result.geometry_B.unit_to_physical().numpy()
         ends = np.array([[0.1, 0.5], [0.11, 0.52]])
         corners = ends @ frame[:2, :2].T + frame[:2, 2]
-    assert icon_nephi.certify(result, corners, progress=False).holds
+    assert certify(result, corners, progress=False).holds
     folded = np.array([[0.55, 0.1], [0.7, 0.9]])
     if not as_itk:
-        answer = icon_nephi.certify(result, folded, progress=False)
+        answer = certify(result, folded, progress=False)
         inside = (answer.counterexamples >= folded[0]) & (
             answer.counterexamples <= folded[1]
         )
@@ -324,7 +332,7 @@ def test_a_region_without_the_fold_is_proven(as_itk):
 
 def test_a_spent_budget_leaves_the_rest_undecided():
     result = made(3, strength=0.05, as_itk=False)
-    answer = icon_nephi.certify(result, time_limit=1e-6, progress=False)
+    answer = certify(result, time_limit=1e-6, progress=False)
     assert not answer.holds
     assert answer.undecided > 0
     total = answer.proven + answer.refuted + answer.undecided
@@ -332,10 +340,16 @@ def test_a_spent_budget_leaves_the_rest_undecided():
     assert "undecided" in str(answer)
 
 
+def test_what_is_proven_stays_proven_when_more_is_asked_for(monkeypatch):
+    monkeypatch.setattr(proofs, "SHARE", 2.0)
+    monkeypatch.setattr(proofs, "HALVINGS", 2)
+    assert certify(made(2, strength=0.01), progress=False).holds
+
+
 def test_the_registration_is_left_as_it_was():
     result = made(2, strength=0.01)
     before = copy.deepcopy(result.fit.field_AB.state_dict())
-    icon_nephi.certify(result, progress=False)
+    certify(result, progress=False)
     for name, weight in result.fit.field_AB.state_dict().items():
         assert weight.dtype == before[name].dtype
         assert torch.equal(weight, before[name])
@@ -349,6 +363,7 @@ def test_the_registration_is_left_as_it_was():
         ({"region": [[0, 0], [1, 1]], "direction": "both"}, ValueError, "each direc"),
         ({"region": [[0, 0, 0], [1, 1, 1]]}, ValueError, r"two corners \[2, 2\]"),
         ({"region": [[0, 0], [1, 0]]}, ValueError, "box with a volume"),
+        ({"region": [[2, 2], [3, 3]]}, ValueError, "outside the image"),
         ({"region": "lung"}, ValueError, "region must be None, a mask"),
         ({"region": torch.ones(1, 1, 3, 3)}, ValueError, "grid"),
         ({"region": torch.zeros(1, 1, 17, 11)}, ValueError, "is empty"),
@@ -357,17 +372,15 @@ def test_the_registration_is_left_as_it_was():
 def test_what_cannot_be_certified_is_refused(arguments, error, words):
     result = made(2, strength=0.01, as_itk=False)
     with pytest.raises(error, match=words):
-        icon_nephi.certify(result, progress=False, **arguments)
+        certify(result, progress=False, **arguments)
 
 
 def test_only_registrations_are_certified():
     with pytest.raises(TypeError, match="what register or load returns"):
-        icon_nephi.certify(lambda x: x)
+        certify(lambda x: x)
 
 
-def test_certify_is_a_function_whatever_was_imported_before():
-    code = (
-        "import icon_nephi.certificate, icon_nephi; from icon_nephi import certify;"
-        "assert callable(icon_nephi.certify) and certify is icon_nephi.certify"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_certify_is_a_function_and_no_room():
+    assert importlib.import_module("icon_nephi.certificate").certify is certify
+    assert icon_nephi.certify is certify
+    assert not (Path(icon_nephi.__file__).parent / "certify.py").exists()

@@ -1,8 +1,8 @@
 """The Python code of the documentation runs.
 
 Every ```python block of docs/*.md, in order, in one namespace a page, in an empty
-folder; of README.md only blocks right after a line ``<!-- runnable -->``, because the
-others read the user's own files.
+folder; of README.md and getting_started.md only blocks right after a line
+``<!-- runnable -->``, because the others read the user's own files.
 """
 
 import re
@@ -15,12 +15,13 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MARKED = re.compile(
     r"^<!-- runnable -->\n```python\n(.*?)^```$", re.MULTILINE | re.DOTALL
 )
+OWN_FILES = ("README.md", "getting_started.md")
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 
 
 def blocks(text, page):
     """The code of a page; line numbers are those of the page."""
-    pattern = MARKED if page == "README.md" else BLOCK
+    pattern = MARKED if page in OWN_FILES else BLOCK
     for match in pattern.finditer(text):
         yield "\n" * text.count("\n", 0, match.start(1)) + match[1]
 

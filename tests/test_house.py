@@ -43,6 +43,7 @@ ORDER = [
     "files",
     "point_files",
     "raw_files",
+    "block_files",
     "volumes",
     "inputs",
     "pairs",

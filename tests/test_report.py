@@ -11,6 +11,7 @@ from small_fits import geometry, rows_in, small_fit, unit_matrix
 
 from icon_nephi import itk_images, layers, registration, report
 from icon_nephi.inputs import voxel_geometry
+from icon_nephi.pairs import as_volume
 from icon_nephi.registration import Registration
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -165,6 +166,20 @@ def test_images_that_headers_put_apart_are_shown_after_the_affine_start():
     centre = (middle[:3, :3] @ np.full(3, 0.5) + middle[:3, 3])[None]
     assert not scene.outside(scene.before(centre)).any()
     assert not layers.Scene(result).apart
+
+
+def test_images_read_in_parts_are_shown_as_those_in_memory():
+    result = made()
+    points = rows_in(result.geometry_B, 50, np.random.default_rng(0))
+    scene = layers.Scene(result)
+    moving, fixed, *_ = result.images
+    result.images = (
+        *(as_volume("image", image) for image in (moving, fixed)),
+        *(None, None),
+    )
+    parts = layers.Scene(result)
+    np.testing.assert_allclose(parts.fixed(points), scene.fixed(points), atol=1e-5)
+    np.testing.assert_allclose(parts.moving(points), scene.moving(points), atol=1e-5)
 
 
 def test_an_ensemble_shows_in_the_expected_error(tmp_path):

@@ -1,5 +1,6 @@
 """Similarities by name: closed forms, gradients, and what each aligns."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -20,9 +21,9 @@ from icon_nephi.similarities import (
     find_similarity,
 )
 
-QUICK = replace(GRID, steps=16, patches=40, regularity_points=30, grids=(5, 9, 13))
+QUICK = replace(GRID, steps=8, patches=30, regularity_points=20, grids=(5, 9, 13))
 # Enough for a small thorax to be aligned well below a voxel.
-SHORT = replace(GRID, steps=100, patches=150, regularity_points=80)
+SHORT = replace(GRID, steps=60, patches=150, regularity_points=50)
 UNIT = {"low": 0.0, "high": 1.0}
 
 
@@ -133,10 +134,8 @@ def test_samples_outside_and_values_beyond_do_not_count():
         measure(warped, b), measure(tagged(a[:, :, :300]), b[:, :, :300])
     )
     far = torch.where(a > 0.9, 7.0, torch.where(a < 0.1, -3.0, a))
-    torch.testing.assert_close(
-        measure(tagged(far), b),
-        measure(tagged(a.where(a <= 0.9, 1).where(a >= 0.1, 0)), b),
-    )
+    kept = torch.where(a > 0.9, 1.0, torch.where(a < 0.1, 0.0, a))
+    torch.testing.assert_close(measure(tagged(far), b), measure(tagged(kept), b))
     assert measure(tagged(a, 0.0), b).isfinite()
 
 
@@ -187,7 +186,7 @@ def test_what_names_mean():
     assert find_similarity("mi").points
     own = PatchNCC()
     assert find_similarity(own).similarity is own
-    with pytest.raises(ValueError, match="'mind', 'mi' or an ICON.*got 'mynd'"):
+    with pytest.raises(ValueError, match=r"'mind', 'mi' or an ICON.*got 'mynd'"):
         find_similarity("mynd")
     for wrong in (3, MutualInformation):
         with pytest.raises(TypeError, match="similarity must be a name of 'ncc'"):
@@ -221,36 +220,44 @@ def test_information_in_the_loss(dimension, sampler, generator):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_name_registers_two_channels_with_an_affine_start(name):
+def test_every_name_registers_two_channels(name):
     image = texture((24, 26))
     both = torch.cat([image, (2 * image - 1).abs()], 1)
     place = voxel_geometry((24, 26))
     fit = fit_pair(
-        both, both, place, place, similarity=name, field=QUICK, progress=False
+        both,
+        both,
+        place,
+        place,
+        similarity=name,
+        field=QUICK,
+        affine=False,
+        progress=False,
     )
     assert len(fit.losses) == QUICK.steps
-    torch.testing.assert_close(
-        fit.matrix, torch.eye(3, dtype=torch.float64), atol=0.05, rtol=0
-    )
+    assert all(math.isfinite(x["all_loss"]) for x in fit.losses)
 
 
-@pytest.mark.parametrize("name", ["lncc2", "mi", "mind"])
-def test_an_affine_start_is_found_for_another_contrast(name):
-    """Under another origin, and with the contrast inverted and bent."""
-    drawn = (triangles_and_circles(1, size=48, seed=3).images + 1) / 2
-    near = voxel_geometry((48, 48))
+@pytest.mark.parametrize("name", NAMES)
+def test_an_affine_start_is_found_with_two_channels(name):
+    """Under another origin and, where the name allows it, another contrast."""
+    drawn = (triangles_and_circles(1, size=40, seed=3).images + 1) / 2
+    moving = torch.cat([drawn, 0.5 + 0.3 * drawn], 1)
+    fixed = 0.9 * (1 - moving) ** 2 if find_similarity(name).contrast else moving
+    near = voxel_geometry((40, 40))
     far = replace(near, origin=(500.0, -300.0))
-    images = _Images(drawn, 0.9 * (1 - drawn) ** 2, far, near, None, None)
+    images = _Images(moving, fixed, far, near, None, None)
     generator = torch.Generator().manual_seed(0)
     matrix = find_affine(images, find_similarity(name), generator)
-    centre = (
-        images.geometry_B.unit_to_physical() @ torch.tensor([0.5, 0.5, 1.0]).double()
-    )
-    away = matrix @ centre - centre - torch.tensor([500.0, -300.0, 0.0]).double()
+    centre = torch.tensor([19.5, 19.5, 1.0], dtype=torch.float64)
+    away = (matrix @ centre - centre)[:2] - torch.tensor([500.0, -300.0])
     assert away.norm() < 1.5
 
 
-@pytest.mark.parametrize("name", ["lncc2", "mi", "mind"])
+@pytest.mark.parametrize(
+    "name",
+    [*(pytest.param(n, marks=pytest.mark.slow) for n in ("lncc2", "mi")), "mind"],
+)
 def test_an_inverted_contrast_is_aligned_as_well(name):
     phantom, image_A, image_B = thorax((48, 48))
     same, inverted = (

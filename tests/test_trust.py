@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from small_fits import geometry, rows_in, small_fit, unit_matrix
 
+from evaluation import trust as measured
 from icon_nephi import registration, trust
 from icon_nephi.inputs import voxel_geometry
 from icon_nephi.registration import DIRECTIONS, Registration
@@ -111,3 +112,29 @@ def test_an_ensemble_is_one_registration_for_each_seed(monkeypatch):
     assert asked == [
         (("A", "B"), {"seed": seed, "modality": "ct"}) for seed in range(2)
     ]
+
+
+# --- the script that measured the weights -------------------------------------------
+
+
+def synthetic(case, weights, count=400):
+    """A pair whose true errors scatter around a weighted sum of the ingredients."""
+    rng = np.random.default_rng(sum(map(ord, case)))
+    numbers = {name: rng.gamma(2.0, size=count) for name in measured.INGREDIENTS}
+    numbers["voxel"] = np.full(count, rng.uniform(1, 3))
+    parts = ("voxel", "consistency", "spread")
+    typical = np.stack([numbers[p] for p in parts], 1) @ weights
+    error = typical * np.exp(0.3 * rng.normal(size=count))
+    return measured.Measured(case, error, numbers)
+
+
+def test_the_script_finds_weights_and_how_good_they_are():
+    pairs = [synthetic(case, np.array([0.5, 1.5, 0.7])) for case in "abcd"]
+    weights = measured.fit(pairs, ("voxel", "consistency", "spread"))
+    np.testing.assert_allclose(weights, [0.5, 1.5, 0.7], rtol=0.25)
+    rows = measured.tabulate(pairs)
+    assert list(rows[0]) == list(measured.COLUMNS)
+    for row in rows:
+        assert row["ensemble_rho"] > row["alone_rho"] > row["rho_displacement"]
+        assert row["ensemble_below_1"] == pytest.approx(0.5, abs=0.15)
+        assert row["ensemble_below_3"] > 0.95

@@ -1,0 +1,110 @@
+"""Images written block by block: Zarr folders and uncompressed MetaImage files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from icon_nephi.chunks import Array, Box
+from icon_nephi.coordinates import Geometry
+from icon_nephi.files import written_whole
+from icon_nephi.raw_files import write_meta_header
+
+#: Voxels a side of a block, and of a chunk of Zarr.
+BLOCK = 64
+
+
+@contextmanager
+def written_blocks(
+    path: Path, place: Geometry, channels: tuple[int, ...], dtype: np.dtype[Any]
+) -> Iterator[Callable[[Box, Array], None]]:
+    """A function that writes a block; the path appears when all is written.
+
+    Args:
+        path: folder ending in .zarr (OME-Zarr 0.4), or file ending in .mha; new or old.
+        place: the grid.
+        channels: numbers a voxel, none for one: last in a block.
+        dtype: of the numbers.
+
+    Raises:
+        ValueError: a path that cannot be written.
+    """
+    kind = path.suffix.lower()
+    if kind not in (".zarr", ".mha"):
+        raise ValueError(
+            f"{path} cannot be written in parts; end the path in .zarr or .mha"
+        )
+    if not path.parent.is_dir():
+        raise ValueError(f"{path.parent} does not exist; make the folder first")
+    if kind == ".mha":
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; choose another name")
+        with written_whole(path) as (part,):
+            raw = write_meta_header(part, place, dtype, *channels)
+
+            def write(box: Box, values: Array) -> None:
+                # Mapped anew: pages that stay mapped count as memory.
+                raw.opened((*place.size, *channels), "r+")[box] = values
+
+            yield write
+        return
+    if not np.allclose(place.direction, np.eye(place.dimension)):
+        raise ValueError(
+            f"{path}: OME-Zarr holds no direction, and this grid has one; end the path "
+            "in .mha"
+        )
+    part = path.with_name(f".part{os.getpid()}-{path.name}")
+    try:
+        yield _zarr_writer(part, place, channels, dtype)
+        if path.exists():
+            old = path.with_name(f".old{os.getpid()}-{path.name}")
+            os.replace(path, old)
+            os.replace(part, path)
+            shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink()
+        else:
+            os.replace(part, path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _zarr_writer(
+    folder: Path, place: Geometry, channels: Sequence[int], dtype: np.dtype[Any]
+) -> Callable[[Box, Array], None]:
+    """One level of OME-Zarr 0.4, channels first, chunks the size of blocks."""
+    import zarr
+
+    group = zarr.open_group(str(folder), mode="w", zarr_format=2)
+    array = group.create_array(
+        "0",
+        shape=(*channels, *place.size),
+        chunks=(*channels, *(min(BLOCK, n) for n in place.size)),
+        dtype=dtype,
+    )
+    names = "zyx"[3 - place.dimension :]
+    axes: list[Any] = [{"name": "c", "type": "channel"}] * len(channels)
+    axes += [{"name": n, "type": "space", "unit": "millimeter"} for n in names]
+    ones = [1.0] * len(channels)
+    steps: list[Any] = [
+        {"type": "scale", "scale": [*ones, *reversed(place.spacing)]},
+        {
+            "type": "translation",
+            "translation": [*(0.0 for _ in channels), *reversed(place.origin)],
+        },
+    ]
+    datasets = [{"path": "0", "coordinateTransformations": steps}]
+    scales: Any = {"version": "0.4", "name": "0", "axes": axes, "datasets": datasets}
+    group.attrs["multiscales"] = [scales]
+
+    def write(box: Box, values: Array) -> None:
+        if channels:
+            array[(slice(None), *box)] = np.moveaxis(values, -1, 0)
+        else:
+            array[box] = values
+
+    return write

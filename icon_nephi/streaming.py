@@ -1,0 +1,357 @@
+"""Results larger than memory: warped images, displacements and Jacobians, by blocks.
+
+The exact map is evaluated on a lattice in each block and carried between by cubics;
+at random voxels of every block both are compared, and the lattice is made finer until
+they agree, down to the voxels themselves. Blocks cut by the border of the field's box,
+where the map has a kink, begin with a finer one. Files are complete or not there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from icon_nephi.block_files import BLOCK, written_blocks
+from icon_nephi.chunks import Array, Box, ChunkCache
+from icon_nephi.coordinates import Geometry, apply_affine, points_as_grid, sample_image
+from icon_nephi.memory import plan, to_bytes
+from icon_nephi.pairs import as_volume
+from icon_nephi.physical import FramedMap
+from icon_nephi.registration import DIRECTIONS, Registration
+from icon_nephi.volumes import WORKING
+
+#: Voxels by which a place may be off; determinants: the number itself.
+TOLERANCE, TOLERANCE_DETERMINANT = 0.1, 0.01
+# Blocks a side that follow each other; voxels between the nodes of the first lattice.
+NEAR, STEP = 4, 8
+_CHECKS = 64  # voxels of a block that are compared
+_ROUNDING = 1e-9
+
+Rows = Callable[[Array], Array]
+
+
+def warp_to(
+    registration: Registration,
+    image: Any,
+    path: str | os.PathLike[str],
+    *,
+    reference: Any = None,
+    mode: str = "linear",
+    inverse: bool = False,
+    outside: float | None = None,
+    memory_limit: int | str | None = None,
+    tolerance: float = TOLERANCE,
+    progress: bool = True,
+) -> float:
+    """Largest error found, in voxels; writes a moving-space image on the fixed grid.
+
+    As ``Registration.warp``, with the image's own pixel type.
+
+    Args:
+        registration: of the pair.
+        image: a `Volume`, the path of a Zarr folder, or what `as_volume` takes.
+        path: a new folder ending in .zarr (OME-Zarr 0.4), or a file ending in .mha.
+        reference: a `Volume` or the like whose grid is written; default: the fixed.
+        mode: ``"linear"`` or ``"nearest"``.
+        inverse: take a fixed-space image to the moving grid instead.
+        outside: the value where there is no image; default: the nearest border's.
+        memory_limit: bytes, or as "4GiB"; default: that of the image.
+        tolerance: voxels of the image by which a place may be off.
+        progress: show a bar.
+
+    Raises:
+        ValueError: unknown mode, image or path that cannot be used.
+    """
+    if mode not in ("linear", "nearest"):
+        raise ValueError(f"mode must be 'linear' or 'nearest', got {mode!r}")
+    volume = as_volume("image", image, memory_limit)
+    place = _place(registration, reference, inverse)
+    level, limit = volume.levels[0], to_bytes(memory_limit or volume.memory_limit)
+    if level.array is None:
+        bytes_held = 2 * plan(limit, WORKING)[1]
+        cache = ChunkCache(
+            level.read, level.geometry.size, level.chunk, level.dtype, bytes_held
+        )
+    else:
+        cache = ChunkCache.of(level.array)
+    mapped, into = _framed(registration, inverse), volume.geometry.physical_to_unit()
+    last = np.array(volume.geometry.size) - 1.0
+
+    def index(rows: Array) -> Array:
+        unit = apply_affine(into, torch.from_numpy(mapped(rows))).numpy()
+        voxels: Array = unit * last
+        return voxels
+
+    def values(at: Array) -> Array:
+        return _read(cache, at, mode, outside)
+
+    try:
+        task = _Task(place, index, tolerance, _field(registration, inverse), 2)
+        return _stream(path, task, values, (), level.dtype, progress, "warping")
+    finally:
+        cache.close()
+
+
+def displacement_to(
+    registration: Registration,
+    path: str | os.PathLike[str],
+    *,
+    reference: Any = None,
+    direction: str = DIRECTIONS[0],
+    tolerance: float = TOLERANCE,
+    progress: bool = True,
+) -> float:
+    """Largest error found, in the grid's voxels; writes mapped minus own place.
+
+    Float32 vectors in millimetres of the images' frame, components x, y(, z): in Zarr
+    the first axis, in .mha beside each other. Arguments as in `warp_to`.
+
+    Raises:
+        ValueError: unknown direction, or a path that cannot be used.
+    """
+    inverse = _inverse(direction)
+    place = _place(registration, reference, inverse)
+    mapped = _framed(registration, inverse)
+    width = min(place.spacing)
+
+    def moves(rows: Array) -> Array:
+        moved: Array = (mapped(rows) - rows) / width
+        return moved
+
+    return _stream(
+        path,
+        _Task(place, moves, tolerance, _field(registration, inverse), 2),
+        lambda found: found * np.float32(width),
+        (place.dimension,),
+        np.dtype(np.float32),
+        progress,
+        "displacements",
+    )
+
+
+def jacobian_to(
+    registration: Registration,
+    path: str | os.PathLike[str],
+    *,
+    reference: Any = None,
+    direction: str = DIRECTIONS[0],
+    tolerance: float = TOLERANCE_DETERMINANT,
+    progress: bool = True,
+) -> float:
+    """Largest error found; writes analytic determinants (mm by mm), float32.
+
+    Arguments as in `warp_to`; ``tolerance`` is in units of the determinant.
+
+    Raises:
+        ValueError: unknown direction, or a path that cannot be used.
+    """
+    inverse = _inverse(direction)
+    place = _place(registration, reference, inverse)
+    mapped = _framed(registration, inverse)
+
+    def determinants(rows: Array) -> Array:
+        return mapped.determinants(rows)[:, np.newaxis]
+
+    return _stream(
+        path,
+        _Task(place, determinants, tolerance, _field(registration, inverse), 1),
+        lambda found: found[..., 0],
+        (),
+        np.dtype(np.float32),
+        progress,
+        "determinants",
+    )
+
+
+def _inverse(direction: str) -> bool:
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction must be one of {DIRECTIONS}, got {direction!r}")
+    return direction == DIRECTIONS[1]
+
+
+def _framed(registration: Registration, inverse: bool) -> FramedMap:
+    """The map between the millimetres (tensors: voxels) of the two images."""
+    A = registration.geometry_A.unit_to_physical()
+    B = registration.geometry_B.unit_to_physical()
+    if inverse:
+        return FramedMap(registration.map_BA, A, B, registration.device)
+    return FramedMap(registration.map_AB, B, A, registration.device)
+
+
+def _field(registration: Registration, inverse: bool) -> Tensor:
+    """Millimetres of the source -> the unit box in which the field is evaluated."""
+    if not inverse:
+        return registration.geometry_B.physical_to_unit()
+    back = torch.linalg.inv(registration.fit.matrix.cpu())
+    return back @ registration.geometry_A.physical_to_unit()
+
+
+def _place(registration: Registration, reference: Any, inverse: bool) -> Geometry:
+    if reference is None:
+        return registration.geometry_A if inverse else registration.geometry_B
+    if isinstance(reference, Geometry):
+        return reference
+    return as_volume("reference", reference).geometry
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A function of places that is wanted at every voxel of a grid.
+
+    Attributes:
+        place: the grid.
+        function: of rows ``[N, d]`` in millimetres: ``[N, C]``.
+        tolerance: of its values.
+        into: homogeneous matrix, millimetres -> the unit box of the field, at whose
+            border the function has a kink.
+        border: voxels between the nodes of the first lattice of blocks that it cuts.
+    """
+
+    place: Geometry
+    function: Rows
+    tolerance: float
+    into: Tensor
+    border: int
+
+
+def _stream(
+    path: str | os.PathLike[str],
+    task: _Task,
+    finish: Callable[[Array], Array],
+    channels: tuple[int, ...],
+    dtype: np.dtype[Any],
+    progress: bool,
+    name: str,
+) -> float:
+    """Largest error of a function; writes ``finish(function)`` at every voxel.
+
+    Args:
+        path: see `warp_to`.
+        task: the function and the grid.
+        finish: of its values ``[*block, C]``: ``[*block, *channels]``.
+        channels: of the result.
+        dtype: of the result.
+        progress: show a bar.
+        name: for the bar.
+    """
+    worst, place = 0.0, task.place
+    starts = list(product(*(range(0, n, BLOCK) for n in place.size)))
+    # Neighbours follow each other, so that what one read the next finds.
+    starts.sort(key=lambda s: (*(i // (NEAR * BLOCK) for i in s), *s))
+    generator = np.random.default_rng(0)
+    with written_blocks(Path(path), place, channels, dtype) as write:
+        for start in tqdm(starts, desc=name, disable=not progress, leave=False):
+            box = tuple(
+                slice(s, min(s + BLOCK, n))
+                for s, n in zip(start, place.size, strict=True)
+            )
+            found, error = _in_block(task, box, generator)
+            worst = max(worst, error)
+            values = finish(found)
+            if dtype.kind in "iu":
+                ends = np.iinfo(dtype)
+                values = np.rint(values).clip(ends.min, ends.max)
+            write(box, values.astype(dtype))
+    return worst
+
+
+def _in_block(
+    task: _Task, box: Box, generator: np.random.Generator
+) -> tuple[Array, float]:
+    """The function at the voxels of a block ``[*block, C]``, and the error found."""
+    frame = task.place.unit_to_physical()
+    last = torch.tensor([n - 1.0 for n in task.place.size], dtype=torch.float64)
+    first = np.array([b.start for b in box])
+    size = np.array([b.stop - b.start for b in box])
+
+    def millimetres(index: Array) -> Tensor:
+        unit = torch.from_numpy(index.astype(np.float64)) / last
+        return apply_affine(frame, unit)
+
+    def at(index: Array) -> Array:
+        return task.function(millimetres(index).numpy())
+
+    checks = generator.integers(0, size, (_CHECKS, len(size)))
+    exact = at(first + checks)
+    ends = np.array(list(product(*([0, n - 1] for n in size))))
+    ends = apply_affine(task.into, millimetres(first + ends)).numpy()
+    low, high = ends.min(0), ends.max(0)
+    cut = [(low < edge - _ROUNDING) & (high > edge + _ROUNDING) for edge in (0.0, 1.0)]
+    step = task.border if np.any(cut) else STEP
+    while True:
+        axes = [
+            np.linspace(0, n - 1, n if step == 1 else max(4, -(-(n - 1) // step) + 1))
+            for n in size
+        ]
+        nodes = np.stack(np.meshgrid(*axes, indexing="ij"), -1)
+        values = at(first + nodes.reshape(-1, len(size)))
+        found = torch.from_numpy(values).reshape(*nodes.shape[:-1], -1)
+        if step == 1:
+            return found.float().numpy(), 0.0
+        for axis, (n, nodes_on) in enumerate(zip(size, axes, strict=True)):
+            weights = torch.from_numpy(_cubic(int(n), len(nodes_on)))
+            found = torch.tensordot(weights, found, ([1], [axis])).movedim(0, axis)
+            found = found.contiguous()
+        dense = found.float().numpy()
+        missed = dense[tuple(checks.T)] - exact
+        error = float(np.linalg.norm(missed, axis=1).max())
+        if error <= task.tolerance:
+            return dense, error
+        step //= 2
+
+
+def _cubic(count: int, nodes: int) -> Array:
+    """``[count, nodes]``: from nodes spread over as many voxels, by local cubics."""
+    if nodes >= count or nodes < 4:
+        return np.eye(count) if nodes == count else _linear(count, nodes)
+    x = np.arange(count) * (nodes - 1) / (count - 1)
+    base = np.clip(np.floor(x).astype(int) - 1, 0, nodes - 4)
+    weights = np.zeros((count, nodes))
+    for k in range(4):
+        share = np.ones(count)
+        for other in range(4):
+            if other != k:
+                share *= (x - base - other) / (k - other)
+        weights[np.arange(count), base + k] = share
+    return weights
+
+
+def _linear(count: int, nodes: int) -> Array:
+    x = np.arange(count) * (nodes - 1) / max(1, count - 1)
+    weights: Array = np.clip(1 - np.abs(x[:, np.newaxis] - np.arange(nodes)), 0, None)
+    total: Array = weights.sum(1, keepdims=True)
+    result: Array = weights / total
+    return result
+
+
+def _read(cache: ChunkCache, at: Array, mode: str, outside: float | None) -> Array:
+    """Values ``[*block]`` of an image at voxel indices ``[*block, d]``."""
+    rows = at.reshape(-1, at.shape[-1])
+    box = []
+    for low, high, n in zip(rows.min(0), rows.max(0), cache.shape, strict=True):
+        start = int(np.clip(np.floor(low) - 1, 0, n - 2))
+        box.append(slice(start, int(np.clip(np.ceil(high) + 2, start + 2, n))))
+    values = cache.box(tuple(box))
+    index = rows - np.array([b.start for b in box], rows.dtype)
+    limits = np.array(values.shape) - 1
+    if mode == "nearest":
+        near = np.clip(np.floor(index + 0.5), 0, limits).astype(np.int64)
+        read: Array = values[tuple(near.T)]
+    else:
+        tensor = torch.from_numpy(values.astype(np.float32))[None, None]
+        unit = torch.from_numpy((index / limits).astype(np.float32))
+        read = sample_image(tensor, points_as_grid(unit[None])).flatten().numpy()
+    if outside is not None:
+        far = (rows < -0.5) | (rows > np.array(cache.shape) - 0.5)
+        read = np.where(far.any(1), np.asarray(outside, read.dtype), read)
+    result: Array = read.reshape(at.shape[:-1])
+    return result
