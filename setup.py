@@ -32,8 +32,18 @@ setup(
     extras_require={
         "peers": ["antspyx", "itk-elastix", "convexAdam"],
         "meshes": ["nibabel"],
+        "zarr": ["zarr>=3"],
         "dev": [
-            *("pytest", "hypothesis", "ruff", "mypy", "nibabel", "playwright"),
+            *(
+                "pytest",
+                "pytest-xdist",
+                "hypothesis",
+                "ruff",
+                "mypy",
+                "nibabel",
+                "playwright",
+                "zarr",
+            ),
             *("sphinx", "myst-parser", "furo"),
         ],
     },

@@ -215,8 +215,8 @@ def _search(registration: Registration, direction: str, region: Any) -> Search:
     image = Region(_before(registration, direction))
     if not bool(image.meets(low[None], high[None])):
         raise ValueError(
-            f"region lies outside the image that {direction} starts from; give a part of "
-            "that image, in its frame"
+            f"region lies outside the image that {direction} starts from; "
+            "give a part of that image, in its frame"
         )
     return Search(field, fit.code, where)
 
