@@ -16,7 +16,7 @@ demo: $(INSTALLED) ## register a synthetic chest and write the results to demo_o
 	$(BIN)/python -m evaluation.demo --out $(DEMO_OUT)
 
 test: $(INSTALLED) ## run the tests that need neither a GPU nor minutes
-	$(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 bench: $(INSTALLED) ## measure the speed and memory of the core
 	$(BIN)/python -m evaluation.bench_field

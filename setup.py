@@ -34,17 +34,8 @@ setup(
         "meshes": ["nibabel"],
         "zarr": ["zarr>=3"],
         "dev": [
-            *(
-                "pytest",
-                "pytest-xdist",
-                "hypothesis",
-                "ruff",
-                "mypy",
-                "nibabel",
-                "playwright",
-                "zarr",
-            ),
-            *("sphinx", "myst-parser", "furo"),
+            *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "playwright"),
+            *("nibabel", "zarr", "sphinx", "myst-parser", "furo"),
         ],
     },
     entry_points={
