@@ -56,7 +56,7 @@ def learned(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--{kind}_weights: {weights} does not exist.")
         make = partial(trained, kind=kind, weights=weights, shape=tuple(args.shape))
         if kind == "nephi":
-            make = partial(make, preset=args.preset)
+            make = partial(make, preset=args.preset, levels=args.levels)
         found[f"{kind} learned"] = make
         found[f"{kind} learned + IO"] = partial(make, io_steps=args.io_steps)
     return found
@@ -150,6 +150,7 @@ def parser() -> argparse.ArgumentParser:
         add(f"--{kind}_weights", type=Path, help="network_weights.trch of a training")
     add("--shape", type=int, nargs="+", default=[], help="grid of the trained networks")
     add("--preset", default="default", help="of the trained NePhi")
+    add("--levels", type=int, default=1, help="resolutions of the trained NePhi")
     add("--io_steps", type=int, default=50, help="of instance optimisation")
     add("--only_learned", action="store_true", help="leave out what needs no weights")
     add("--side", type=int, default=compare.LARGEST, help="longest, of voxel networks")

@@ -167,6 +167,7 @@ def trained(
     weights: Path,
     shape: Sequence[int] = (),
     preset: str = "default",
+    levels: int = 1,
     io_steps: int = 0,
 ) -> Found:
     """A trained network: "voxel", "voxel_multi" or "nephi", and its refinement (IO).
@@ -176,14 +177,16 @@ def trained(
     A, B, places = network_images(case, options, shape)
     size = [1, 1, *A.shape[2:]]
     if kind == "nephi":
-        model = load(make_network(size, preset=preset), weights).to(A.device)
-        encoder = compare.count(model.regis_net.net)
+        model = make_network(size, preset=preset, levels=levels)
+        load(model, weights).to(A.device)
         masks = masks_of(case, A)
         if io_steps:
             found = refined(model, A, B, masks, places, io_steps, 0, options)
-            return replace(found, encoder=encoder)
-        maps = unrefined_maps(model, A, B)
-        return sized(voxel_found(maps, places, encoder), maps)
+        else:
+            maps = unrefined_maps(model, A, B)
+            found = sized(voxel_found(maps, places, 0), maps)
+        everything = compare.count(model.regis_net)
+        return replace(found, encoder=everything - found.representation)
     network = load(NETWORKS[kind](size), weights).to(A.device).eval()
     start = compare.now(A.device)
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-5)  # ICON's

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
+from icon_registration import DownsampleRegistration
 from icon_registration.losses import NCC
 from torch import Tensor, nn
 
@@ -17,7 +19,7 @@ from icon_nephi.fields import LatentMLP, ModulatedSiren
 from icon_nephi.folds import guarded_term
 from icon_nephi.losses import GradientICONPoints, inverse_consistency_term
 from icon_nephi.sampling import Patches, Points
-from icon_nephi.transforms import NePhi
+from icon_nephi.transforms import NePhi, TwoStepPair
 
 _CLASSES: dict[str, Callable[..., nn.Module]] = {
     "ModulatedSiren": ModulatedSiren,
@@ -172,6 +174,7 @@ class Fit:
         field_BA: of psi_BA; phi_BA = psi_BA o matrix^-1.
         losses: one entry a step.
         warnings: in words.
+        evidence: the numbers they were made of, see `icon_nephi.doubts`.
     """
 
     matrix: Tensor
@@ -180,6 +183,7 @@ class Fit:
     field_BA: nn.Module
     losses: list[dict[str, float]]
     warnings: list[str]
+    evidence: dict[str, float] = field(default_factory=dict)
 
 
 def make_field(kind: str, arguments: dict[str, Any]) -> nn.Module:
@@ -286,6 +290,7 @@ def make_network(
     input_shape: Sequence[int],
     *,
     preset: str | NetworkSettings = "default",
+    levels: int = 1,
     similarity: Callable[..., Tensor] | None = None,
     similarity_sampler: Points | Patches | None = None,
     regularity_sampler: Points | None = None,
@@ -307,6 +312,8 @@ def make_network(
     Args:
         input_shape: ICON's ``[B, C, *grid]``; B is ignored.
         preset: a name in `NETWORKS`, or settings.
+        levels: resolutions; above 1 a pair that sees images of half the size goes
+            first, and the full size sees A warped by it, as in ICON's networks.
         similarity: any ICON similarity that fits the sampler (default: the preset's).
         similarity_sampler: `Points` or `Patches`, a pair and direction.
         regularity_sampler: `Points`, a pair and direction.
@@ -326,18 +333,12 @@ def make_network(
             )
         preset = NETWORKS[preset]
     dimension = len(input_shape) - 2
-    encoder = HybridEncoder(input_shape, **preset.encoder, generator=generator)
-    make = _CLASSES[preset.field]
-    field_AB, field_BA = (
-        make(dimension, encoder.code_size, **preset.arguments, generator=generator)
-        for _ in "AB"
-    )
     regularity: Callable[..., Tensor] = inverse_consistency_term
     if preset.hinge:
         regularity = partial(guarded_term, consistency=0.0, weight=preset.hinge)
         extent = torch.ones(dimension) if extent is None else extent
     network = GradientICONPoints(
-        NePhi(encoder, field_AB, field_BA),
+        _predicted_pair(input_shape, preset, levels, generator),
         similarity or NCC(),
         preset.lmbda if lmbda is None else lmbda,
         prior_lmbda=preset.prior_lmbda if prior_lmbda is None else prior_lmbda,
@@ -350,3 +351,25 @@ def make_network(
     )
     network.assign_identity_map([1, *(int(n) for n in input_shape[1:])])
     return network
+
+
+def _predicted_pair(
+    input_shape: Sequence[int],
+    settings: NetworkSettings,
+    levels: int,
+    generator: torch.Generator | None,
+) -> nn.Module:
+    """A network that returns (phi_AB, phi_BA) of two images, coarse to fine."""
+    dimension = len(input_shape) - 2
+    encoder = HybridEncoder(input_shape, **settings.encoder, generator=generator)
+    make = _CLASSES[settings.field]
+    field_AB, field_BA = (
+        make(dimension, encoder.code_size, **settings.arguments, generator=generator)
+        for _ in "AB"
+    )
+    pair = NePhi(encoder, field_AB, field_BA)
+    if levels == 1:
+        return pair
+    half = [*input_shape[:2], *(math.ceil(n / 2) for n in input_shape[2:])]
+    first = _predicted_pair(half, settings, levels - 1, generator)
+    return TwoStepPair(DownsampleRegistration(first, dimension), pair)

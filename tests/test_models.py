@@ -6,6 +6,7 @@ import torch
 from problems import SHAPES, images
 
 from icon_nephi import FirstTransform, Patches, Points
+from icon_nephi.instance import neural_parts, refine_pair
 from icon_nephi.losses import PatchNCC
 from icon_nephi.models import NETWORKS, make_network
 
@@ -24,9 +25,11 @@ def small(dimension, **keywords):
     return make_network([2, 1, *shape], **keywords)
 
 
-@pytest.mark.parametrize("preset", sorted(NETWORKS))
-def test_the_start_is_the_identity(dimension, preset):
-    network = small(dimension, preset=preset)
+@pytest.mark.parametrize(
+    "options", [*({"preset": name} for name in sorted(NETWORKS)), {"levels": 2}]
+)
+def test_the_start_is_the_identity(dimension, options):
+    network = small(dimension, **options)
     image_A, image_B = images(dimension, 2)
     loss = network(image_A, image_B)
     assert isinstance(loss, icon.losses.ICONLoss)
@@ -37,9 +40,11 @@ def test_the_start_is_the_identity(dimension, preset):
     assert x.shape == (1, dimension, *SHAPES[dimension])
 
 
-@pytest.mark.parametrize("preset", sorted(NETWORKS))
-def test_every_weight_is_trained(dimension, preset):
-    network = small(dimension, preset=preset)
+@pytest.mark.parametrize(
+    "options", [*({"preset": name} for name in sorted(NETWORKS)), {"levels": 2}]
+)
+def test_every_weight_is_trained(dimension, options):
+    network = small(dimension, **options)
     before = {n: w.detach().clone() for n, w in network.named_parameters()}
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
     for _ in range(2):  # the last layers start at zero: the others move second
@@ -94,3 +99,15 @@ def test_icons_wrappers_take_it(dimension):
     loss = icon.losses.GradientICONSparse(net, icon.losses.NCC(), 1.5)
     loss.assign_identity_map([1, 1, *shape])
     loss(*images(dimension, 2)).all_loss.backward()
+
+
+def test_two_levels_are_refined_for_a_pair(dimension):
+    network = small(dimension, levels=2)
+    for code in (network.regis_net.netPhi.net.net, network.regis_net.netPsi.net):
+        assert parameters(code) > 0
+    pair = images(dimension, 1)
+    phi_AB, phi_BA, losses = refine_pair(network, *pair, steps=3, progress=False)
+    assert len(losses) == 3
+    x = network.identity_map
+    assert not torch.equal(phi_AB(x), x.expand_as(phi_AB(x)))
+    assert len(neural_parts((phi_AB, phi_BA))) == 4

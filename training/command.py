@@ -24,6 +24,7 @@ def parser(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
     add("--output", help="write to this folder instead of a footsteps run")
     add("--method", choices=("nephi", "voxel"), default="nephi")
     add("--preset", choices=("default", "paper"), default="default")
+    add("--levels", type=int, default=1, help="resolutions of nephi, coarse to fine")
     add("--lmbda", type=float, help="weight of the regularity (default: the preset's)")
     add("--device", help="default: cuda where there is one")
     add("--steps", type=int)

@@ -27,7 +27,7 @@ def make(
     if args.method == "voxel":
         lmbda = VOXEL_LMBDA if args.lmbda is None else args.lmbda
         return voxel_network(input_shape, similarity, lmbda)
-    keywords: dict[str, Any] = {"lmbda": args.lmbda}
+    keywords: dict[str, Any] = {"lmbda": args.lmbda, "levels": args.levels}
     if similarity == "lncc" and args.preset == "default":
         # Small blocks, samples far apart: local contrast, and reach.
         keywords["similarity"] = PatchNCC(floor=1e-3)
