@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench docs lint clean
+.PHONY: help demo test bench docs lint fuzz clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -23,6 +23,7 @@ bench: $(INSTALLED) ## measure the speed and memory of the core
 	$(BIN)/python -m evaluation.bench_regularizer --counts 500 5000
 	$(BIN)/python -m evaluation.bench_step
 	$(BIN)/python -m evaluation.bench_export
+	$(BIN)/python -m evaluation.bench_scaling
 
 docs: $(INSTALLED) ## build the documentation, docs/_build/index.html
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build
@@ -31,6 +32,10 @@ lint: $(INSTALLED) ## check format, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict icon_nephi
+
+SECONDS ?= 600
+fuzz: $(INSTALLED) ## give damaged and hostile files to every reader for ten minutes
+	OMP_NUM_THREADS=1 .ci/fuzz --seconds $(SECONDS)
 
 clean: ## delete what the other targets wrote, except .venv and evaluation results
 	rm -rf $(DEMO_OUT) build dist *.egg-info .hypothesis .pytest_cache .ruff_cache .mypy_cache

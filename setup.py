@@ -35,7 +35,7 @@ setup(
         "zarr": ["zarr>=3"],
         "dev": [
             *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "playwright"),
-            *("nibabel", "zarr", "sphinx", "myst-parser", "furo"),
+            *("nibabel", "zarr", "SimpleITK", "sphinx", "myst-parser", "furo"),
         ],
     },
     entry_points={

@@ -2,7 +2,9 @@
 
     python -m evaluation.demo --out DIR
 
-Writes transform.hdf5, warped.nii.gz and demo.png, and prints how good it is.
+Writes the images with their labels, landmarks and a mesh of the lungs (inhale_*, which
+moves, and exhale_*, which is fixed), then the result: pair.nephi, transform.hdf5,
+warped.nii.gz, report.html and demo.png. Prints how good it is.
 """
 
 import argparse
@@ -15,7 +17,7 @@ from evaluation import DIRECTIONS, landmark_errors, peak_memory
 
 
 def main(out: Path, shape: tuple[int, ...] = (96, 80, 96), seed: int = 0) -> None:
-    """Register the phantom; write three files into a folder."""
+    """Register the phantom; write it and the result into a folder."""
     import itk
 
     import icon_nephi
@@ -23,6 +25,7 @@ def main(out: Path, shape: tuple[int, ...] = (96, 80, 96), seed: int = 0) -> Non
 
     moving, fixed, points = chest(shape, seed)
     out.mkdir(parents=True, exist_ok=True)
+    write_example(out, moving, fixed, points, seed)
     start, wall = time.process_time(), time.perf_counter()
     result = icon_nephi.register(moving, fixed, modality="ct", seed=seed)
     seconds = time.process_time() - start, time.perf_counter() - wall
@@ -43,16 +46,43 @@ def main(out: Path, shape: tuple[int, ...] = (96, 80, 96), seed: int = 0) -> Non
     print(f"inverse consistency     {_in_mm(errors)}")
     print(f"registration            {seconds[1]:.1f} s ({seconds[0]:.1f} CPU s)")
 
-    transform, warped = out / "transform.hdf5", out / "warped.nii.gz"
-    itk.transformwrite(result.phi_AB, str(transform))
+    names = ("pair.nephi", "transform.hdf5", "warped.nii.gz", "report.html", "demo.png")
+    saved, transform, warped, report, picture = (out / name for name in names)
+    result.save(saved)
+    itk.transformwrite(result.phi_AB, str(transform), compression=True)
     image = result.warp(moving)
     itk.imwrite(image, str(warped), compression=True)
-    draw(result, moving, fixed, image, out / "demo.png")
+    landmarks = {f"landmarks_{name}": rows for name, rows in points.items()}
+    result.report(report, **landmarks)
+    draw(result, moving, fixed, image, picture)
     memory = peak_memory()
     if memory is not None:
         print(f"peak memory             {1024 * memory:.0f} MB, everything together")
-    for path in (transform, warped, out / "demo.png"):
-        print(f"wrote                   {path}")
+    for name in names:
+        print(f"wrote                   {out / name}")
+
+
+def write_example(out: Path, moving, fixed, points, seed: int) -> None:
+    """Write what there is to register as files: inhale_* moves, exhale_* is fixed."""
+    import itk
+
+    from icon_nephi.itk_images import geometry_of, image_of
+    from icon_nephi.phantoms import LABELS, breathing_thorax
+
+    place = geometry_of(fixed)
+    phantom = breathing_thorax(place.size, seed=seed)
+    both = (
+        ("inhale", "moving", moving, phantom.labels_A),
+        ("exhale", "fixed", fixed, phantom.labels_B),
+    )
+    for name, side, image, labels in both:
+        organs = image_of(labels[0, 0].numpy(), place)
+        itk.imwrite(image, str(out / f"{name}.nii.gz"), compression=True)
+        itk.imwrite(organs, str(out / f"{name}_labels.nii.gz"), compression=True)
+        rows = {"delimiter": ",", "header": "x,y,z", "comments": "", "fmt": "%.4f"}
+        np.savetxt(out / f"{name}_points.csv", points[side], **rows)
+    lung = itk.binary_mask3_d_mesh_source(organs, object_value=LABELS["right lung"])
+    itk.meshwrite(lung, str(out / "exhale_lung.vtk"))
 
 
 def chest(shape: tuple[int, ...], seed: int) -> tuple:

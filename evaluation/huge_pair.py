@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from evaluation import machine, write_csv
 
-BLOCK, CHUNK = 128, 64
+BLOCK = 64  # voxels a side of what is made at once, and of a chunk
 SPACING = 0.01  # mm
 LANDMARKS = 2000
 COLUMNS = (
@@ -97,13 +97,17 @@ class Scene:
             at = torch.stack([x, y, z], -1).mul_(times)
             at = at.sub_(at.floor()).mul_(2).sub_(1)[None]
             texture = texture + F.grid_sample(tile, at, align_corners=True)[0, 0]
-        value = torch.full_like(texture, 0.05)
-        body: Any = None
-        for centre, radii, level in ORGANS:
-            parts = [(c - m) / r for c, m, r in zip((z, y, x), centre, radii)]  # noqa: B905
-            inside = torch.sigmoid((1 - sum(p * p for p in parts)) * 60)
+        value, body, at = torch.full_like(texture, 0.05), 0.0, (z, y, x)
+        low = np.array([float(c.amin()) for c in at])
+        high = np.array([float(c.amax()) for c in at])
+        for number, (centre, radii, level) in enumerate(ORGANS):
+            apart = (np.clip(centre, low, high) - centre) / radii
+            if (apart**2).sum() > 1.4:
+                continue  # it is nowhere here
+            parts = [(at[a] - centre[a]).div_(radii[a]).square_() for a in range(3)]
+            inside = sum(parts).sub_(1).mul_(-60).sigmoid_()
             value += inside * (level - value)
-            body = inside if body is None else body
+            body = body if number else inside
         return value + 0.05 * body * texture
 
 
@@ -121,13 +125,13 @@ def make(folder: Path, size: int, seed: int = 0) -> None:
         group = zarr.open_group(str(folder / f"{name}.zarr"), mode="w")
         arrays = [
             group.create_array(
-                str(k), shape=(n,) * 3, chunks=(min(CHUNK, n),) * 3, dtype="uint16"
+                str(k), shape=(n,) * 3, chunks=(min(BLOCK, n),) * 3, dtype="uint16"
             )
             for k, n in enumerate(sizes)
         ]
         coarse = [np.zeros((n,) * 3, np.uint16) for n in sizes[1:]]
         for start in tqdm(starts, desc=name):
-            parts = [slice(s, min(s + BLOCK, size)) for s in start]
+            parts = [slice(s, s + BLOCK) for s in start]
             z, y, x = torch.meshgrid(*(steps[p] for p in parts), indexing="ij")
             if name == "moving":
                 x = x - shear(2, z, y)
@@ -182,8 +186,8 @@ def measure(folder: Path, size: int, limit: str, in_memory: bool) -> dict[str, A
     if in_memory:
         for side, volume in enumerate(volumes):
             image = torch.empty(1, 1, *volume.geometry.size)
-            for start in range(0, size, CHUNK):
-                rows = slice(start, start + CHUNK)
+            for start in range(0, size, BLOCK):
+                rows = slice(start, start + BLOCK)
                 whole = (rows, slice(0, size), slice(0, size))
                 image[0, 0, rows] = torch.from_numpy(
                     volume.levels[0].read(whole).astype(np.float32)

@@ -24,6 +24,7 @@ from icon_nephi.compare import (
     voxel_step,
 )
 from icon_nephi.coordinates import resize_image
+from icon_nephi.folds import guarded_term
 from icon_nephi.instance import Given, neural_parts, refine_pair, unrefined_maps
 
 LEVELS = 2  # of ICON's published networks
@@ -109,7 +110,14 @@ def refined(
     """What instance optimisation of a model's codes and fields found."""
     start = compare.now(A.device)
     phi_AB, phi_BA, _ = refine_pair(
-        model, A, B, steps=steps, progress=False, seed=options.seed, **masks
+        model,
+        A,
+        B,
+        steps=steps,
+        regularity=guarded_term,
+        progress=False,
+        seed=options.seed,
+        **masks,
     )
     found = replace(
         voxel_found((phi_AB, phi_BA), places, encoder),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from icon_nephi.chunks import Array, Box
 from icon_nephi.coordinates import Geometry
 from icon_nephi.files import written_whole
 from icon_nephi.raw_files import write_meta_header
+from icon_nephi.zarr_files import zarr_writer
 
 #: Voxels a side of a block, and of a chunk of Zarr.
 BLOCK = 64
@@ -61,7 +62,7 @@ def written_blocks(
         )
     part = path.with_name(f".part{os.getpid()}-{path.name}")
     try:
-        yield _zarr_writer(part, place, channels, dtype)
+        yield zarr_writer(part, place, channels, dtype, BLOCK)
         if path.exists():
             old = path.with_name(f".old{os.getpid()}-{path.name}")
             os.replace(path, old)
@@ -71,40 +72,3 @@ def written_blocks(
             os.replace(part, path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def _zarr_writer(
-    folder: Path, place: Geometry, channels: Sequence[int], dtype: np.dtype[Any]
-) -> Callable[[Box, Array], None]:
-    """One level of OME-Zarr 0.4, channels first, chunks the size of blocks."""
-    import zarr
-
-    group = zarr.open_group(str(folder), mode="w", zarr_format=2)
-    array = group.create_array(
-        "0",
-        shape=(*channels, *place.size),
-        chunks=(*channels, *(min(BLOCK, n) for n in place.size)),
-        dtype=dtype,
-    )
-    names = "zyx"[3 - place.dimension :]
-    axes: list[Any] = [{"name": "c", "type": "channel"}] * len(channels)
-    axes += [{"name": n, "type": "space", "unit": "millimeter"} for n in names]
-    ones = [1.0] * len(channels)
-    steps: list[Any] = [
-        {"type": "scale", "scale": [*ones, *reversed(place.spacing)]},
-        {
-            "type": "translation",
-            "translation": [*(0.0 for _ in channels), *reversed(place.origin)],
-        },
-    ]
-    datasets = [{"path": "0", "coordinateTransformations": steps}]
-    scales: Any = {"version": "0.4", "name": "0", "axes": axes, "datasets": datasets}
-    group.attrs["multiscales"] = [scales]
-
-    def write(box: Box, values: Array) -> None:
-        if channels:
-            array[(slice(None), *box)] = np.moveaxis(values, -1, 0)
-        else:
-            array[box] = values
-
-    return write

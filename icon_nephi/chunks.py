@@ -10,6 +10,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import product
 from typing import Any, TypeAlias
 
@@ -18,8 +19,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from icon_nephi.coordinates import from_rows, to_rows
+from icon_nephi.coordinates import Geometry, from_rows, to_rows
 from icon_nephi.sampling import draw_points
+
+CHUNK = 64  # voxels a side, where a file or an array has no chunks of its own
 
 Array: TypeAlias = npt.NDArray[Any]
 Box: TypeAlias = tuple[slice, ...]
@@ -203,6 +206,43 @@ class ChunkCache:
                 for p, c, n in zip(piles, self.chunk, self.shape, strict=True)
             )
         )
+
+
+@dataclass(frozen=True)
+class Level:
+    """One grid of an image.
+
+    Attributes:
+        geometry: where it lies.
+        chunk: voxels that are read together, along each axis.
+        dtype: of the voxels.
+        read: the voxels of a box.
+        array: all voxels, where they are in memory.
+    """
+
+    geometry: Geometry
+    chunk: tuple[int, ...]
+    dtype: np.dtype[Any]
+    read: Callable[[Box], Array]
+    array: Array | None = None
+
+    @staticmethod
+    def of(array: Array, geometry: Geometry) -> Level:
+        """A level in memory; C-contiguous arrays are not copied."""
+        values = np.ascontiguousarray(array)
+        chunk = (CHUNK,) * values.ndim
+        return Level(geometry, chunk, values.dtype, lambda box: values[box], values)
+
+    @property
+    def voxels(self) -> int:
+        """How many."""
+        return int(np.prod(self.geometry.size, dtype=np.int64))
+
+    def cache(self, limit: int) -> ChunkCache:
+        """Its voxels as they are needed; ``limit`` bytes, none where in memory."""
+        if self.array is not None:
+            return ChunkCache.of(self.array)
+        return ChunkCache(self.read, self.geometry.size, self.chunk, self.dtype, limit)
 
 
 class ChunkedImage:

@@ -23,6 +23,7 @@ from icon_nephi.parsers import (
     check_output,
     compare_parser,
     info_parser,
+    is_own,
     jacobian_parser,
     register_parser,
     warp_parser,
@@ -125,7 +126,7 @@ def warp(argv: Sequence[str] | None = None) -> None:
             f"--interpolation {given.interpolation} is not for --{kind}; of --image "
             "linear or cubic, of --labels nearest or onehot"
         )
-    own = _is_own(given.transform)
+    own = is_own(given.transform)
     # An image comes from where its points are looked up, so it goes the other way.
     home = "moving" if kind == "points" else "fixed"
     inverse = given.inverse if given.to is None else given.to != home
@@ -136,15 +137,21 @@ def warp(argv: Sequence[str] | None = None) -> None:
             "--inverse_transform_out"
         )
 
+    if given.errors and not (own and ending == ".csv"):
+        raise ValueError("--errors needs a .nephi file and --points in a .csv")
+
+    from icon_nephi import warps
     from icon_nephi.files import written_whole
 
-    transform = _read_map(given.transform)
+    transform = warps.read_map(given.transform)
     if given.points:
-        way = _move_points(given, transform, out, own=own, inverse=inverse)
+        way, odd = warps.move_points(given, transform, out, own=own, inverse=inverse)
+        for warning in odd:
+            print(f"nephi-warp: warning: {warning}", file=sys.stderr)
     else:
         from icon_nephi.itk_maps import write_image
 
-        result = _warp_image(given, transform, kind, own=own, inverse=inverse)
+        result = warps.warp_image(given, transform, kind, own=own, inverse=inverse)
         with written_whole(out) as (part,):
             write_image(result, part)
         way = "fixed -> moving" if inverse else "moving -> fixed"
@@ -153,130 +160,26 @@ def warp(argv: Sequence[str] | None = None) -> None:
         print(f"{kind}: {way}\nout: {out}")
 
 
-def _is_own(path: Path) -> bool:
-    endings = (".nephi", *TRANSFORMS)
-    if not str(path).lower().endswith(endings):
-        raise ValueError(f"--transform: {path} must end in one of {', '.join(endings)}")
-    return str(path).lower().endswith(".nephi")
-
-
-def _read_map(path: Path) -> Any:
-    """A `Registration` or an `ItkMap`."""
-    if not _is_own(path):
-        from icon_nephi.itk_images import read_transform
-        from icon_nephi.itk_maps import ItkMap
-
-        return ItkMap(read_transform("--transform", path))
-    from icon_nephi.registration import load
-
-    transform = load(path)
-    if not transform.itk:
-        raise ValueError(
-            f"--transform: {path} holds a registration of tensors, which have no place "
-            "in space; use icon_nephi.load in Python"
-        )
-    return transform
-
-
-def _reference(given: argparse.Namespace, *, needed: bool) -> Any:
-    from icon_nephi import itk_images
-
-    if given.reference is not None:
-        return itk_images.read_image("--reference", given.reference)
-    if needed:
-        raise ValueError(
-            "--reference is needed with an ITK transform: the image whose grid the "
-            "result gets, usually the fixed image"
-        )
-    return None
-
-
-def _warp_image(
-    given: argparse.Namespace, transform: Any, kind: str, *, own: bool, inverse: bool
-) -> Any:
-    from icon_nephi import itk_images, scores
-
-    path = getattr(given, kind)
-    image = itk_images.read_image(f"--{kind}", path)
-    if kind == "labels":
-        image = scores.check_label_map(f"--labels: {path}", image)
-    reference = _reference(given, needed=not own)
-    mode = given.interpolation or ("nearest" if kind == "labels" else "linear")
-    outside = 0 if kind == "labels" else None
-    if own:
-        return transform.warp(image, mode, reference, inverse=inverse, outside=outside)
-    least = float(itk_images.array_of(image).min()) if outside is None else outside
-    return transform.warp(image, reference, mode, least)
-
-
-def _move_points(
-    given: argparse.Namespace, transform: Any, out: Path, *, own: bool, inverse: bool
-) -> str:
-    """Which way they went, in words; writes them."""
-    from icon_nephi.files import written_whole
-    from icon_nephi.point_files import read_points
-    from icon_nephi.runs import outside
-
-    found = read_points("--points", given.points)
-    points = found.points
-    place, side = None, "reference"
-    if own:
-        side = "moving" if inverse else "fixed"
-        place = transform.geometry_A if inverse else transform.geometry_B
-        d = place.dimension
-    else:
-        reference = _reference(given, needed=False)
-        d = transform.dimension
-        if reference is not None:
-            from icon_nephi.itk_images import geometry_of
-
-            place = geometry_of(reference)
-            d = d if place.dimension == d else -1
-    if points.shape[1] != d:
-        raise ValueError(
-            f"points must be {d}D as the transform, but --points has "
-            f"{points.shape[1]} coordinates a point"
-            if d > 0
-            else "--reference and --transform have different dimensions"
-        )
-    if own:
-        direction = "moving_to_fixed" if inverse else "fixed_to_moving"
-        moved = transform.transform_points(points, direction)
-    else:
-        moved = transform(points)
-    with written_whole(out) as (part,):
-        part.write_bytes(found.content(moved))
-    far = outside(points, place) if place is not None and len(points) else 0
-    if far:
-        print(
-            f"nephi-warp: warning: {far} of {len(points)} points lie outside the "
-            f"{side} image, where nothing was registered; they must be LPS mm",
-            file=sys.stderr,
-        )
-    way = "moving -> fixed" if inverse else "fixed -> moving"
-    way = way if own else "as the transform says (of --transform_out fixed -> moving)"
-    return f"{way} ({len(points)} points, {found.frame} mm)"
-
-
 @_one_sentence("nephi-jacobian")
 def jacobian(argv: Sequence[str] | None = None) -> None:
     """Nothing; writes determinants, their logarithm or the matrices, and sums up."""
     given = jacobian_parser().parse_args(argv)
     out = check_output("out", given.out, VECTORS if given.tensor else IMAGES)
     assert out is not None  # argparse requires it
-    own = _is_own(given.transform)
+    own = is_own(given.transform)
     if given.inverse and not own:
         raise ValueError(
             "--inverse needs a .nephi file; of an ITK transform give the file that "
             "nephi-register wrote to --inverse_transform_out"
         )
 
+    from icon_nephi import warps
     from icon_nephi.files import written_whole
     from icon_nephi.itk_images import array_of, geometry_of, image_of
     from icon_nephi.itk_maps import write_image
 
-    transform = _read_map(given.transform)
-    reference = _reference(given, needed=not own)
+    transform = warps.read_map(given.transform)
+    reference = warps.reference_of(given, needed=not own)
     way: dict[str, Any] = {}
     if own:
         way["direction"] = "moving_to_fixed" if given.inverse else "fixed_to_moving"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from icon_nephi.interpolation import read_grid
+from icon_nephi.interpolation import axis_matrix, read_grid
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,43 @@ class LatentCode:
         if not parts:
             return points.new_zeros(rows, batch, count, 0)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def on_lines(self, axes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Places and code values on a lattice, in factors: ``weights @ nodes``.
+
+        On line l, along the last axis, ``[x, z(x)]`` is ``weights [n, K]`` times
+        ``nodes[:, l] [K, d + C]``: a few products of matrices in place of a read of
+        every point. Of a single pair.
+
+        Args:
+            axes: positions in the unit box along each axis, ``[n_a]`` each.
+
+        Returns:
+            weights ``[n, K]``, nodes ``[K, L, d + C]``, lines in the order of the axes.
+        """
+        d, last, like = len(axes), axes[-1], self.global_code
+        first = torch.stack(torch.meshgrid(*axes[:-1], indexing="ij"), -1)
+        first = first.flatten(0, -2)
+        total = 2 + sum(grid.shape[-1] for grid in self.local_codes)
+        nodes = like.new_zeros(total, len(first), d + self.size)
+        nodes[0, :, : d - 1] = first
+        nodes[1, :, d - 1] = 1
+        row, column = 2, d + like.shape[1]
+        nodes[0, :, d:column] = like[0]
+        weights = [torch.stack([torch.ones_like(last), last], 1).to(like)]
+        for grid in self.local_codes:
+            table, channels, count = grid[0], grid.shape[1], grid.shape[-1]
+            *across, along = (
+                axis_matrix(x, n, self.interpolation).to(like)
+                for x, n in zip(axes, table.shape[1:], strict=True)
+            )
+            for axis, matrix in enumerate(across, 1):
+                table = torch.tensordot(matrix, table, ([1], [axis])).movedim(0, axis)
+            read = table.reshape(channels, -1, count).permute(2, 1, 0)
+            nodes[row : row + count, :, column : column + channels] = read
+            weights.append(along)
+            row, column = row + count, column + channels
+        return torch.cat(weights, 1), nodes
 
     def prior(self, sigma: float = 1.0) -> Tensor:
         """Scalar: ``|z_g|^2 / sigma^2`` + grid points' mean of ``|z_l|^2 / sigma^2``.

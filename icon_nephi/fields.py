@@ -223,6 +223,25 @@ class LatentMLP(nn.Module):
             rows, batch, count, dimension
         )
 
+    def on_lines(self, weights: Tensor, nodes: Tensor) -> Tensor:
+        """Displacement ``[n, L, d]`` on lines of a lattice: `LatentCode.on_lines`.
+
+        The first layer takes the nodes, which are fewer than the points; its bias goes
+        to the first of them, whose weight is one. No gradients.
+        """
+        first, *others = self.hidden
+        assert isinstance(first, nn.Linear)
+        d = self.last.out_features
+        weight = first.weight * self.omega
+        scale = torch.ones_like(weight[0])
+        scale[:d] = 2  # 2 x - 1
+        read = F.linear(nodes, weight * scale)
+        read[0] += first.bias * self.omega - weight[:, :d].sum(1)
+        hidden = (weights @ read.flatten(1)).sin_().view(1, -1, len(weight))
+        for layer in others:
+            hidden = _sine_layer(hidden, layer, self.omega)
+        return _last_layer(hidden, self.last, 1.0).view(len(weights), -1, d)
+
 
 def _linear(
     inputs: int, outputs: int, bound: float, generator: torch.Generator | None
@@ -322,5 +341,12 @@ def _dot(first: Tensor, second: Tensor, out: Tensor | None = None) -> Tensor:
     return total
 
 
-_sine = cast(Callable[[Tensor, Tensor], Tensor], _Sine.apply)
+def _sine(jet: Tensor, bias: Tensor) -> Tensor:
+    """sin(z + b) of a jet; what only its derivatives need is made for them only."""
+    if len(jet) == 1 and not torch.is_grad_enabled():
+        return (jet + bias).sin_()
+    return _sine_with_graph(jet, bias)
+
+
+_sine_with_graph = cast(Callable[[Tensor, Tensor], Tensor], _Sine.apply)
 _product = cast(Callable[[Tensor, Tensor], Tensor], _Product.apply)

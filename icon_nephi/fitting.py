@@ -18,7 +18,8 @@ from icon_nephi.affine import (
     voxel_stride,
 )
 from icon_nephi.chunks import Image
-from icon_nephi.coordinates import Geometry, apply_affine, inside, points_as_grid
+from icon_nephi.coordinates import Geometry, apply_affine
+from icon_nephi.doubts import doubts, evidence, of_images
 from icon_nephi.features import (
     FeatureDifference,
     FeaturesAlone,
@@ -26,11 +27,11 @@ from icon_nephi.features import (
     with_features,
 )
 from icon_nephi.finer import fit_levels
-from icon_nephi.folds import guarded_term, relative_determinant, unfold
+from icon_nephi.folds import guarded_term, unfold
 from icon_nephi.losses import GradientICONPoints
 from icon_nephi.models import Fit, Settings, find_settings, make_pair
 from icon_nephi.optimize import Stage, gaussian_blur, optimize
-from icon_nephi.sampling import Patches, Points, draw_points
+from icon_nephi.sampling import Patches, Points
 from icon_nephi.similarities import Comparison, MutualInformation, find_similarity
 from icon_nephi.transforms import AffinePair
 
@@ -98,12 +99,14 @@ def fit_pair(
         found = find_affine(images, choice, generator)
         starts = [start, found] if coincide else [found]
         start = _better_start(images, starts, choice, settings, seed)
+    said: list[str] = []
     pair, losses = _fit(
         images,
         start,
         choice,
         settings,
         generator,
+        said,
         progress=progress,
         time_limit=time_limit,
         final=True,
@@ -112,38 +115,19 @@ def fit_pair(
     net: Any = pair.net
     with torch.no_grad():
         code = net.net(image_A, image_B).detached()
-        warnings = _warnings(pair, images, generator)
+        numbers = evidence(
+            pair, *images.blurred(2.0), geometry_B, images.where_B.cpu(), generator
+        )
+        numbers |= of_images(image_A, image_B, geometry_A, geometry_B)
     return Fit(
         matrix=in_unit_boxes(start, geometry_B, geometry_A),
         code=code,
         field_AB=net.field_AB.requires_grad_(False),
         field_BA=net.field_BA.requires_grad_(False),
         losses=losses,
-        warnings=warnings,
+        warnings=said + doubts(numbers, contrast=choice.contrast),
+        evidence=numbers,
     )
-
-
-def _warnings(
-    pair: AffinePair, images: _Images, generator: torch.Generator
-) -> list[str]:
-    """What a user should know of the result, in words."""
-    phi_AB, _ = pair(images.image_A, images.image_B)
-    d = images.geometry_B.dimension
-    rows = draw_points(
-        5000, 1, d, mask=images.where_B, generator=generator, dtype=torch.float32
-    )
-    moved, jacobian = phi_AB.value_and_jacobian(points_as_grid(rows.to(images.image_B)))
-    outside = 1 - float(inside(moved).double().mean())
-    folded = float((relative_determinant(jacobian) <= 0).double().mean())
-    found = []
-    if outside > 0.1:
-        found.append(
-            f"{100 * outside:.0f} % of what is registered in image_B maps outside "
-            "image_A: it is extrapolated there"
-        )
-    if folded > 0:
-        found.append(f"the map folds at {100 * folded:.2g} % of image_B's content")
-    return found
 
 
 class _Images:
@@ -288,7 +272,7 @@ def _better_start(
     results = []
     for start in starts:
         generator = torch.Generator().manual_seed(seed)
-        _, losses = _fit(images, start, choice, trial, generator, progress=False)
+        _, losses = _fit(images, start, choice, trial, generator, [], progress=False)
         last = losses[-10:]
         results.append(2 - sum(x["similarity_loss"] for x in last) / len(last))
     # Of losses 1 - correlation in both directions, these are the correlations.
@@ -303,6 +287,7 @@ def _fit(
     choice: Comparison,
     settings: Settings,
     generator: torch.Generator,
+    said: list[str],
     *,
     progress: bool,
     time_limit: float | None = None,
@@ -374,8 +359,9 @@ def _fit(
         progress=progress,
         time_limit=time_limit,
         callback=fade,
+        said=said,
     )
-    if levels and choice.features != "only":  # those on disk have none
+    if levels and not said and choice.features != "only":  # those on disk have none
         loss.similarity = choice.similarity
         losses += fit_levels(
             loss,

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from icon_nephi._check import check_image, check_mask
-from icon_nephi.coordinates import (
-    Geometry,
-)
+from icon_nephi.coordinates import Geometry
 from icon_nephi.physical import Array
 
 

@@ -25,6 +25,8 @@ from icon_nephi.transforms import Map, NeuralTransform
 
 # How a network is refined whose own loss needs dense grids.
 SAMPLER = Patches(600, 3, 2.0, corners=True)
+# Least and most voxels between the samples of a block, at first; the most at the end.
+WIDE, FINE = (3.0, 6.0), 2.0
 
 
 def refine_pair(
@@ -40,6 +42,7 @@ def refine_pair(
     segmentation_A: Tensor | None = None,
     segmentation_B: Tensor | None = None,
     stages: Sequence[Stage] | None = None,
+    regularity: Callable[..., Tensor] | None = None,
     patience: int | None = None,
     progress: bool = True,
     callback: Callable[[int, ICONLoss], None] | None = None,
@@ -47,9 +50,9 @@ def refine_pair(
 ) -> tuple[Map, Map, list[dict[str, float]]]:
     """(phi_AB, phi_BA, the loss of every step) of one pair, refined.
 
-    With a `GradientICONPoints` its own similarity, weights and samplers are used. For
-    ICON's dense losses only ``lmbda`` is: the similarity becomes `PatchNCC` on
-    `Patches`, as theirs would need every voxel in every step.
+    With a `GradientICONPoints` its own similarity, weights and counts of samples are
+    used. For ICON's dense losses only ``lmbda`` is: the similarity becomes `PatchNCC`
+    on `Patches`, as theirs would need every voxel in every step.
 
     Args:
         model: a loss around a registration network, or the network; as it was after.
@@ -57,14 +60,18 @@ def refine_pair(
         image_B: fixed ``[1, C, *grid]``.
         steps: how many, unless there are stages.
         learning_rate: Adam's, of the fields.
-        code_learning_rate: of the codes; default ten times that.
+        code_learning_rate: of the codes; default ten times that, for codes larger than
+            0.1 a hundred times that and their root mean square.
         mask_A: ``[1, 1, *grid]``, where the samples of image_A lie.
         mask_B: the same of image_B.
         segmentation_A: label map ``[1, 1, *grid]`` for the loss's Dice term, if it has
             a weight.
         segmentation_B: the same of image_B.
-        stages: coarse to fine; default: with `Patches` half of the steps at three
-            times the loss's stride, and half at its own; with `Points` all alike.
+        stages: coarse to fine; default: with `Patches` half of the steps with samples
+            6 voxels apart, and half with 2, in small images less; with `Points` all
+            alike.
+        regularity: in place of the loss's own. `icon_nephi.folds.guarded_term`, which
+            also holds the values of both maps together, is better for one pair.
         patience: see `icon_nephi.optimize.optimize`.
         progress: show a bar.
         callback: called after every step with its number and ICONLoss.
@@ -90,6 +97,10 @@ def refine_pair(
     for transform, (code, field) in zip(transforms, originals, strict=True):
         transform.code, transform.field = codes[id(code)], fields[id(field)]
     loss = _loss_on(Given(maps, list(codes.values())), model)
+    if regularity is not None:
+        loss.regularity = regularity
+        if loss.extent is None:
+            loss.extent = torch.ones(image_B.dim() - 2)
     if seed is not None:
         loss.generator = torch.Generator().manual_seed(seed)
     code_tensors = [
@@ -97,8 +108,13 @@ def refine_pair(
     ]
     parts = [f for f in fields.values() if isinstance(f, nn.Module)]
     weights = [p.requires_grad_() for f in parts for p in f.parameters()]
-    rate = 10 * learning_rate if code_learning_rate is None else code_learning_rate
-    groups: list[dict[str, object]] = [{"params": code_tensors, "lr": rate}]
+    rates = [
+        learning_rate * _reach(t) if code_learning_rate is None else code_learning_rate
+        for t in code_tensors
+    ]
+    groups: list[dict[str, object]] = [
+        {"params": [t], "lr": rate} for t, rate in zip(code_tensors, rates, strict=True)
+    ]
     groups += [{"params": weights, "lr": learning_rate}] if weights else []
     segmentations = {
         "segmentation_A": segmentation_A,
@@ -110,7 +126,7 @@ def refine_pair(
             loss,
             image_A,
             image_B,
-            stages or _stages(steps, loss.similarity_sampler),
+            stages or _stages(steps, loss.similarity_sampler, max(image_B.shape[2:])),
             groups,
             mask_A=mask_A,
             mask_B=mask_B,
@@ -191,14 +207,29 @@ def _loss_on(network: nn.Module, model: Any) -> GradientICONPoints:
     return loss
 
 
-def _stages(steps: int, sampler: Points | Patches) -> list[Stage]:
-    """From wide blocks to the loss's own: what is far off is found first."""
+def _stages(steps: int, sampler: Points | Patches, side: int) -> list[Stage]:
+    """From wide blocks to small ones: what is far off is found first.
+
+    Training may need wider ones all the time, for reach, which a predicted map has.
+    """
     if isinstance(sampler, Points):
         return [Stage(steps, sampler)]
-    stride = sampler.stride
-    wide = tuple(3 * s for s in stride) if isinstance(stride, tuple) else 3 * stride
-    coarse = replace(sampler, stride=wide)
-    return [Stage(steps // 2, coarse), Stage(steps - steps // 2, sampler)]
+    own, first = sampler.stride, min(WIDE[1], max(WIDE[0], side / 16))
+    shape = [s / min(own) for s in own] if isinstance(own, tuple) else None
+    wide, fine = (
+        replace(
+            sampler,
+            stride=tuple(stride * s for s in shape) if shape else stride,
+            corners=True,
+        )
+        for stride in (first, min(FINE, first / 2))
+    )
+    return [Stage(steps // 2, wide), Stage(steps - steps // 2, fine)]
+
+
+def _reach(code: Tensor) -> float:
+    """How much faster a code may move than weights: predicted ones are larger."""
+    return max(10.0, 100.0 * float(code.detach().square().mean().sqrt()))
 
 
 def _trainable(code: LatentCode) -> LatentCode:

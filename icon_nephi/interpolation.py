@@ -45,15 +45,8 @@ def read_grid(
     Raises:
         ValueError: unknown order, or an axis with too few nodes for it.
     """
-    if order not in ORDERS:
-        raise ValueError(f"order must be one of {ORDERS}, got {order!r}")
     shape = grid.shape[2:]
-    least = 2 if order == "linear" else 3
-    if min(shape) < least:
-        raise ValueError(
-            f"grid has {tuple(shape)} nodes, {order} reading needs at least {least} "
-            "on every axis"
-        )
+    least = _support(shape, order)
     batch, count, dimension = points.shape
     base, value, derivative = _axis_weights(points.reshape(-1, dimension), shape, order)
     near = torch.cartesian_prod(
@@ -69,6 +62,34 @@ def read_grid(
         nodes = nodes + first.repeat_interleave(count)[:, None]
     read = _weighted_read(table, nodes, weights)
     return read.reshape(read.shape[0], batch, count, grid.shape[1])
+
+
+def axis_matrix(positions: Tensor, nodes: int, order: str = "quadratic") -> Tensor:
+    """``[n, nodes]``: reads an axis of a grid at positions ``[n]`` in the unit box.
+
+    A grid is read on a lattice by one such matrix along each axis, as by `read_grid`.
+
+    Raises:
+        ValueError: unknown order, or too few nodes for it.
+    """
+    shape = torch.Size((nodes,))
+    near = torch.arange(_support(shape, order), device=positions.device)
+    base, value, _ = _axis_weights(positions[:, None], shape, order)
+    matrix = value.new_zeros(len(positions), nodes)
+    return matrix.scatter_(1, base + near, value[:, 0])
+
+
+def _support(shape: torch.Size, order: str) -> int:
+    """Nodes that are read on each axis."""
+    if order not in ORDERS:
+        raise ValueError(f"order must be one of {ORDERS}, got {order!r}")
+    least = 2 if order == "linear" else 3
+    if min(shape) < least:
+        raise ValueError(
+            f"grid has {tuple(shape)} nodes, {order} reading needs at least {least} "
+            "on every axis"
+        )
+    return least
 
 
 def _axis_weights(

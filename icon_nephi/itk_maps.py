@@ -171,6 +171,7 @@ class ItkPair:
 
     def __init__(self, phi_AB: Any, phi_BA: Any, moving: Any, fixed: Any) -> None:
         self.phi_AB, self.phi_BA = phi_AB, phi_BA
+        self.geometry_A, self.geometry_B = geometry_of(moving), geometry_of(fixed)
         self._maps = {
             "fixed_to_moving": (ItkMap(phi_AB), fixed),
             "moving_to_fixed": (ItkMap(phi_BA), moving),
@@ -180,6 +181,10 @@ class ItkPair:
         """A moving-space image on the fixed grid or the reference's."""
         forward, fixed = self._maps["fixed_to_moving"]
         return forward.warp(image, fixed if reference is None else reference, mode)
+
+    def warp_labels(self, labels: Any, reference: Any = None) -> Any:
+        """A moving-space label map on the fixed grid: nearest, 0 outside."""
+        return self.warp(labels, "nearest", reference)
 
     def transform_points(
         self, points: Array, direction: str = "fixed_to_moving"
@@ -207,9 +212,9 @@ class ItkPair:
         folded = sum(int((~(v > 0)).sum()) for v in values)
         return folded / sum(v.size for v in values)
 
-    def inverse_consistency_error(self) -> Any:
-        """|phi_BA(phi_AB(x)) - x| in mm at every voxel of the fixed grid."""
-        fixed = self._maps["fixed_to_moving"][1]
+    def inverse_consistency_error(self, reference: Any = None) -> Any:
+        """|phi_BA(phi_AB(x)) - x| in mm at every voxel of the fixed grid or another."""
+        fixed = self._maps["fixed_to_moving"][1] if reference is None else reference
         both = itk.CompositeTransform[itk.D, fixed.GetImageDimension()].New()
         both.AddTransform(self.phi_BA)
         both.AddTransform(self.phi_AB)
@@ -234,13 +239,13 @@ def write_image(image: Any, path: Path) -> None:
 
 
 def write_transform(transform: Any, path: Path) -> None:
-    """Nothing; writes an ITK transform.
+    """Nothing; writes an ITK transform, compressed where its format can be.
 
     Raises:
         ValueError: ITK could not.
     """
     try:
-        itk.transformwrite(transform, str(path))
+        itk.transformwrite(transform, str(path), compression=True)
     except RuntimeError as error:
         raise ValueError(
             f"a {path.suffix} transform could not be written: is the disk full?"

@@ -106,8 +106,8 @@ def register_pair_with_mask(
         segmentation_B: the same of image_B.
         **options: ``export_shape`` (voxels of the transforms' fields, tensor order;
             default the network's grid), and of `icon_nephi.instance.refine_pair`:
-            ``code_learning_rate``, ``stages``, ``patience``, ``progress``,
-            ``callback``, ``seed``.
+            ``code_learning_rate``, ``stages``, ``regularity``, ``patience``,
+            ``progress``, ``callback``, ``seed``.
 
     Raises:
         TypeError: not ITK images.

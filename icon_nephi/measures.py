@@ -12,7 +12,7 @@ from icon_nephi.metrics import dice, target_registration_error
 from icon_nephi.physical import Array
 
 SAMPLES = 60_000  # voxel centres at which the maps are measured, in each image
-LABEL_SAMPLES = 500_000
+LABEL_SAMPLES = 1_000_000
 
 
 class Measured:

@@ -19,12 +19,12 @@ def to_bytes(limit: int | str) -> int:
     Raises:
         ValueError: another text, or not positive.
     """
-    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(I?)B?\s*", str(limit).upper())
+    text = str(limit).strip().upper()
+    match = re.fullmatch(r"(\d+\.?\d*)\s*([KMGT]?)(I?)(B?)", text)
     result = 0
-    if match and match[1].count(".") < 2 and match[1] != ".":
-        plain = str(limit).strip().upper().endswith("B") and not match[3]
-        power = " KMGT".index(match[2] or " ")
-        result = int(float(match[1]) * (1000 if plain else 1024) ** power)
+    if match:
+        base = 1000 if match[4] and not match[3] else 1024
+        result = int(float(match[1]) * base ** " KMGT".index(match[2] or " "))
     if result <= 0:
         raise ValueError(
             f"memory_limit must be bytes or a text such as '4GiB', got {limit!r}"

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -70,10 +71,12 @@ def optimize(
     time_limit: float | None = None,
     patience: int | None = None,
     callback: Callable[[int, ICONLoss], None] | None = None,
+    said: list[str] | None = None,
 ) -> list[dict[str, float]]:
     """The loss history, one entry a step; the network is left at its optimum.
 
-    Adam with a cosine decay to zero over all stages.
+    Adam with a cosine decay to zero over all stages. Where the loss is no longer a
+    finite number it ends, at the weights that had the last one that was.
 
     Args:
         loss: what is minimised; its network's weights and codes are changed.
@@ -91,11 +94,17 @@ def optimize(
         patience: steps without a new lowest moving average of the loss after which a
             stage ends early (default: never).
         callback: called after every step with its number and ICONLoss.
+        said: a sentence is added if the loss was not finite.
+
+    Raises:
+        ValueError: the loss was not finite, at once or with nobody to tell.
     """
     total = sum(stage.steps for stage in stages)
     optimizer = torch.optim.Adam(parameters, betas=(0.9, 0.99), fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
     history: list[dict[str, float]] = []
+    weights = [w for group in parameters for w in cast(list[Tensor], group["params"])]
+    good = [w.detach().clone() for w in weights]
     mask_A, mask_B = (None if m is None else m > 0 for m in (mask_A, mask_B))
     ends = None if time_limit is None else time.monotonic() + time_limit
     with tqdm(
@@ -113,11 +122,16 @@ def optimize(
             average, lowest, waited = None, math.inf, 0
             for _ in range(stage.steps):
                 result = loss(*images, mask_A, mask_B, **(extras or {}))
+                values = {k: float(v.detach()) for k, v in result._asdict().items()}
+                if not math.isfinite(values["all_loss"]):
+                    _copy(good, weights)
+                    _tell(len(history), said)
+                    return history
+                _copy(weights, good)
                 optimizer.zero_grad(set_to_none=True)
                 result.all_loss.backward()
                 optimizer.step()
                 schedule.step()
-                values = {k: float(v.detach()) for k, v in result._asdict().items()}
                 history.append(values)
                 if callback is not None:
                     callback(len(history), result)
@@ -131,5 +145,27 @@ def optimize(
                 if patience is not None and waited >= patience:
                     break
                 if ends is not None and time.monotonic() > ends:
-                    return history
+                    break
+            if ends is not None and time.monotonic() > ends:
+                break
+    if not all(bool(w.isfinite().all()) for w in weights):  # by the last step
+        _copy(good, weights)
+        _tell(len(history), said)
     return history
+
+
+def _copy(source: Sequence[Tensor], to: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for one, other in zip(source, to, strict=True):
+            other.copy_(one)
+
+
+def _tell(steps: int, said: list[str] | None) -> None:
+    """Say that the loss was finite for these steps only."""
+    sentence = (
+        f"the loss was not a finite number after {steps} steps: what they reached was "
+        "kept; lower the learning rates, or look for extreme intensities"
+    )
+    if said is None or not steps:
+        raise ValueError(sentence)
+    said.append(sentence)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from icon_nephi._check import check_intensities
-from icon_nephi.chunks import ChunkCache, ChunkedImage
+from icon_nephi.chunks import ChunkCache, ChunkedImage, Level
 from icon_nephi.coordinates import (
     Geometry,
     apply_affine,
@@ -29,7 +29,7 @@ from icon_nephi.inputs import (
 )
 from icon_nephi.memory import plan, to_bytes
 from icon_nephi.preprocess import find_scale, prepare
-from icon_nephi.volumes import WORKING, Level, Volume, open_volume
+from icon_nephi.volumes import WORKING, Volume, open_volume
 
 #: Voxels from which an image in memory is fitted on coarser levels first, as those on
 #: disk are: nothing of its size is then made beside it.
@@ -61,9 +61,13 @@ class Input(NamedTuple):
             ]
             levels = list(zip(*sides, strict=True))
         return {
-            **{"image_A": self.values, "geometry_A": self.place, "mask_A": self.mask},
-            **{"image_B": fixed.values, "geometry_B": fixed.place},
-            **{"mask_B": fixed.mask, "levels": levels},
+            "image_A": self.values,
+            "geometry_A": self.place,
+            "mask_A": self.mask,
+            "image_B": fixed.values,
+            "geometry_B": fixed.place,
+            "mask_B": fixed.mask,
+            "levels": levels,
         }
 
     def held(self) -> ChunkedImage:

@@ -39,6 +39,18 @@ def check_output(name: str, path: Path | None, endings: Sequence[str]) -> Path |
     return path
 
 
+def is_own(path: Path) -> bool:
+    """Whether --transform is a .nephi file; else an ITK transform.
+
+    Raises:
+        ValueError: another ending.
+    """
+    endings = (".nephi", *TRANSFORMS)
+    if not str(path).lower().endswith(endings):
+        raise ValueError(f"--transform: {path} must end in one of {', '.join(endings)}")
+    return str(path).lower().endswith(".nephi")
+
+
 def _iterations(text: str) -> int | None:
     """A count, or None for "none"; argparse names it in its complaint."""
     if text.lower() == "none":
@@ -122,6 +134,7 @@ exit codes: 0 done, 1 some pairs of --pairs failed, 2 wrong input.""",
         help="the same, moving -> fixed on the moving grid",
     )
     add("--jacobian_out", type=Path, help="determinant, fixed -> moving, fixed grid")
+    add("--error_out", type=Path, help="the error to expect in mm, on the fixed grid")
     add("--save", type=Path, help="everything in one small .nephi file for nephi-warp")
     add("--report", type=Path, help="a page to look at (.html)")
     add("--json", type=Path, metavar="FILE", help="all numbers; - for standard output")
@@ -167,6 +180,14 @@ exit codes: 0 done, 1 some pairs of --pairs failed, 2 wrong input.""",
     )
     add("--no_affine", action="store_true", help="trust the headers, no affine start")
     add("--seed", type=int, default=0, help="of the random numbers (default: 0)")
+    add(
+        "--seeds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="register N times; how far the results lie apart sharpens the expected "
+        "error, the first is the result (default: 1)",
+    )
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
     add("--time_limit", type=float, help="seconds after which to stop early")
     add("--quiet", action="store_true", help="no progress bar, no summary")
@@ -215,6 +236,11 @@ Coordinates are LPS mm, unless the file says RAS: .fcsv and .mrk.json name their
         "(default) or onehot (each label read linearly, the largest share wins)",
     )
     add("--out", type=Path, required=True, help="image; points: ending as they have")
+    add(
+        "--errors",
+        action="store_true",
+        help="add a column with the error to expect in mm (.csv of a .nephi only)",
+    )
     way = parser.add_mutually_exclusive_group()
     way.add_argument(
         "--inverse",

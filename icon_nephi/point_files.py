@@ -105,6 +105,14 @@ def _table(rows: list[list[str]], columns: list[int], moved: Array) -> str:
     return out.getvalue()
 
 
+def with_column(table: bytes, name: str, values: Array) -> bytes:
+    """CSV with one more column, a number ``[N]`` a row."""
+    head, *rows = table.decode().splitlines()
+    cells = [name, *map(_number, values.tolist())]
+    lines = zip((head, *rows), cells, strict=True)
+    return "".join(f"{row},{cell}\n" for row, cell in lines).encode()
+
+
 def _read_csv(data: bytes) -> PointFile:
     """Columns x, y(, z), whatever else there is beside them."""
     try:

@@ -6,16 +6,17 @@ import argparse
 import json
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from tqdm import tqdm
 
 from icon_nephi import itk_images, scores
 from icon_nephi.files import written_whole
 from icon_nephi.itk_maps import ItkPair, write_image, write_transform
 from icon_nephi.parsers import IMAGES, TRANSFORMS, VECTORS, check_output
-from icon_nephi.physical import Array
+from icon_nephi.run_inputs import Inputs
 
 OUTPUTS = {
     "transform_out": TRANSFORMS,
@@ -24,6 +25,7 @@ OUTPUTS = {
     "displacement_out": VECTORS,
     "inverse_displacement_out": VECTORS,
     "jacobian_out": IMAGES,
+    "error_out": IMAGES,
     "save": (".nephi",),
     "report": (".html", ".htm"),
 }
@@ -42,7 +44,7 @@ def check_flags(given: argparse.Namespace) -> None:
     if scratch and given.network_weights is not None:
         raise ValueError("--network_weights needs --model: which network are they of?")
     if not scratch:
-        for name in ("save", "report"):
+        for name in ("save", "report", "error_out"):
             if getattr(given, name) is not None:
                 raise ValueError(
                     f"--{name} holds what is registered from scratch; with --model "
@@ -54,11 +56,13 @@ def check_flags(given: argparse.Namespace) -> None:
                     f"--{name} is for registration from scratch; --model {given.model} "
                     "has the intensities it was trained with"
                 )
-        if given.preset != "default" or given.similarity is not None:
+        if (given.preset, given.similarity, given.seeds) != ("default", None, 1):
             raise ValueError(
-                "--preset and --similarity are for registration from scratch; with "
-                "--model give --io_iterations and --io_sim"
+                "--preset, --similarity and --seeds are for registration from scratch; "
+                "with --model give --io_iterations and --io_sim"
             )
+    if given.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {given.seeds}")
     names = {k: _pair_flags(k) for k in _BOTH}
     for flags in names.values():
         if len({getattr(given, flag) is None for flag in flags}) > 1:
@@ -93,10 +97,9 @@ def check_flags(given: argparse.Namespace) -> None:
 
 
 def _pair_flags(kind: str) -> tuple[str, str]:
-    sides = ("fixed", "moving")
     if kind == "segmentation":
         return ("fixed_segmentation", "moving_segmentation")
-    return (f"{kind}_{sides[0]}", f"{kind}_{sides[1]}")
+    return (f"{kind}_fixed", f"{kind}_moving")
 
 
 def _same(first: Path, second: Path) -> bool:
@@ -120,9 +123,8 @@ def find_outputs(given: argparse.Namespace) -> dict[str, Path]:
     if len(set(places)) < len(places):
         raise ValueError("two outputs have the same path; give each its own")
     written = {*OUTPUTS, "json", "out_dir"}
-    inputs = [
-        v for k, v in vars(given).items() if isinstance(v, Path) and k not in written
-    ]
+    paths = {k: v for k, v in vars(given).items() if isinstance(v, Path)}
+    inputs = [path for name, path in paths.items() if name not in written]
     for name, path in outputs.items():
         if any(_same(path, other) for other in inputs):
             raise ValueError(
@@ -143,11 +145,11 @@ def run(given: argparse.Namespace, command: list[str]) -> dict[str, Any]:
         OSError: what cannot be written; then nothing is.
     """
     outputs = find_outputs(given)
-    read = _Inputs(given)
+    read = Inputs(given)
     start = time.perf_counter()
     register = _from_scratch if given.model == "none" else _through_model
     try:
-        result = register(given, read.images)
+        result, *others = register(given, read.images)
     except (ValueError, TypeError) as error:
         raise type(error)(in_flags(str(error))) from error
     seconds = time.perf_counter() - start
@@ -159,7 +161,7 @@ def run(given: argparse.Namespace, command: list[str]) -> dict[str, Any]:
         "flags": flags_of(given),
     }
     if not given.quiet or given.json is not None:
-        found |= scores.summary(result)
+        found |= scores.summary(result, others)
     found["warnings"] = [in_flags(w) for w in (*result.warnings, *read.warnings)]
     if read.landmarks is not None:
         found["landmarks_mm"] = scores.landmark_scores(result, *read.landmarks)
@@ -168,8 +170,10 @@ def run(given: argparse.Namespace, command: list[str]) -> dict[str, Any]:
     found["outputs"] = {name: str(path) for name, path in outputs.items()}
     found["versions"] = scores.versions()
     with written_whole(*outputs.values()) as parts:
-        for name, part in zip(outputs, parts, strict=True):
-            _write(name, part, result, read, found)
+        each = zip(outputs, parts, strict=True)
+        bar = tqdm(each, "writing", len(outputs), disable=given.quiet, leave=False)
+        for name, part in bar:
+            _write(name, part, (result, others), read, found)
     return found
 
 
@@ -183,102 +187,8 @@ def flags_of(given: argparse.Namespace) -> dict[str, str]:
     }
 
 
-class _Inputs:
-    """The files of one registration, read and checked before any work is done."""
-
-    def __init__(self, given: argparse.Namespace) -> None:
-        self.images = {
-            name: itk_images.read_image(f"--{name}", path)
-            for name in (
-                *("moving", "fixed", "moving_mask", "fixed_mask"),
-                *("moving_segmentation", "fixed_segmentation"),
-            )
-            if (path := getattr(given, name)) is not None
-        }
-        self.original = self.images["moving"]
-        self.warnings: list[str] = []
-        for side in ("moving", "fixed"):
-            mask = self.images.get(f"{side}_mask")
-            if mask is not None:
-                _check_mask(f"--{side}_mask: {getattr(given, f'{side}_mask')}", mask)
-            name = f"{side}_segmentation"
-            if name in self.images:
-                image = self.images[name]
-                self.images[name] = scores.check_label_map(f"--{name}", image)
-            self.images[side] = _windowed(given, side, self.images[side])
-        d = self.images["fixed"].GetImageDimension()
-        self.landmarks: tuple[Array, Array] | None = None
-        self.labels: tuple[Any, Any] | None = None
-        if given.landmarks_fixed is not None:
-            self.landmarks = self._read_landmarks(given, d)
-        if given.labels_fixed is not None:
-            maps = []
-            for flag in ("labels_fixed", "labels_moving"):
-                image = itk_images.read_image(f"--{flag}", getattr(given, flag))
-                if image.GetImageDimension() != d:
-                    raise ValueError(
-                        f"--{flag} is {image.GetImageDimension()}D but the images are "
-                        f"{d}D"
-                    )
-                maps.append(scores.check_label_map(f"--{flag}", image))
-            self.labels = (maps[0], maps[1])
-
-    def _read_landmarks(self, given: argparse.Namespace, d: int) -> tuple[Array, Array]:
-        from icon_nephi.point_files import read_points
-
-        found = []
-        for side in ("fixed", "moving"):
-            flag = f"--landmarks_{side}"
-            points = read_points(flag, getattr(given, f"landmarks_{side}")).points
-            found.append(points)
-        scores.check_landmarks(found[0], found[1], d)
-        for side, points in zip(("fixed", "moving"), found, strict=True):
-            far = outside(points, itk_images.geometry_of(self.images[side]))
-            if far:
-                self.warnings.append(
-                    f"{far} of {len(points)} landmarks lie outside the {side} image; "
-                    "they must be LPS mm (RAS: change the sign of x and y)"
-                )
-        return found[0], found[1]
-
-
-def outside(points: Array, place: Any) -> int:
-    """How many points lie more than half a voxel beyond a grid."""
-    matrix = place.physical_to_unit().numpy()
-    d = place.dimension
-    index = (points @ matrix[:d, :d].T + matrix[:d, d]) * (np.array(place.size) - 1.0)
-    far = (index < -0.5 - 1e-6) | (index > np.array(place.size) - 0.5 + 1e-6)
-    return int(far.any(1).sum())
-
-
-def _check_mask(name: str, mask: Any) -> None:
-    values = itk_images.array_of(mask)
-    odd = ~np.isfinite(values) if values.dtype.kind == "f" else np.zeros(1, bool)
-    if odd.any() or values.min() < 0 or (values[values > 1] % 1).any():
-        raise ValueError(
-            f"{name} does not look like a mask: it holds negative numbers or fractions "
-            "above 1; were image and mask swapped?"
-        )
-
-
-def _windowed(given: argparse.Namespace, side: str, image: Any) -> Any:
-    """The image clipped to its window or quantiles."""
-    ends, values = getattr(given, f"{side}_window"), itk_images.array_of(image)
-    flag = f"--{side}_window"
-    if ends is None and given.quantiles is not None:
-        flag, ends = "--quantiles", np.quantile(values, given.quantiles).tolist()
-    if ends is None:
-        return image
-    clipped = np.clip(values.astype(np.float32), *ends)
-    if clipped.min() == clipped.max():
-        raise ValueError(
-            f"{flag} leaves nothing of --{side}: its intensities go from "
-            f"{values.min():g} to {values.max():g}"
-        )
-    return itk_images.image_of(clipped, itk_images.geometry_of(image))
-
-
-def _from_scratch(given: argparse.Namespace, images: dict[str, Any]) -> Any:
+def _from_scratch(given: argparse.Namespace, images: dict[str, Any]) -> list[Any]:
+    """A `Registration` of each seed."""
     from icon_nephi.models import find_effort
     from icon_nephi.registration import register
 
@@ -288,27 +198,31 @@ def _from_scratch(given: argparse.Namespace, images: dict[str, Any]) -> Any:
     ]
     size = itk_images.geometry_of(images["fixed"]).size
     modality = kinds[0] if kinds[0] == kinds[1] else None
-    return register(
-        images["moving"],
-        images["fixed"],
-        modality=(kinds[0], kinds[1]),
-        mask_A=images.get("moving_mask"),
-        mask_B=images.get("fixed_mask"),
-        # lncc is what the default compares, with all it does beside.
-        similarity=given.similarity or (None if given.io_sim == "lncc" else "lncc2"),
-        field="auto"
-        if given.preset == "default"
-        else find_effort(given.preset, size, modality),
-        affine=not given.no_affine,
-        seed=given.seed,
-        device=given.device,
-        progress=not given.quiet,
-        time_limit=given.time_limit,
-    )
+    # lncc is what the default compares, with all it does beside.
+    similarity = given.similarity or (None if given.io_sim == "lncc" else "lncc2")
+    return [
+        register(
+            images["moving"],
+            images["fixed"],
+            modality=(kinds[0], kinds[1]),
+            mask_A=images.get("moving_mask"),
+            mask_B=images.get("fixed_mask"),
+            similarity=similarity,
+            field="auto"
+            if given.preset == "default"
+            else find_effort(given.preset, size, modality),
+            affine=not given.no_affine,
+            seed=seed,
+            device=given.device,
+            progress=not given.quiet,
+            time_limit=given.time_limit,
+        )
+        for seed in range(given.seed, given.seed + given.seeds)
+    ]
 
 
-def _through_model(given: argparse.Namespace, images: dict[str, Any]) -> Any:
-    """The same, from a pretrained network and instance optimisation."""
+def _through_model(given: argparse.Namespace, images: dict[str, Any]) -> list[Any]:
+    """One `ItkPair`, from a pretrained network and instance optimisation."""
     from icon_nephi import pretrained_models
     from icon_nephi.inputs import choose_device
     from icon_nephi.itk_wrapper import register_pair_with_mask
@@ -336,7 +250,7 @@ def _through_model(given: argparse.Namespace, images: dict[str, Any]) -> Any:
         progress=not given.quiet,
         seed=given.seed,
     )
-    return ItkPair(phi_AB, phi_BA, images["moving"], images["fixed"])
+    return [ItkPair(phi_AB, phi_BA, images["moving"], images["fixed"])]
 
 
 def _for_model(given: argparse.Namespace, images: dict[str, Any], side: str) -> Any:
@@ -355,8 +269,13 @@ def _for_model(given: argparse.Namespace, images: dict[str, Any], side: str) -> 
 
 
 def _write(
-    name: str, path: Path, result: Any, read: _Inputs, found: dict[str, Any]
+    name: str,
+    path: Path,
+    results: tuple[Any, Sequence[Any]],
+    read: Inputs,
+    found: dict[str, Any],
 ) -> None:
+    result, others = results
     backward = {"direction": "moving_to_fixed"}
     if name == "transform_out":
         write_transform(result.phi_AB, path)
@@ -370,6 +289,8 @@ def _write(
         write_image(result.displacement_field(**backward), path)
     elif name == "jacobian_out":
         write_image(result.jacobian_determinant(), path)
+    elif name == "error_out":
+        write_image(result.error_image(None, others), path)
     elif name == "report":
         given = {"landmarks": read.landmarks, "labels": read.labels}
         extras = {
@@ -378,7 +299,8 @@ def _write(
             for side, what in zip(("fixed", "moving"), both or (), strict=False)
         }
         seconds, command = found["seconds"], found["command"]
-        result.report(path, **extras, seconds=seconds, command=command)
+        extras |= {"seconds": seconds, "command": command, "others": others}
+        result.report(path, **extras)
     elif name == "json":
         path.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
     else:

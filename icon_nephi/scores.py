@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
 import numpy as np
 
+from icon_nephi.coordinates import Geometry
 from icon_nephi.itk_images import (
     array_of,
     check_itk_image,
@@ -14,9 +16,15 @@ from icon_nephi.itk_images import (
     image_of,
     resample_to,
 )
-from icon_nephi.metrics import dice, summarize, target_registration_error
+from icon_nephi.metrics import (
+    dice,
+    fold_fraction,
+    summarize,
+    target_registration_error,
+)
 from icon_nephi.physical import Array
 
+VOXELS = 200_000  # at most, at which the maps are measured, in each image
 _PACKAGES = ("icon_nephi", "icon_registration", "torch", "itk", "numpy")
 
 
@@ -75,7 +83,7 @@ def label_scores(result: Any, fixed: Any, moving: Any) -> dict[str, Any]:
     """Dice of each label in both maps, and its mean, before and after.
 
     Args:
-        result: has ``warp``.
+        result: has ``warp_labels``.
         fixed: label map in the fixed image's space; overlap is counted on its grid.
         moving: label map in the moving image's space.
 
@@ -92,7 +100,7 @@ def label_scores(result: Any, fixed: Any, moving: Any) -> dict[str, Any]:
     scores: dict[str, Any] = {}
     for when, image in (
         ("before", resample_to(moving, fixed)),
-        ("after", result.warp(moving, "nearest", fixed)),
+        ("after", result.warp_labels(moving, fixed)),
     ):
         found = dice(there, array_of(image).astype(np.int64), [int(n) for n in shared])
         scores[when] = {
@@ -102,17 +110,27 @@ def label_scores(result: Any, fixed: Any, moving: Any) -> dict[str, Any]:
     return scores
 
 
-def summary(result: Any) -> dict[str, Any]:
-    """Folds, inverse consistency, displacement and determinant of a result.
+def summary(result: Any, others: Sequence[Any] = ()) -> dict[str, Any]:
+    """Folds, inverse consistency, displacement, determinant, expected error.
 
-    At every voxel of the fixed grid (folds: and the moving one); millimetres, the
-    displacement with its affine part.
+    At the voxels of the fixed grid (folds: and of the moving one), of large images at
+    about `VOXELS` of them, evenly spread; millimetres, the displacement with its affine
+    part.
+
+    Args:
+        result: a `Registration`, or an `icon_nephi.itk_maps.ItkPair`: that expects no
+            error.
+        others: of the same pair with other seeds.
     """
-    errors = np.asarray(result.inverse_consistency_error())
-    lengths = np.linalg.norm(np.asarray(result.displacement_field()), axis=-1)
-    values = np.asarray(result.jacobian_determinant())
+    fixed, moving = _spread(result.geometry_B), _spread(result.geometry_A)
+    errors = array_of(result.inverse_consistency_error(fixed))
+    lengths = np.linalg.norm(array_of(result.displacement_field(fixed)), axis=-1)
+    values = array_of(result.jacobian_determinant(fixed))
+    back = array_of(result.jacobian_determinant(moving, "moving_to_fixed"))
+    both = np.concatenate((values.ravel(), back.ravel()))
     found: dict[str, Any] = {
-        "folds_percent": 100 * result.fold_fraction(),
+        "voxels_measured": both.size,
+        "folds_percent": 100 * fold_fraction(both),
         "inverse_consistency_mm": summarize(errors),
         "displacement_mm": summarize(lengths),
         "determinant": {
@@ -122,10 +140,29 @@ def summary(result: Any) -> dict[str, Any]:
         },
         "warnings": list(result.warnings),
     }
+    if hasattr(result, "error_image"):
+        expected = array_of(result.error_image(fixed, others))
+        found["expected_error_mm"] = summarize(expected)
     losses = getattr(result, "losses", None)
     if losses:
         found |= {"steps": len(losses), "last_losses": losses[-1]}
     return found
+
+
+def _spread(place: Geometry) -> Any:
+    """An image without contents on every nth voxel of a grid."""
+    counts, step = np.array(place.size[::-1]), 1
+    while np.prod(-(-counts // step), dtype=float) > VOXELS:
+        step += 1
+    steps = np.minimum(step, counts - 1)  # an axis keeps two voxels
+    first = (counts - 1) % steps // 2 * place.spacing
+    sparse = Geometry(
+        size=tuple((-(-counts // steps)[::-1]).tolist()),
+        spacing=tuple((steps * place.spacing).tolist()),
+        origin=tuple((np.array(place.direction) @ first + place.origin).tolist()),
+        direction=place.direction,
+    )
+    return image_of(np.zeros(sparse.size, np.uint8), sparse)
 
 
 def versions() -> dict[str, str | None]:
@@ -145,12 +182,19 @@ def as_text(found: dict[str, Any]) -> list[str]:
     if "folds_percent" in found:
         errors, lengths = found["inverse_consistency_mm"], found["displacement_mm"]
         text += [
-            f"folds: {found['folds_percent']:.3g} % of voxels, both directions",
+            f"folds: {found['folds_percent']:.3g} % of {found['voxels_measured']} "
+            "voxels, both directions",
             f"inverse consistency: mean {errors['mean']:.3f} mm, "
             f"95th percentile {errors['p95']:.3f} mm",
             f"displacement, fixed -> moving: mean {lengths['mean']:.2f} mm, "
             f"largest {lengths['max']:.2f} mm",
         ]
+    if "expected_error_mm" in found:
+        errors = found["expected_error_mm"]
+        text.append(
+            f"expected error: median {errors['median']:.2f} mm, 95th percentile "
+            f"{errors['p95']:.2f} mm"
+        )
     if "landmarks_mm" in found:
         for when in ("before", "after"):
             one = found["landmarks_mm"][when]

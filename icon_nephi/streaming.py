@@ -9,8 +9,9 @@ are complete or not there.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -26,7 +27,7 @@ from icon_nephi.chunks import Array, Box, ChunkCache
 from icon_nephi.coordinates import Geometry, apply_affine, points_as_grid, sample_image
 from icon_nephi.memory import plan, to_bytes
 from icon_nephi.pairs import as_volume
-from icon_nephi.physical import FramedMap
+from icon_nephi.physical import FramedMap, over_grid
 from icon_nephi.registration import DIRECTIONS, Registration
 from icon_nephi.volumes import WORKING
 
@@ -37,8 +38,6 @@ NEAR, STEP = 4, 8
 # Voxels of a block that are compared; how much worse another may be.
 _CHECKS, _SAFETY = 64, 3.0
 _ROUNDING = 1e-9
-
-Rows = Callable[[Array], Array]
 
 
 def warp_to(
@@ -78,18 +77,12 @@ def warp_to(
     volume = as_volume("image", image, memory_limit)
     place = _place(registration, reference, inverse)
     level, limit = volume.levels[0], to_bytes(memory_limit or volume.memory_limit)
-    if level.array is None:
-        bytes_held = 2 * plan(limit, WORKING)[1]
-        cache = ChunkCache(
-            level.read, level.geometry.size, level.chunk, level.dtype, bytes_held
-        )
-    else:
-        cache = ChunkCache.of(level.array)
+    cache = level.cache(0 if level.array is not None else 2 * plan(limit, WORKING)[1])
     mapped, into = _framed(registration, inverse), volume.geometry.physical_to_unit()
     last = np.array(volume.geometry.size) - 1.0
 
-    def index(rows: Array) -> Array:
-        unit = apply_affine(into, torch.from_numpy(mapped(rows))).numpy()
+    def index(_: Array, moved: Array) -> Array:
+        unit = apply_affine(into, torch.from_numpy(moved)).numpy()
         voxels: Array = unit * last
         return voxels
 
@@ -97,7 +90,8 @@ def warp_to(
         return _read(cache, at, mode, outside)
 
     try:
-        task = _Task(place, index, tolerance, _field(registration, inverse), 2)
+        border = _field(registration, inverse)
+        task = _Task(place, mapped, index, tolerance, border, 2)
         return _stream(path, task, values, (), level.dtype, progress, "warping")
     finally:
         cache.close()
@@ -125,13 +119,13 @@ def displacement_to(
     mapped = _framed(registration, inverse)
     width = min(place.spacing)
 
-    def moves(rows: Array) -> Array:
-        moved: Array = (mapped(rows) - rows) / width
-        return moved
+    def moves(points: Array, moved: Array) -> Array:
+        by: Array = (moved - points) / width
+        return by
 
     return _stream(
         path,
-        _Task(place, moves, tolerance, _field(registration, inverse), 2),
+        _Task(place, mapped, moves, tolerance, _field(registration, inverse), 2),
         lambda found: found * np.float32(width),
         (place.dimension,),
         np.dtype(np.float32),
@@ -158,14 +152,10 @@ def jacobian_to(
     """
     inverse = _inverse(direction)
     place = _place(registration, reference, inverse)
-    mapped = _framed(registration, inverse)
-
-    def determinants(rows: Array) -> Array:
-        return mapped.determinants(rows)[:, np.newaxis]
-
+    determinants = _framed(registration, inverse).determinants
     return _stream(
         path,
-        _Task(place, determinants, tolerance, _field(registration, inverse), 1),
+        _Task(place, None, determinants, tolerance, _field(registration, inverse), 1),
         lambda found: found[..., 0],
         (),
         np.dtype(np.float32),
@@ -211,7 +201,9 @@ class _Task:
 
     Attributes:
         place: the grid.
-        function: of rows ``[N, d]`` in millimetres: ``[N, C]``.
+        mapped: a map of places, or None.
+        function: of rows ``[N, d]`` in millimetres, and of the mapped rows if there is
+            a map: ``[N]`` or ``[N, C]``.
         tolerance: of its values.
         into: homogeneous matrix, millimetres -> the unit box of the field, at whose
             border the function has a kink.
@@ -219,10 +211,32 @@ class _Task:
     """
 
     place: Geometry
-    function: Rows
+    mapped: FramedMap | None
+    function: Callable[..., Array]
     tolerance: float
     into: Tensor
     border: int
+
+    def at(self, points: Array) -> Array:
+        """The function at rows: ``[N, C]``."""
+        moved = () if self.mapped is None else (self.mapped(points),)
+        values: Array = self.function(points, *moved).reshape(len(points), -1)
+        return values
+
+    def on_grid(self, size: Sequence[int], frame: Tensor) -> Tensor:
+        """The function on a grid with that unit box: ``[*size, C]`` float64."""
+        channels = self.at(np.zeros((1, len(size)))).shape[1]
+        function = self.function
+        return torch.from_numpy(
+            over_grid(
+                lambda *rows: function(*rows).reshape(len(rows[0]), -1),
+                size,
+                frame,
+                channels,
+                np.float64,
+                mapped=self.mapped,
+            )
+        )
 
 
 def _stream(
@@ -270,37 +284,28 @@ def _in_block(
     task: _Task, box: Box, generator: np.random.Generator
 ) -> tuple[Array, float]:
     """The function at the voxels of a block ``[*block, C]``, and the error found."""
-    frame = task.place.unit_to_physical()
-    last = torch.tensor([n - 1.0 for n in task.place.size], dtype=torch.float64)
-    first = np.array([b.start for b in box])
-    size = np.array([b.stop - b.start for b in box])
-
-    def millimetres(index: Array) -> Tensor:
-        unit = torch.from_numpy(index.astype(np.float64)) / last
-        return apply_affine(frame, unit)
-
-    def at(index: Array) -> Array:
-        return task.function(millimetres(index).numpy())
-
-    checks = generator.integers(0, size, (_CHECKS, len(size)))
-    exact = at(first + checks)
-    ends = np.array(list(product(*([0, n - 1] for n in size))))
-    ends = apply_affine(task.into, millimetres(first + ends)).numpy()
-    low, high = ends.min(0), ends.max(0)
-    cut = [(low < edge - _ROUNDING) & (high > edge + _ROUNDING) for edge in (0.0, 1.0)]
-    step = task.border if np.any(cut) else STEP
+    d, whole = len(box), task.place.size
+    size = [b.stop - b.start for b in box]
+    inner = torch.eye(d + 1, dtype=torch.float64)
+    for axis, (b, n) in enumerate(zip(box, whole, strict=True)):
+        inner[axis, axis] = (size[axis] - 1) / (n - 1)
+        inner[axis, d] = b.start / (n - 1)
+    frame = task.place.unit_to_physical() @ inner  # of the unit box of the block
+    checks = generator.integers(0, size, (_CHECKS, d))
+    unit = torch.from_numpy(checks / np.maximum(np.array(size) - 1, 1))
+    exact = task.at(apply_affine(frame, unit).numpy())
+    ends = torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=torch.float64)] * d)
+    ends = apply_affine(task.into @ frame, ends)
+    low, high = ends.amin(0) + _ROUNDING, ends.amax(0) - _ROUNDING
+    cut = [((low < edge) & (high > edge)).any() for edge in (0.0, 1.0)]
+    step = task.border if any(cut) else STEP
     while True:
-        axes = [
-            np.linspace(0, n - 1, n if step == 1 else max(4, -(-(n - 1) // step) + 1))
-            for n in size
-        ]
-        nodes = np.stack(np.meshgrid(*axes, indexing="ij"), -1)
-        values = at(first + nodes.reshape(-1, len(size)))
-        found = torch.from_numpy(values).reshape(*nodes.shape[:-1], -1)
+        nodes = [min(n, max(4, -(-(n - 1) // step) + 1)) for n in size]
+        found = task.on_grid(nodes, frame)
         if step == 1:
             return found.float().numpy(), 0.0
-        for axis, (n, nodes_on) in enumerate(zip(size, axes, strict=True)):
-            weights = torch.from_numpy(_cubic(int(n), len(nodes_on)))
+        for axis, (n, k) in enumerate(zip(size, nodes, strict=True)):
+            weights = torch.from_numpy(_cubic(n, k))
             found = torch.tensordot(weights, found, ([1], [axis])).movedim(0, axis)
             found = found.contiguous()
         dense = found.float().numpy()
@@ -313,8 +318,8 @@ def _in_block(
 
 def _cubic(count: int, nodes: int) -> Array:
     """``[count, nodes]``: from nodes spread over as many voxels, by local cubics."""
-    if nodes >= count or nodes < 4:
-        return np.eye(count) if nodes == count else _linear(count, nodes)
+    if nodes == count:
+        return np.eye(count)
     x = np.arange(count) * (nodes - 1) / (count - 1)
     base = np.clip(np.floor(x).astype(int) - 1, 0, nodes - 4)
     weights = np.zeros((count, nodes))
@@ -327,33 +332,26 @@ def _cubic(count: int, nodes: int) -> Array:
     return weights
 
 
-def _linear(count: int, nodes: int) -> Array:
-    x = np.arange(count) * (nodes - 1) / max(1, count - 1)
-    weights: Array = np.clip(1 - np.abs(x[:, np.newaxis] - np.arange(nodes)), 0, None)
-    total: Array = weights.sum(1, keepdims=True)
-    result: Array = weights / total
-    return result
-
-
 def _read(cache: ChunkCache, at: Array, mode: str, outside: float | None) -> Array:
-    """Values ``[*block]`` of an image at voxel indices ``[*block, d]``."""
-    rows = at.reshape(-1, at.shape[-1])
+    """Values ``[*block]`` of an image at voxel indices ``[*block, d]`` float32."""
+    rows = torch.from_numpy(at).flatten(0, -2)
     box = []
-    for low, high, n in zip(rows.min(0), rows.max(0), cache.shape, strict=True):
-        start = int(np.clip(np.floor(low) - 1, 0, n - 2))
-        box.append(slice(start, int(np.clip(np.ceil(high) + 2, start + 2, n))))
+    ends = zip(rows.amin(0).tolist(), rows.amax(0).tolist(), cache.shape, strict=True)
+    for low, high, n in ends:
+        start = min(max(math.floor(low) - 1, 0), n - 2)
+        box.append(slice(start, min(max(math.ceil(high) + 2, start + 2), n)))
     values = cache.box(tuple(box))
-    index = rows - np.array([b.start for b in box], rows.dtype)
-    limits = np.array(values.shape) - 1
+    index = rows - rows.new_tensor([b.start for b in box])
+    last = rows.new_tensor(values.shape) - 1
     if mode == "nearest":
-        near = np.clip(np.floor(index + 0.5), 0, limits).astype(np.int64)
-        read: Array = values[tuple(near.T)]
+        near = (index + 0.5).floor().clamp(min=0).minimum(last).long()
+        read: Array = values[tuple(near.T.numpy())]
     else:
         tensor = torch.from_numpy(values.astype(np.float32))[None, None]
-        unit = torch.from_numpy((index / limits).astype(np.float32))
-        read = sample_image(tensor, points_as_grid(unit[None])).flatten().numpy()
+        unit = points_as_grid((index / last)[None])
+        read = sample_image(tensor, unit).flatten().numpy()
     if outside is not None:
-        far = (rows < -0.5) | (rows > np.array(cache.shape) - 0.5)
-        read = np.where(far.any(1), np.asarray(outside, read.dtype), read)
+        far = (rows < -0.5) | (rows > rows.new_tensor(cache.shape) - 0.5)
+        read = np.where(far.any(1).numpy(), np.asarray(outside, read.dtype), read)
     result: Array = read.reshape(at.shape[:-1])
     return result

@@ -4,64 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from icon_nephi.chunks import Array, Box, ChunkCache, ChunkedImage
+from icon_nephi.chunks import CHUNK, ChunkedImage, Level
 from icon_nephi.coordinates import Geometry, identity_map
 from icon_nephi.memory import MEMORY_LIMIT, to_bytes
 from icon_nephi.raw_files import SUFFIXES, find_voxels, geometry_in
+from icon_nephi.zarr_files import zarr_levels
 
 # Voxels of the level that is held whole; and of one between, made where there is none.
 WORKING, BETWEEN = 6_000_000, 20_000_000
-# Parts of a file without chunks that are read at once.
-_CHUNK = 64
-_UNITS: dict[str | None, float] = {
-    **dict.fromkeys(("nanometer", "nm"), 1e-6),
-    **dict.fromkeys(("micrometer", "um", "µm", "micron"), 1e-3),
-    **dict.fromkeys(("millimeter", "mm", None), 1.0),
-    **dict.fromkeys(("centimeter", "cm"), 10.0),
-    **dict.fromkeys(("meter", "m"), 1000.0),
-}
-
-
-@dataclass(frozen=True)
-class Level:
-    """One grid of an image.
-
-    Attributes:
-        geometry: where it lies.
-        chunk: voxels that are read together, along each axis.
-        dtype: of the voxels.
-        read: the voxels of a box.
-        array: all voxels, where they are in memory.
-    """
-
-    geometry: Geometry
-    chunk: tuple[int, ...]
-    dtype: np.dtype[Any]
-    read: Callable[[Box], Array]
-    array: Array | None = None
-
-    @staticmethod
-    def of(array: Array, geometry: Geometry) -> Level:
-        """A level in memory; C-contiguous arrays are not copied."""
-        values = np.ascontiguousarray(array)
-        chunk = (_CHUNK,) * values.ndim
-        return Level(geometry, chunk, values.dtype, lambda box: values[box], values)
-
-    @property
-    def voxels(self) -> int:
-        """How many."""
-        return int(np.prod(self.geometry.size, dtype=np.int64))
 
 
 class Volume:
@@ -116,16 +76,12 @@ class Volume:
             intensities: see `ChunkedImage`.
             device: see `ChunkedImage`.
         """
-        if level.array is not None:
-            cache = ChunkCache.of(level.array)
-        else:
-            size, chunk = level.geometry.size, level.chunk
-            cache = ChunkCache(level.read, size, chunk, level.dtype, limit)
         ours, its = self.geometry, level.geometry
         steps = np.array(its.spacing)[::-1]
         between = np.array(ours.origin) - np.array(its.origin)
         shift = (np.linalg.inv(np.array(its.direction)) @ between)[::-1] / steps
         scale = np.array(ours.extent) / steps
+        cache = level.cache(limit)
         return ChunkedImage(cache, scale.tolist(), shift.tolist(), intensities, device)
 
     def working(self, voxels: int = WORKING, progress: bool = False) -> Level:
@@ -203,7 +159,7 @@ def open_volume(
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     if path.is_dir():
-        return Volume(_zarr_levels(path), str(path), memory_limit)
+        return Volume(zarr_levels(path), str(path), memory_limit)
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(
             f"{path} cannot be read in parts; give a Zarr folder or an uncompressed "
@@ -214,98 +170,9 @@ def open_volume(
         raise ValueError(f"{path}: the file of its voxels, {raw.path}, does not exist")
     place = geometry_in(path)
     raw.opened(place.size)
-    chunk = (_CHUNK,) * place.dimension
+    chunk = (CHUNK,) * place.dimension
     level = Level(place, chunk, raw.dtype, partial(raw.read, place.size))
     return Volume([level], str(path), memory_limit)
-
-
-def _zarr_levels(path: Path) -> list[Level]:
-    try:
-        import zarr
-    except ImportError as error:
-        raise ImportError(
-            f"{path} is read with the package zarr; run pip install 'icon_nephi[zarr]'"
-        ) from error
-    try:
-        node: Any = zarr.open(str(path), mode="r")
-    except Exception as error:  # zarr raises many kinds
-        raise ValueError(f"{path} is not a Zarr array or group") from error
-    if isinstance(node, zarr.Array):
-        names = [*"zyx"][3 - node.ndim :] if node.ndim < 3 else [*"tczyx"][-node.ndim :]
-        return [_zarr_level(path, node, names, [1.0] * node.ndim, [0.0] * node.ndim)]
-    attributes = dict(node.attrs)
-    found = attributes.get("ome", attributes).get("multiscales")
-    if not found:
-        raise ValueError(
-            f"{path} is a Zarr group without multiscales metadata; give one of its "
-            f"arrays: {sorted(key for key, _ in node.arrays())[:8]}"
-        )
-    axes = [a if isinstance(a, dict) else {"name": a} for a in found[0]["axes"]]
-    names = [axis["name"] for axis in axes]
-    units = []
-    for axis in axes:
-        unit = axis.get("unit")
-        if axis["name"] in "zyx" and unit not in _UNITS:
-            raise ValueError(
-                f"{path} has the unit {unit!r} on axis {axis['name']}, expected one of "
-                f"{[u for u in _UNITS if u]}; correct its metadata"
-            )
-        units.append(_UNITS.get(unit, 1.0))
-    levels = []
-    for dataset in found[0]["datasets"]:
-        scale, shift = np.ones(len(names)), np.zeros(len(names))
-        for source in (dataset, found[0]):
-            for step in source.get("coordinateTransformations", ()):
-                numbers = np.array(step.get(step["type"], 1.0), float)
-                if step["type"] == "scale":
-                    scale, shift = scale * numbers, shift * numbers
-                elif step["type"] == "translation":
-                    shift = shift + numbers
-        array = node[dataset["path"]]
-        levels.append(
-            _zarr_level(path, array, names, scale * units, shift * np.array(units))
-        )
-    return levels
-
-
-def _zarr_level(
-    path: Path, array: Any, names: list[str], scale: Any, shift: Any
-) -> Level:
-    spatial = [i for i, name in enumerate(names) if name in "zyx"]
-    others = [n for i, n in enumerate(array.shape) if i not in spatial]
-    order = "".join(names[i] for i in spatial)
-    if array.ndim != len(names) or not "zyx".endswith(order):
-        raise ValueError(
-            f"{path} has axes {names} and shape {array.shape}, expected z, y, x (2D: "
-            "y, x) last and in this order; convert it"
-        )
-    if any(n != 1 for n in others):
-        raise ValueError(
-            f"{path} has axes {names} of shape {tuple(array.shape)}: several images in "
-            "one; write the channel and time to register as one of its own"
-        )
-
-    def read(box: Box) -> Array:
-        index: list[int | slice] = [0] * array.ndim
-        for i, part in zip(spatial, box, strict=True):
-            index[i] = part
-        return np.asarray(array[tuple(index)])
-
-    d = len(spatial)
-    geometry = Geometry(
-        size=tuple(int(array.shape[i]) for i in spatial),
-        spacing=tuple(float(scale[i]) for i in reversed(spatial)),
-        origin=tuple(float(shift[i]) for i in reversed(spatial)),
-        direction=tuple(map(tuple, np.eye(d).tolist())),
-    )
-    if not min(geometry.spacing) > 0:
-        raise ValueError(f"{path} has the scale {list(scale)}; it must be positive")
-    return Level(
-        geometry,
-        tuple(int(array.chunks[i]) for i in spatial),
-        np.dtype(array.dtype),
-        read,
-    )
 
 
 def _averaged(level: Level, goal: int, name: str, progress: bool) -> Level:

@@ -27,8 +27,10 @@ def make_folder(tmp_path, monkeypatch):
 
     def fit(image_A, image_B, geometry_A, geometry_B, **options):
         fit.options = options
+        fit.seeds.append(options["seed"])
         return small_fit(3, unit_matrix(3))
 
+    fit.seeds = []
     monkeypatch.setattr(registration, "fit_pair", fit)
     monkeypatch.chdir(tmp_path)
     tmp_path.joinpath("out").mkdir()

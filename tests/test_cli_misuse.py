@@ -65,6 +65,7 @@ REGISTER = {
     "a mask elsewhere": ({"fixed_mask": "far.nrrd"}, "do not overlap"),
     "2D with 3D": ({"moving": "flat.nrrd"}, "two 2D or two 3D"),
     "no time": ({"time_limit": 0}, "--time_limit must be positive"),
+    "no seed": ({"seeds": 0}, "--seeds must be at least 1"),
     "no number": ({"time_limit": "soon"}, "--time_limit"),
     "no such device": ({"device": "cuda:99"}, "--device: 'cuda:99' is not available"),
     "no such preset": ({"preset": "best"}, "--preset"),
@@ -127,6 +128,14 @@ OTHERS = {
     "labels as shares, warped": (
         cli.warp,
         "--transform pair.nephi --labels shares.nrrd --out o.nrrd",
+    ),
+    "errors of an ITK transform": (
+        cli.warp,
+        "--transform T.h5 --points points.csv --errors --out o.csv",
+    ),
+    "errors of an image": (
+        cli.warp,
+        "--transform pair.nephi --image fixed.nrrd --errors --out o.nrrd",
     ),
     "2D transform": (cli.warp, "--transform T2.h5 --points points.csv --out o.csv"),
     "2D transform, 3D image": (

@@ -11,7 +11,7 @@ import torch
 
 import icon_nephi
 from icon_nephi import inputs, memory, pairs, volumes
-from icon_nephi.chunks import ChunkCache, ChunkedImage
+from icon_nephi.chunks import ChunkCache, ChunkedImage, Level
 from icon_nephi.coordinates import (
     Geometry,
     apply_affine,
@@ -21,7 +21,7 @@ from icon_nephi.coordinates import (
 from icon_nephi.losses import GradientICONPoints, PatchNCC
 from icon_nephi.models import GRID, make_pair
 from icon_nephi.sampling import Patches
-from icon_nephi.volumes import Level, Volume, open_volume
+from icon_nephi.volumes import Volume, open_volume
 from tests import small_fits
 
 SIZE = (40, 37, 50)

@@ -1,0 +1,119 @@
+"""The map as grids for other libraries: torch's `grid_sample` and MONAI's `Warp`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from icon_nephi.coordinates import Geometry, apply_affine
+from icon_nephi.inputs import place_of
+from icon_nephi.physical import over_grid
+from icon_nephi.registration import DIRECTIONS, Registration
+
+
+def sampling_grid(
+    result: Registration,
+    image: Any = None,
+    reference: Any = None,
+    direction: str = DIRECTIONS[0],
+    *,
+    align_corners: bool = True,
+) -> Tensor:
+    """``[1, *grid, d]`` float32: where `grid_sample` reads a moving-space image.
+
+    The last axis is x, y(, z), the reverse of the tensor axes. With corners aligned -1
+    and 1 are the centres of the first and the last voxel of the image that is read,
+    else the outer edges of these voxels; tell `grid_sample` the same.
+
+    Args:
+        result: of `icon_nephi.register`.
+        image: what is read, ITK image or tensor as registered; only where it lies
+            counts. Default: on the registered moving image's grid.
+        reference: whose grid the result has, default: the fixed image.
+        direction: ``"moving_to_fixed"`` exchanges moving and fixed in all of this.
+        align_corners: as of `torch.nn.functional.grid_sample`.
+
+    Raises:
+        TypeError: an image or reference of another kind than was registered.
+        ValueError: of another dimension, or an unknown direction.
+    """
+    target = _place("image", image, result, direction == DIRECTIONS[0])
+    edge = [1.0 if align_corners else 1 - 1 / n for n in target.size[::-1]]
+    steps = zip(edge, target.size[::-1], strict=True)
+    eye = torch.eye(target.dimension).tolist()
+    square = Geometry(  # grid_sample's frame is a place like any other
+        size=target.size,
+        spacing=tuple(2 * e / (n - 1) for e, n in steps),
+        origin=tuple(-e for e in edge),
+        direction=tuple(map(tuple, eye)),
+    )
+    return _mapped(result, target, square.unit_to_physical(), reference, direction)
+
+
+def monai_ddf(
+    result: Registration,
+    image: Any = None,
+    reference: Any = None,
+    direction: str = DIRECTIONS[0],
+) -> Tensor:
+    """``[1, d, *grid]`` float32: displacements for `monai.networks.blocks.Warp`.
+
+    Channel c belongs to tensor axis c; the unit is a voxel. Voxel i of the result is
+    read from the image at voxel i + ddf.
+
+    Args:
+        result: see `sampling_grid`.
+        image: see `sampling_grid`; MONAI wants it to have the result's shape.
+        reference: see `sampling_grid`.
+        direction: see `sampling_grid`.
+
+    Raises:
+        TypeError: as `sampling_grid`.
+        ValueError: as `sampling_grid`, or image and result differ in shape.
+    """
+    forward = direction == DIRECTIONS[0]
+    target = _place("image", image, result, forward)
+    source = _place("reference", reference, result, not forward)
+    if source.size != target.size:
+        raise ValueError(
+            f"MONAI's Warp needs images of one shape, but the result's is {source.size}"
+            f" and the image's {target.size}; resample one of them onto the other's "
+            "grid and pass it as image or reference"
+        )
+    steps = torch.tensor([n - 1.0 for n in target.size] + [1.0]).double().diag()
+    there = _mapped(result, target, steps, reference, direction).movedim(-1, 1)
+    axes = [torch.arange(n, dtype=there.dtype) for n in source.size]
+    here = torch.stack(torch.meshgrid(*axes, indexing="ij"))
+    return (there - here).float().contiguous()
+
+
+def _place(name: str, image: Any, result: Registration, moving: bool) -> Geometry:
+    if image is None:
+        return result.geometry_A if moving else result.geometry_B
+    d = result.geometry_B.dimension
+    return place_of(name, image, itk=result.itk, dimension=d)
+
+
+def _frame(result: Registration, place: Geometry) -> Tensor:
+    """The unit box -> the frame of the registration's points."""
+    unit = torch.eye(place.dimension + 1, dtype=torch.float64)
+    return place.unit_to_physical() if result.itk else unit
+
+
+def _mapped(
+    result: Registration, target: Geometry, out: Tensor, reference: Any, direction: str
+) -> Tensor:
+    """``[1, *grid, d]``: mapped voxel centres in a frame, ``out`` from the unit box."""
+    source = _place("reference", reference, result, direction != DIRECTIONS[0])
+    matrix = out @ torch.linalg.inv(_frame(result, target))
+    places = over_grid(
+        lambda p: apply_affine(
+            matrix, torch.from_numpy(result.transform_points(p, direction))
+        ).numpy(),
+        source.size,
+        _frame(result, source),
+        source.dimension,
+    )
+    return torch.from_numpy(places)[None]

@@ -1,0 +1,84 @@
+"""Maps at all points of a lattice: exact, and cheaper than at as many points.
+
+Along each axis the code is read by a matrix, so a lattice takes a few products of
+matrices where scattered points would each read their 27 nodes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from icon_nephi.coordinates import points_as_grid, to_rows
+from icon_nephi.fields import LatentMLP
+from icon_nephi.transforms import Composition, Map, MatrixTransform, NeuralTransform
+
+# Points whose lines are prepared together: whole planes of the lattice.
+_PREPARED = 2**18
+
+
+@torch.no_grad()
+def on_lattice(phi: Map, axes: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Where a map takes the points of a lattice, in parts of rows ``[N, d]``.
+
+    Lines of the last axis follow each other as in a C-contiguous grid. No gradients.
+
+    Args:
+        phi: of a single pair, on ICON-frame coordinates.
+        axes: ICON-frame positions along each axis, ``[n_a]`` each.
+    """
+    if isinstance(phi, Composition):
+        inner = _straight(phi.psi, axes)
+        if inner is not None:
+            yield from on_lattice(phi.phi, inner)
+        else:
+            for rows in on_lattice(phi.psi, axes):
+                yield to_rows(phi.phi(points_as_grid(rows[None])))[0]
+        return
+    size = math.prod(len(x) for x in axes[1:])
+    for first in axes[0].split(max(1, _PREPARED // size)):
+        part = [first, *axes[1:]]
+        if isinstance(phi, NeuralTransform):
+            yield from _on_lines(phi, part)
+        else:
+            rows = torch.cartesian_prod(*part)
+            yield to_rows(phi(points_as_grid(rows[None])))[0]
+
+
+def _straight(phi: Map, axes: Sequence[Tensor]) -> list[Tensor] | None:
+    """The axes of the lattice where a map takes a lattice, if it is one still."""
+    if not isinstance(phi, MatrixTransform) or len(phi.matrix) != 1:
+        return None
+    d, matrix = len(axes), phi.matrix[0].to(axes[0])
+    scale = matrix.diagonal()[:d]
+    if not bool((matrix[:d, :d] == torch.diag(scale)).all()):
+        return None
+    return [x * scale[a] + matrix[a, d] for a, x in enumerate(axes)]
+
+
+def _on_lines(phi: NeuralTransform, axes: Sequence[Tensor]) -> Iterator[Tensor]:
+    weights, nodes = phi.code.on_lines([x.clamp(0, 1) for x in axes])
+    *first, last = axes
+    starts = torch.stack(torch.meshgrid(*first, indexing="ij"), -1).flatten(0, -2)
+    at_once = max(1, phi.chunk_size // len(last))
+    for lines, start in zip(
+        nodes.split(at_once, 1), starts.split(at_once), strict=True
+    ):
+        moved = _displacement(phi, weights, lines).transpose(0, 1)  # [L, n, d]
+        rows = moved.to(last).contiguous()
+        rows[..., :-1] += start[:, None]
+        rows[..., -1] += last
+        yield rows.flatten(0, 1)
+
+
+def _displacement(phi: NeuralTransform, weights: Tensor, nodes: Tensor) -> Tensor:
+    """``[n, L, d]`` in the unit box."""
+    if isinstance(phi.field, LatentMLP) and len(phi.field.hidden):
+        return phi.field.on_lines(weights, nodes)
+    located = (weights @ nodes.flatten(1)).view(1, -1, nodes.shape[2])
+    d = nodes.shape[2] - phi.code.size
+    moved = phi.field(located[..., :d], located[..., d:])
+    return moved.view(len(weights), -1, d)
