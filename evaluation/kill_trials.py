@@ -31,6 +31,7 @@ from evaluation import image_from, write_csv
 MODULES = (
     *("icon_nephi.runs", "icon_nephi.streaming", "training.train_triangles"),
     *("scipy.linalg", "scipy.sparse", "torch._dynamo", "itk.support.extras"),
+    "torch.utils.tensorboard",
 )
 LOADED_LATE = (
     *("ImageFileReader", "ImageFileWriter", "TransformFileReaderTemplate"),
@@ -168,7 +169,7 @@ def _train(folder: Path) -> None:
     from training import train_triangles
 
     small = ("--device", "cpu", "--size", "16", "--batch", "4", "--count", "12")
-    options = [*small, "--held", "2", "--validate_every", "0", "--steps", "30"]
+    options = [*small, "--held", "2", "--validate_every", "0", "--steps", "20"]
     options += ["--save_every", "3", "--output", str(folder)]
     if (folder / "checkpoint.pt").exists():
         options += ["--resume", str(folder)]
@@ -181,8 +182,10 @@ def _read_trained(path: Path) -> Any:
     if path.suffix == ".csv":
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
-        # The last row of a run that goes on may be half written.
-        return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+        # Steps after the last checkpoint are done again, and their rows come again;
+        # what was killed may have left half a row.
+        whole = [row for row in rows if None not in row.values()]
+        return {r["step"]: (r["all_loss"], r["similarity_loss"]) for r in whole}
     found = torch.load(path, weights_only=True)
     weights = found.get("network", found) if isinstance(found, dict) else found
     return _numbers(v for v in weights.values() if isinstance(v, torch.Tensor))

@@ -268,6 +268,8 @@ def _sine_layer(jet: Tensor, layer: nn.Module, omega: float) -> Tensor:
 
 
 def _last_layer(jet: Tensor, layer: nn.Linear, scale: float) -> Tensor:
+    if len(jet) == 1:
+        return F.linear(jet, layer.weight * scale, layer.bias * scale)
     out = F.linear(jet, layer.weight * scale)
     return torch.cat([out[:1] + layer.bias * scale, out[1:]])
 

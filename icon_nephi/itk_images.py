@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from icon_nephi.coordinates import Geometry
+from icon_nephi.memory import machine_memory
 from icon_nephi.physical import Array, FramedMap, linear_part, over_grid
 from icon_nephi.transforms import Map
 
-#: Nodes of an exported field, each three doubles. Steps finer than the voxels are
-#: taken up to the first number (200 MB), coarser ones from the second on (500 MB).
+#: Nodes of an exported field, each three doubles. Steps finer than the voxels are taken
+#: up to the first number (70 MB as a file), coarser ones from the second on (200 MB).
 FINE_NODES, MOST_NODES = 6_000_000, 2**24
 _HEADER = 348  # bytes of the smallest NIfTI header
 
@@ -129,13 +130,13 @@ def read_image(name: str, path: str | os.PathLike[str]) -> Any:
             header.SetFileName(str(path))
             header.ReadImageInformation()
             least = int(header.GetImageSizeInBytes())
-            whole = least <= _machine_memory() and _is_whole(path, least)
+            whole = least <= machine_memory() and _is_whole(path, least)
             image = itk.imread(str(path)) if whole else None
     except Exception as error:  # ITK raises RuntimeError, AttributeError, KeyError...
         raise ValueError(f"{name}: {path} cannot be read as an image") from error
     if image is None:
         what = "is truncated; copy or download it again"
-        if least > _machine_memory():
+        if least > machine_memory():
             what = (
                 f"is said to hold {least / 2**30:.0f} GiB, more than this machine's "
                 "memory; is its header damaged? (icon_nephi.volumes reads in parts)"
@@ -160,14 +161,6 @@ def _is_whole(path: Path, least: int) -> bool:
             return False
         return count >= least + _HEADER
     return True
-
-
-def _machine_memory() -> float:
-    """Bytes; infinity where the system does not say."""
-    try:
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, ValueError, OSError):
-        return float("inf")
 
 
 @contextmanager
@@ -303,12 +296,11 @@ def composite_transform(
     grid = _padded(source, nodes, pads)
     field = over_grid(displacement, grid.size, grid.unit_to_physical(), d, np.float64)
     solvers = [_coefficients(n, p) for n, p in zip(nodes, pads, strict=True)]
+    quantum = 2.0 ** np.floor(np.log2(tolerance / 200))  # so that files compress
     for component in range(d):
         values = field[..., component]
         for axis, solve in enumerate(solvers):
             values = np.moveaxis(np.tensordot(solve, values, (1, axis)), 0, axis)
-        # Far below the tolerance, so that files compress to a third.
-        quantum = 2.0 ** np.floor(np.log2(tolerance / 200))
         field[..., component] = np.round(values / quantum) * quantum
     spline = itk.BSplineTransform[itk.D, d, 3].New()
     numbers = [*reversed(grid.size), *grid.origin, *grid.spacing]
@@ -345,11 +337,10 @@ def _node_counts(displacement: Any, source: Geometry, tolerance: float) -> list[
         unit[:, axis] = reach + unit[:, axis] * (1 - 2 * reach)
         step = np.zeros(d)
         step[axis] = 2 * reach / 3
-        samples = [
+        a, b, middle, c, e = (
             displacement((unit + k * step) @ frame[:d, :d].T + frame[:d, d])
             for k in (-1.5, -0.5, 0.0, 0.5, 1.5)
-        ]
-        a, b, middle, c, e = samples
+        )
         missed = np.linalg.norm((9 * (b + c) - (a + e)) / 16 - middle, axis=1) / 9
         # The worst point is a few times worse than 99 in a hundred.
         worst = 8 * np.quantile(missed, 0.99) * d
@@ -357,7 +348,8 @@ def _node_counts(displacement: Any, source: Geometry, tolerance: float) -> list[
         factor = int(np.ceil((worst / tolerance) ** 0.3))
         factors.append(min(max(factor, 1, int(np.ceil(4 / (n - 1)))), 8))
     counts = [f * (n - 1) + 1 for f, n in zip(factors, source.size, strict=True)]
-    while np.prod(counts, dtype=float) > FINE_NODES and max(factors) > 1:
+    most = min(FINE_NODES, max(10**6, 4**d * int(np.prod(source.size))))
+    while np.prod(counts, dtype=float) > most and max(factors) > 1:
         factors[int(np.argmax(factors))] -= 1
         counts = [f * (n - 1) + 1 for f, n in zip(factors, source.size, strict=True)]
     if np.prod(counts, dtype=float) > MOST_NODES:

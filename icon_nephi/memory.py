@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import sys
@@ -50,6 +51,14 @@ def plan(limit: int, voxels: int) -> tuple[int, int]:
             f"already at least {least:.0f} MiB are needed; raise it, or free arrays"
         )
     return min(voxels, spare // 2 // _WORKING_BYTES), spare // 5
+
+
+def machine_memory() -> float:
+    """The bytes of memory of this machine; infinity where it does not say."""
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):
+        return float("inf")
 
 
 def held_memory() -> int:

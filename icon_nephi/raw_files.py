@@ -113,7 +113,7 @@ def find_voxels(path: Path) -> RawFile:
         if kind == ".nii":
             return _nifti(path)
         return _meta(path) if kind in (".mha", ".mhd") else _nrrd(path)
-    except (KeyError, IndexError, UnicodeDecodeError, struct.error) as error:
+    except (LookupError, UnicodeDecodeError, OverflowError, struct.error) as error:
         raise ValueError(
             f"{path} has a header that says not where its voxels are ({error}); "
             "convert it to OME-Zarr or to an uncompressed .mha"
@@ -223,6 +223,17 @@ def _lines(path: Path) -> tuple[list[str], int]:
     return lines, place
 
 
+def _beside(path: Path, where: str) -> Path:
+    """The file of voxels that a header names: in its folder or below, nowhere else."""
+    found = (path.parent / where).resolve()
+    if not found.is_relative_to(path.parent.resolve()) or not found.is_file():
+        raise ValueError(
+            f"{path} says that its voxels are in {where[:80]!r}, which is not there or "
+            "not in its folder; put the two files beside each other"
+        )
+    return found
+
+
 def _meta(path: Path) -> RawFile:
     lines, place = _lines(path)
     found = dict(line.split("=", 1) for line in lines if "=" in line)
@@ -243,7 +254,7 @@ def _meta(path: Path) -> RawFile:
     if where.startswith("LIST") or "%" in where:
         raise KeyError("voxels in many files")
     skip = int(fields.get("HeaderSize", "0"))
-    return RawFile(path.parent / where, skip, stored)
+    return RawFile(_beside(path, where), skip, stored)
 
 
 def _nrrd(path: Path) -> RawFile:
@@ -264,4 +275,4 @@ def _nrrd(path: Path) -> RawFile:
         return RawFile(path, -1 if skip < 0 else place + skip, stored)
     if where.startswith("LIST") or "%" in where:
         raise KeyError("voxels in many files")
-    return RawFile(path.parent / where, skip, stored)
+    return RawFile(_beside(path, where), skip, stored)

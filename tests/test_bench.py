@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from evaluation import bench, bench_regularizer, bench_step
+from evaluation import (
+    bench,
+    bench_export,
+    bench_regularizer,
+    bench_scaling,
+    bench_step,
+)
 
 KINDS = tuple(bench_regularizer.FIELDS)
 
@@ -60,3 +66,16 @@ def test_a_step_is_measured(method, monkeypatch):
     row = bench_step.measure(method, 20, "cpu", torch.get_num_threads())
     assert row["least"] <= row["seconds"] <= row["most"]
     assert row["cpu_seconds"] >= 0
+
+
+def test_growth_is_measured():
+    threads = torch.get_num_threads()
+    row = bench_scaling.measure(16, 10, 16, 1)
+    torch.set_num_threads(threads)
+    assert row["cpu_seconds"] >= 0
+    assert row["threads"] == 1
+
+
+@pytest.mark.parametrize("method", bench_export.METHODS[1:])
+def test_what_is_exported_has_a_vector_a_voxel(method):
+    assert bench_export.export(method, 9)().shape == (9, 9, 9, 3)

@@ -142,3 +142,31 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
             part.write_text("after")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1.txt", "2.nii.gz"]
     assert one.read_text() == two.read_text() == "after"
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.6, 0.99])
+def test_a_file_in_which_one_bit_has_changed_is_refused(tmp_path, fit, places, share):
+    path = tmp_path / "pair.nephi"
+    save_fit(path, fit, *places, itk=True)
+    data = bytearray(path.read_bytes())
+    data[int(share * len(data))] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"is damaged|not a complete \.nephi"):
+        load_fit(path)
+
+
+def test_files_of_the_first_version_have_no_checksum_and_are_read(
+    tmp_path, fit, places
+):
+    path = tmp_path / "pair.nephi"
+    save_fit(path, fit, *places, itk=True)
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["nephi"])
+        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    del header["sha256"], header["evidence"]
+    save_file(tensors, path, metadata={"nephi": json.dumps(header)})
+    assert load_fit(path).fit.evidence == {}
+    tensors["field_AB.last.weight"][0, 0] = float("nan")
+    save_file(tensors, path, metadata={"nephi": json.dumps(header)})
+    with pytest.raises(ValueError, match="not finite"):
+        load_fit(path)

@@ -316,3 +316,18 @@ def test_a_field_that_is_said_to_be_huge_is_not_made(tmp_path, saved):
         path.write_bytes(len(text).to_bytes(8, "little") + text + rest)
         with pytest.raises(ValueError, match="damaged"):
             load(path)
+
+
+@pytest.mark.parametrize("where", ["../secret.raw", "/etc/hostname", "none.raw", "."])
+def test_voxels_are_not_read_from_other_folders(tmp_path, where):
+    (tmp_path / "secret.raw").write_bytes(bytes(24))
+    folder = tmp_path / "images"
+    folder.mkdir()
+    path = folder / "image.mhd"
+    head = IMAGES[".mha"].split(b"LOCAL")[0]
+    path.write_bytes(head + where.encode() + b"\n")
+    with pytest.raises(ValueError, match="not in its folder"):
+        find_voxels(path)
+    (folder / "image.raw").write_bytes(bytes(24))
+    path.write_bytes(head + b"image.raw\n")
+    assert find_voxels(path).read((2, 3, 4), (slice(0, 2),) * 3).shape == (2, 2, 2)

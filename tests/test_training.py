@@ -124,7 +124,14 @@ def test_training_lowers_the_loss(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["--augment", "0.1"], ["--method", "voxel"], ["--parts", "2"]]
+    "options",
+    [
+        [],
+        ["--augment", "0.1", "--blur", "3", "--points", "50"],
+        ["--method", "voxel"],
+        ["--parts", "2"],
+        ["--levels", "2"],
+    ],
 )
 def test_a_resumed_run_is_the_run_bit_for_bit(tmp_path, options):
     whole, first, second = (tmp_path / name for name in ("whole", "first", "second"))

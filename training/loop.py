@@ -30,11 +30,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from icon_nephi import GradientICONPoints
+from icon_nephi.optimize import gaussian_blur
 from training.data import Images, augment
 
 CHECKPOINT = "checkpoint.pt"
 # Of a run and the one that it continues.
-MUST_AGREE = ("batch", "parts", "seed", "augment", "flip")
+MUST_AGREE = ("batch", "parts", "seed", "augment", "flip", "blur")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Plan:
         warmup: steps.
         augment: see `training.data.augment`; 0 for none.
         flip: the same.
+        blur: voxels of Gaussian smoothing of the images at first, less and less, and
+            none in the second half: thin things are found from further away.
         seed: of everything random.
         validate_every: steps; 0: at the end only.
         save_every: steps between checkpoints.
@@ -67,6 +70,7 @@ class Plan:
     warmup: int = 50
     augment: float = 0.0
     flip: bool = False
+    blur: float = 0.0
     seed: int = 0
     validate_every: int = 0
     save_every: int = 200
@@ -128,6 +132,7 @@ def train(
         began = _now(plan.clock)
         for group in optimizer.param_groups:
             group["lr"] = rate_at(plan, step, progress)
+        blur = plan.blur * max(0.0, 1 - 2 * progress)
         optimizer.zero_grad(set_to_none=True)
         losses = []
         for part in mine:
@@ -136,6 +141,7 @@ def train(
                 chosen(rows)
             _give_generator(network, generator)
             last = part == mine[-1]
+            batch = (*_blurred(batch[:2], blur), *batch[2:])
             with nullcontext() if last or world == 1 else live.no_sync():
                 loss = live(*(image.to(device) for image in batch))
                 (loss.all_loss.mean() / len(mine)).backward()
@@ -188,6 +194,11 @@ def _batches(
         while True:
             ready, ahead = ahead, pool.submit(make, *next(order))
             yield ready.result()
+
+
+def _blurred(images: tuple[Tensor, ...], sigma: float) -> tuple[Tensor, ...]:
+    axes = images[0].dim() - 2
+    return tuple(gaussian_blur(image.float(), [sigma] * axes) for image in images)
 
 
 def rate_at(plan: Plan, step: int, progress: float) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from icon_nephi import Patches
+from icon_nephi import Patches, Points
 from icon_nephi.losses import PatchNCC
 from icon_nephi.models import make_network
 
@@ -32,6 +32,8 @@ def make(
         # Small blocks, samples far apart: local contrast, and reach.
         keywords["similarity"] = PatchNCC(floor=1e-3)
         keywords["similarity_sampler"] = Patches(200, size=3, stride=6.0)
+    elif args.points:
+        keywords["similarity_sampler"] = Points(args.points)
     return make_network(input_shape, preset=args.preset, **keywords)
 
 
