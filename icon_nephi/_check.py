@@ -60,6 +60,16 @@ def check_mask(name: str, mask: Tensor, shape: Sequence[int]) -> None:
         )
 
 
+def check_both(name: str, of_A: object, of_B: object) -> None:
+    """Nothing, or a ValueError: one of two that only serve together is missing."""
+    if (of_A is None) != (of_B is None):
+        given, missing = "AB" if of_B is None else "BA"
+        raise ValueError(
+            f"{name}_{missing} is missing but {name}_{given} was given; pass both or "
+            "neither"
+        )
+
+
 def check_coordinates(name: str, coordinates: Tensor, dimension: int) -> None:
     """Nothing, or a ValueError: coordinates are ``[B, d, *any]`` in the ICON frame."""
     if coordinates.dim() < 3 or coordinates.shape[1] != dimension:

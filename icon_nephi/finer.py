@@ -41,6 +41,7 @@ def fit_levels(
     settings: Settings,
     where: tuple[Tensor, Tensor],
     *,
+    extras: dict[str, Tensor] | None = None,
     points: int | None = None,
     progress: bool = False,
     time_limit: float | None = None,
@@ -53,6 +54,7 @@ def fit_levels(
         codes: what moves.
         settings: see `Settings`.
         where: masks ``[1, 1, *grid]`` of the two, on any grid over their unit boxes.
+        extras: see `optimize`; label maps are on any grid, as masks.
         points: single points in place of each block, for a similarity of points.
         progress: show a bar.
         time_limit: seconds after which to stop early.
@@ -89,6 +91,7 @@ def fit_levels(
                 [{"params": list(codes.parameters()), "lr": RATE * settings.code_rate}],
                 mask_A=where[0],
                 mask_B=where[1],
+                extras=extras,
                 progress=progress,
                 time_limit=left,
                 callback=advance,

@@ -4,45 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from icon_nephi.affine import (
-    centre_of_mass,
-    in_unit_boxes,
-    refine,
-    search,
-    voxel_stride,
-)
+from icon_nephi._check import check_both
+from icon_nephi.affine import in_unit_boxes, voxel_stride
 from icon_nephi.chunks import Image
-from icon_nephi.coordinates import Geometry, apply_affine
+from icon_nephi.coordinates import Geometry
 from icon_nephi.doubts import doubts, evidence, of_images
-from icon_nephi.features import (
-    FeatureDifference,
-    FeaturesAlone,
-    coarser,
-    with_features,
-)
+from icon_nephi.features import FeatureDifference, FeaturesAlone, coarser
 from icon_nephi.finer import fit_levels
 from icon_nephi.folds import guarded_term, unfold
 from icon_nephi.losses import GradientICONPoints
 from icon_nephi.models import Fit, Settings, find_settings, make_pair
-from icon_nephi.optimize import Stage, gaussian_blur, optimize
+from icon_nephi.optimize import Stage, optimize
 from icon_nephi.sampling import Patches, Points
-from icon_nephi.similarities import Comparison, MutualInformation, find_similarity
+from icon_nephi.similarities import Comparison, find_similarity
+from icon_nephi.starts import Images, coincide, find_affine, identity
 from icon_nephi.transforms import AffinePair
 
-# Local spread of intensities below which there is nothing to match.
-CONTENT = 0.05
 # Steps of the short fits that choose between starts, and the advantage the first has.
 TRIAL_STEPS = 40
 DRAW = 0.07
 # Where single points are compared: how many for each block there would be, and the
 # blur of the images, in strides that the samples of a block would have.
 POINTS, BLUR = 8, 0.5
+# Weight of the label maps' overlap, where there are label maps.
+DICE = 1.0
 
 
 def fit_pair(
@@ -61,6 +52,8 @@ def fit_pair(
     progress: bool = True,
     time_limit: float | None = None,
     levels: Sequence[tuple[Image, Image]] = (),
+    segmentation_A: Tensor | None = None,
+    segmentation_B: Tensor | None = None,
 ) -> Fit:
     """Register one pair from scratch.
 
@@ -79,10 +72,14 @@ def fit_pair(
         progress: show a bar.
         time_limit: seconds after which the deformable part stops early.
         levels: finer (moving, fixed) for the last stages, see `fit_levels`.
+        segmentation_A: label map ``[1, 1, *any]`` over image_A's box; the labels that
+            both maps hold are laid on each other, too: `DICE` times `dice_loss`.
+        segmentation_B: the same of image_B; both or neither.
 
     Raises:
-        ValueError: unknown field or similarity.
+        ValueError: unknown field or similarity; label maps without a common label.
     """
+    check_both("segmentation", segmentation_A, segmentation_B)
     size = levels[-1][1].shape[2:] if levels else geometry_B.size
     settings = find_settings(field, size, modality)
     choice = find_similarity(similarity, settings.floor)
@@ -92,12 +89,12 @@ def fit_pair(
         image_A, mask_A, geometry_A = coarser(image_A, mask_A, geometry_A)
         image_B, mask_B, geometry_B = coarser(image_B, mask_B, geometry_B)
     generator = torch.Generator().manual_seed(seed)
-    images = _Images(image_A, image_B, geometry_A, geometry_B, mask_A, mask_B)
-    coincide = _coincide(geometry_A, geometry_B)
-    start = _eye(geometry_B.dimension)
+    labels = segmentation_A, segmentation_B
+    images = Images(image_A, image_B, geometry_A, geometry_B, mask_A, mask_B, labels)
+    start = identity(geometry_B.dimension)
     if affine:
         found = find_affine(images, choice, generator)
-        starts = [start, found] if coincide else [found]
+        starts = [start, found] if coincide(geometry_A, geometry_B) else [found]
         start = _better_start(images, starts, choice, settings, seed)
     said: list[str] = []
     pair, losses = _fit(
@@ -130,122 +127,8 @@ def fit_pair(
     )
 
 
-class _Images:
-    """A pair with its geometries and where its samples are drawn."""
-
-    def __init__(
-        self,
-        image_A: Tensor,
-        image_B: Tensor,
-        geometry_A: Geometry,
-        geometry_B: Geometry,
-        mask_A: Tensor | None,
-        mask_B: Tensor | None,
-    ) -> None:
-        self.image_A, self.image_B = image_A, image_B
-        self.geometry_A, self.geometry_B = geometry_A, geometry_B
-        self.unit = max(geometry_B.extent) / 160
-        self.spacing_A = tuple(reversed(geometry_A.spacing))
-        self.spacing_B = tuple(reversed(geometry_B.spacing))
-        self.masks = mask_A, mask_B
-        self.where_A = self._where(image_A, mask_A, self.spacing_A)
-        self.where_B = self._where(image_B, mask_B, self.spacing_B)
-
-    def _where(
-        self, image: Tensor, mask: Tensor | None, spacing: Sequence[float]
-    ) -> Tensor:
-        """The mask, or the voxels with something to match around them."""
-        if mask is not None:
-            return mask > 0
-        sigma = [2 * self.unit / s for s in spacing]
-        spread = gaussian_blur((image - gaussian_blur(image, sigma)).square(), sigma)
-        found = (spread.sqrt() > CONTENT).any(dim=1, keepdim=True)
-        return found if bool(found.any()) else torch.ones_like(found)
-
-    @cached_property
-    def featured(self) -> tuple[Tensor, Tensor]:
-        """Both images with their features, see `with_features`."""
-        return with_features(self.image_A), with_features(self.image_B)
-
-    def blurred(self, units: float) -> tuple[Tensor, Tensor]:
-        """Both images smoothed by a Gaussian of that many units, on the CPU."""
-        size = units * self.unit
-        return (
-            gaussian_blur(self.image_A.cpu(), [size / s for s in self.spacing_A]),
-            gaussian_blur(self.image_B.cpu(), [size / s for s in self.spacing_B]),
-        )
-
-
-def _coincide(geometry_A: Geometry, geometry_B: Geometry) -> bool:
-    """Whether the boxes lie on each other, as two scans of one session do."""
-    d = geometry_B.dimension
-    corners = torch.cartesian_prod(*[torch.linspace(0, 1, 5, dtype=torch.float64)] * d)
-    inner = apply_affine(in_unit_boxes(_eye(d), geometry_B, geometry_A), corners)
-    share = ((inner >= 0) & (inner <= 1)).all(1).double().mean()
-    return bool(share > 0.95)
-
-
-def _eye(d: int) -> Tensor:
-    return torch.eye(d + 1, dtype=torch.float64)
-
-
-def _between(
-    geometry_A: Geometry,
-    geometry_B: Geometry,
-    weights_A: Tensor | None,
-    weights_B: Tensor | None,
-) -> Tensor:
-    """The translation between the centres of mass (or of the boxes)."""
-    d = geometry_B.dimension
-    centres = [
-        apply_affine(
-            g.unit_to_physical(), torch.full((1, d), 0.5, dtype=torch.float64)
-        )[0]
-        if w is None
-        else centre_of_mass(w.float(), g)
-        for g, w in ((geometry_A, weights_A), (geometry_B, weights_B))
-    ]
-    matrix = _eye(d)
-    matrix[:d, d] = centres[0] - centres[1]
-    return matrix
-
-
-def find_affine(
-    images: _Images, choice: Comparison, generator: torch.Generator
-) -> Tensor:
-    """The affine map in the physical frame, by search and then by refinement."""
-    d = images.geometry_B.dimension
-    starts = [
-        _eye(d),
-        _between(images.geometry_A, images.geometry_B, None, None),
-        _between(images.geometry_A, images.geometry_B, images.where_A, images.where_B),
-    ]
-    geometries = images.geometry_A, images.geometry_B
-    best = search(
-        *images.blurred(2.7),
-        *geometries,
-        starts,
-        angles=range(-180, 180, 15) if d == 2 else (),
-        mask_B=None if images.masks[1] is None else images.where_B.cpu(),
-        count=2000,
-        score=MutualInformation(16).counted if choice.contrast else None,
-        generator=generator,
-    )
-    return refine(
-        *images.blurred(2.0),
-        *geometries,
-        best,
-        strides=(12 * images.unit, 6 * images.unit),
-        steps=50,
-        similarity=choice.alone,
-        mask_A=images.where_A.cpu(),
-        mask_B=images.where_B.cpu(),
-        generator=generator,
-    )
-
-
 def _better_start(
-    images: _Images,
+    images: Images,
     starts: Sequence[Tensor],
     choice: Comparison,
     settings: Settings,
@@ -282,7 +165,7 @@ def _better_start(
 
 
 def _fit(
-    images: _Images,
+    images: Images,
     start: Tensor,
     choice: Comparison,
     settings: Settings,
@@ -323,6 +206,7 @@ def _fit(
             guarded_term, consistency=settings.consistency, weight=settings.hinge
         ),
         extent=torch.tensor(geometry.extent, device=device),
+        dice_loss_weight=DICE if images.extras else 0.0,
         generator=generator,
     )
     stages = [
@@ -354,6 +238,7 @@ def _fit(
         ],
         mask_A=images.where_A,
         mask_B=images.where_B,
+        extras=images.extras,
         spacing_A=images.spacing_A,
         spacing_B=images.spacing_B,
         progress=progress,
@@ -369,6 +254,7 @@ def _fit(
             net.net,
             settings,
             (images.where_A, images.where_B),
+            extras=images.extras,
             points=POINTS if choice.points else None,
             progress=progress,
             time_limit=time_limit,

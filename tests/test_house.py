@@ -36,6 +36,7 @@ ORDER = [
     "swap",
     "finer",
     "doubts",
+    "starts",
     "fitting",
     "metrics",
     "phantoms",

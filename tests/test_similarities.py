@@ -9,7 +9,7 @@ import torch
 from icon_nephi import GradientICONPoints, LatentMLP, NePhi, Patches, Points, register
 from icon_nephi.codes import LatentCodeTable
 from icon_nephi.features import FeaturesAlone, with_features
-from icon_nephi.fitting import _Images, find_affine, fit_pair
+from icon_nephi.fitting import fit_pair
 from icon_nephi.inputs import voxel_geometry
 from icon_nephi.models import GRID
 from icon_nephi.optimize import gaussian_blur
@@ -20,6 +20,7 @@ from icon_nephi.similarities import (
     PatchNCC,
     find_similarity,
 )
+from icon_nephi.starts import Images, find_affine
 
 QUICK = replace(GRID, steps=8, patches=30, regularity_points=20, grids=(5, 9, 13))
 # Enough for a small thorax to be aligned well below a voxel.
@@ -246,7 +247,7 @@ def test_an_affine_start_is_found_with_two_channels(name):
     fixed = 0.9 * (1 - moving) ** 2 if find_similarity(name).contrast else moving
     near = voxel_geometry((40, 40))
     far = replace(near, origin=(500.0, -300.0))
-    images = _Images(moving, fixed, far, near, None, None)
+    images = Images(moving, fixed, far, near, None, None)
     generator = torch.Generator().manual_seed(0)
     matrix = find_affine(images, find_similarity(name), generator)
     centre = torch.tensor([19.5, 19.5, 1.0], dtype=torch.float64)
