@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from icon_nephi.blocks import patch_maps
 from icon_nephi.coordinates import (
     Geometry,
     apply_affine,
@@ -20,7 +21,7 @@ from icon_nephi.coordinates import (
     points_as_grid,
     sample_image,
 )
-from icon_nephi.losses import PatchNCC, compare, patch_maps
+from icon_nephi.losses import PatchNCC, compare
 from icon_nephi.sampling import Patches, draw_points
 from icon_nephi.transforms import MatrixTransform
 

@@ -323,7 +323,8 @@ def measure(case: Any, method: Method, options: Options) -> Row:
     backward = FramedMap(found.phi_BA, frame_A, frame_B, device)
     fixed = read_input("B", case.fixed, None)[2]
     d, box = fixed.dimension, fixed.unit_to_physical()
-    moved = torch.from_numpy(over_grid(forward, fixed.size, box, d)).double()
+    places = over_grid(lambda _, at: at, fixed.size, box, d, mapped=forward)
+    moved = torch.from_numpy(places).double()
     row["inference_ms"] = 1000 * (now(device) - began)
     row |= {"peak_gib": peak_gib(device), "steps": found.steps}
     row["step_ms"] = found.step_seconds and 1000 * found.step_seconds

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from icon_nephi.blocks import as_blocks, patch_maps
 from icon_nephi.coordinates import Geometry, inside, points_as_grid, sample_image
 from icon_nephi.folds import relative_determinant
-from icon_nephi.losses import as_blocks, patch_maps
 from icon_nephi.sampling import Patches, draw_points
 from icon_nephi.transforms import AffinePair, Map, MatrixTransform
 

@@ -54,6 +54,7 @@ def fit_pair(
     levels: Sequence[tuple[Image, Image]] = (),
     segmentation_A: Tensor | None = None,
     segmentation_B: Tensor | None = None,
+    mass_preserving: bool = False,
 ) -> Fit:
     """Register one pair from scratch.
 
@@ -75,6 +76,9 @@ def fit_pair(
         segmentation_A: label map ``[1, 1, *any]`` over image_A's box; the labels that
             both maps hold are laid on each other, too: `DICE` times `dice_loss`.
         segmentation_B: the same of image_B; both or neither.
+        mass_preserving: intensities are densities, of modality "ct": image_A's are
+            multiplied by det J before they are compared, and so the other way. "lncc"
+            sees only how det J changes within a block, "ncc" sees all of it.
 
     Raises:
         ValueError: unknown field or similarity; label maps without a common label.
@@ -82,15 +86,24 @@ def fit_pair(
     check_both("segmentation", segmentation_A, segmentation_B)
     size = levels[-1][1].shape[2:] if levels else geometry_B.size
     settings = find_settings(field, size, modality)
+    if levels:  # what the corners of the blocks miss is found on the finer ones
+        settings = replace(settings, exact=(False,) * len(settings.exact))
     choice = find_similarity(similarity, settings.floor)
     if choice.features != "beside":
         settings = replace(settings, features=0.0)
+    seen = of_images(image_A, image_B, geometry_A, geometry_B)
     if settings.features or choice.features == "only":
         image_A, mask_A, geometry_A = coarser(image_A, mask_A, geometry_A)
         image_B, mask_B, geometry_B = coarser(image_B, mask_B, geometry_B)
     generator = torch.Generator().manual_seed(seed)
     labels = segmentation_A, segmentation_B
     images = Images(image_A, image_B, geometry_A, geometry_B, mask_A, mask_B, labels)
+    if mass_preserving and (modality != "ct" or choice.contrast):
+        raise ValueError(
+            "mass_preserving takes intensities for densities: both images must be of "
+            "modality ct, and similarity 'lncc', 'ncc' or a callable"
+        )
+    images.densities = image_A.shape[1] if mass_preserving else 0
     start = identity(geometry_B.dimension)
     if affine:
         found = find_affine(images, choice, generator)
@@ -115,7 +128,7 @@ def fit_pair(
         numbers = evidence(
             pair, *images.blurred(2.0), geometry_B, images.where_B.cpu(), generator
         )
-        numbers |= of_images(image_A, image_B, geometry_A, geometry_B)
+        numbers |= seen
     return Fit(
         matrix=in_unit_boxes(start, geometry_B, geometry_A),
         code=code,
@@ -206,6 +219,8 @@ def _fit(
             guarded_term, consistency=settings.consistency, weight=settings.hinge
         ),
         extent=torch.tensor(geometry.extent, device=device),
+        densities=images.densities,
+        volumes=images.volumes,
         dice_loss_weight=DICE if images.extras else 0.0,
         generator=generator,
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from icon_nephi._check import check_image, check_mask
 from icon_nephi.coordinates import Geometry
-from icon_nephi.physical import Array
+from icon_nephi.physical import Array, over_grid, reader
 
 
 def is_itk(image: Any) -> bool:
@@ -134,6 +134,39 @@ def read_input(
         check_mask(mask_name, mask, values.shape[2:])
         mask = (mask > 0).any(1, keepdim=True).float()
     return values, mask, voxel_geometry(values.shape[2:])
+
+
+def read_label_map(name: str, labels: Any, place: Geometry, *, itk: bool) -> Tensor:
+    """A label map at the voxels of a place, ``[1, 1, *grid]`` int64: 0 beyond it.
+
+    Args:
+        name: for the errors.
+        labels: ITK image (``itk``), on any grid, or tensor ``[1, 1, *grid]`` over the
+            same box as its image: whole numbers.
+        place: of its image, or of a coarser level of that.
+        itk: which kind is expected.
+
+    Raises:
+        TypeError: the other kind.
+        ValueError: one that is no label map.
+    """
+    if is_itk(labels) != itk:
+        raise TypeError(
+            f"{name} is {type(labels).__name__}; pass "
+            + ("an ITK label map" if itk else "a tensor [1, 1, *grid], as its image is")
+        )
+    own = place_of(name, labels, itk=itk, dimension=place.dimension)
+    values = voxels_of(labels)
+    if values.shape[-1] != 1:
+        raise ValueError(f"{name} has {values.shape[-1]} channels, expected one")
+    if not bool(((values >= 0) & (values == np.round(values))).all()):
+        raise ValueError(
+            f"{name} holds numbers that are negative or not whole: it is no label map"
+        )
+    if not _same_place(own, place):
+        read = reader(values, own.physical_to_unit(), "nearest", 0)
+        values = over_grid(read, place.size, place.unit_to_physical(), 1, values.dtype)
+    return torch.from_numpy(values[..., 0].astype(np.int64))[None, None]
 
 
 def check_points(name: str, points: Any, dimension: int) -> Array:

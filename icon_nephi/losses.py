@@ -11,6 +11,7 @@ from icon_registration.losses import ICONLoss
 from torch import Tensor, nn
 
 from icon_nephi._check import check_image, check_mask
+from icon_nephi.blocks import as_blocks, block_determinants, determinants, patch_maps
 from icon_nephi.chunks import ChunkedImage, Image
 from icon_nephi.codes import LatentCode
 from icon_nephi.coordinates import inside, points_as_grid, sample_image
@@ -119,6 +120,9 @@ class GradientICONPoints(RegistrationModule):
         extent: see `inverse_consistency_term`.
         dice_loss_weight: of `dice_loss`, both directions added, as uniGradICON's; above
             zero every step needs both segmentations, and leaves the term in ``dice``.
+        densities: how many channels, from the first, hold densities whose mass the maps
+            keep: the moving image's are multiplied by det J before they are compared.
+        volumes: of the box of A over that of B, for that determinant.
         generator: source of the sample positions.
     """
 
@@ -135,6 +139,8 @@ class GradientICONPoints(RegistrationModule):
         sigma: float = 1.0,
         extent: Tensor | None = None,
         dice_loss_weight: float = 0.0,
+        densities: int = 0,
+        volumes: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -144,6 +150,7 @@ class GradientICONPoints(RegistrationModule):
         self.regularity_sampler = regularity_sampler or Points(500)
         self.regularity, self.sigma, self.extent = regularity, sigma, extent
         self.dice_loss_weight, self.generator = dice_loss_weight, generator
+        self.densities, self.volumes = densities, volumes
         self.image_A: Any = None
         self.image_B: Any = None
         self.phi_AB: Any = None
@@ -181,11 +188,11 @@ class GradientICONPoints(RegistrationModule):
             maps = maps, self.regis_net(image_B, image_A)
             codes += self._codes()
         self.phi_AB, self.phi_BA = maps
-        to_A = self._samples(self.phi_AB, image_B, mask_B)
-        to_B = self._samples(self.phi_BA, image_A, mask_A)
-        similarity = compare(self.similarity, *to_A[:2], seen_A, seen_B, to_A[2])
+        to_A = self._samples(self.phi_AB, image_B, mask_B, self.volumes)
+        to_B = self._samples(self.phi_BA, image_A, mask_A, 1 / self.volumes)
+        similarity = compare(self.similarity, *to_A[:2], seen_A, seen_B, *to_A[2:])
         similarity = similarity + compare(
-            self.similarity, *to_B[:2], seen_B, seen_A, to_B[2]
+            self.similarity, *to_B[:2], seen_B, seen_A, *to_B[2:]
         )
         regularity, magnitude, flips = self._regularity(image_A, image_B)
         loss = similarity + self.lmbda * regularity
@@ -233,16 +240,26 @@ class GradientICONPoints(RegistrationModule):
             )
 
     def _samples(
-        self, phi: Map, fixed: Image, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, tuple[int, ...] | None]:
-        """Where phi takes fresh samples of the fixed space, they, and their blocks."""
+        self, phi: Map, fixed: Image, mask: Tensor | None, volumes: float
+    ) -> tuple[Tensor, Tensor, tuple[int, ...] | None, Tensor | None]:
+        """Where phi takes fresh samples, they, their blocks, and `compare`'s gain."""
         sampler = self.similarity_sampler
         rows = self._rows(sampler.count, fixed, mask)
         if isinstance(sampler, Points):
             at = points_as_grid(rows)
-            return phi(at), at, None
+            if not self.densities:
+                return phi(at), at, None, None
+            moved, jacobian = value_and_jacobian(phi, at)
+            return moved, at, None, self._gain(determinants(jacobian), volumes)
         at, moved = patch_maps(phi, sampler, rows, fixed.shape[2:])
-        return moved, at, (at.shape[2] // sampler.size, *at.shape[3:])
+        blocks, gain = (at.shape[2] // sampler.size, *at.shape[3:]), None
+        if self.densities:
+            parts = as_blocks(moved, blocks), as_blocks(at, blocks)
+            gain = self._gain(block_determinants(*parts), volumes)
+        return moved, at, blocks, gain
+
+    def _gain(self, determinant: Tensor, volumes: float) -> Tensor:
+        return volumes * determinant.expand(-1, self.densities, *determinant.shape[2:])
 
     def _rows(self, count: int, image: Image, mask: Tensor | None = None) -> Tensor:
         """Fresh places ``[B, N, d]`` in an image; on disk, where it is being read."""
@@ -318,6 +335,7 @@ def compare(
     moving: Image,
     fixed: Image,
     blocks: tuple[int, ...] | None = None,
+    gain: Tensor | None = None,
 ) -> Tensor:
     """Similarity of the moving image at moved points and the fixed image at points.
 
@@ -328,6 +346,7 @@ def compare(
         moving: ``[B, C, *grid]``.
         fixed: ``[B, C, *grid]``.
         blocks: shape of the samples as blocks, see `as_blocks`.
+        gain: of the first k channels of the moving image, ``[B or blocks, k, *any]``.
     """
     warped, target = _read(moving, moved), _read(fixed, at)
     if getattr(similarity, "isInterpolated", False):
@@ -336,6 +355,9 @@ def compare(
         warped = torch.cat([warped, tag.to(warped.dtype)], 1)
     if blocks is not None:
         warped, target = (as_blocks(i, blocks) for i in (warped, target))
+    if gain is not None:
+        k = gain.shape[1]
+        warped = torch.cat([warped[:, :k] * gain, warped[:, k:]], 1)
     return similarity(warped, target)
 
 
@@ -344,44 +366,3 @@ def _read(image: Image, coordinates: Tensor) -> Tensor:
     if isinstance(image, ChunkedImage):
         return image.sample(coordinates)
     return sample_image(image, coordinates)
-
-
-def patch_maps(
-    phi: Map, patches: Patches, centres: Tensor, shape: torch.Size
-) -> tuple[Tensor, Tensor]:
-    """Samples of blocks and where phi takes them, both ``[B, d, P * s, s(, s)]``.
-
-    Args:
-        phi: the map.
-        patches: size, stride, and whether phi is evaluated at the corners only.
-        centres: rows ``[B, P, d]``, ICON frame.
-        shape: grid the stride counts voxels of.
-    """
-    batch, count, d = centres.shape
-    size = patches.size
-    offsets = patches.offsets(shape, centres)
-    middle = centres.transpose(1, 2).reshape(batch, d, count, *(1,) * d)
-    samples = middle + offsets[:, None]
-    grid = (batch, d, count * size, *(size,) * (d - 1))
-    if not patches.corners:
-        return samples.reshape(grid), phi(samples.reshape(grid))
-    ends = torch.tensor([0, size - 1], device=centres.device)
-    share = torch.linspace(0, 1, size, dtype=centres.dtype, device=centres.device)
-    weights = torch.stack([1 - share, share])
-    for axis in range(1, d + 1):
-        offsets = offsets.index_select(axis, ends)
-    corners = middle + offsets[:, None]
-    at = corners.reshape(batch, d, count * 2, *(2,) * (d - 1))
-    moves = (phi(at) - at).reshape(corners.shape)
-    for axis in range(3, 3 + d):
-        moves = torch.tensordot(moves.movedim(axis, -1), weights, 1).movedim(-1, axis)
-    return samples.reshape(grid), (samples + moves).reshape(grid)
-
-
-def as_blocks(samples: Tensor, blocks: tuple[int, ...]) -> Tensor:
-    """``[B * P, C, s, s(, s)]`` of ``[B, C, P * s, s(, s)]``."""
-    batch, channels = samples.shape[:2]
-    count, *rest = blocks
-    size = samples.shape[2] // count
-    split = samples.reshape(batch, channels, count, size, *rest)
-    return split.transpose(1, 2).reshape(batch * count, channels, size, *rest)

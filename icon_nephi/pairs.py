@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from icon_nephi._check import check_intensities
+from icon_nephi._check import check_both, check_intensities
 from icon_nephi.chunks import ChunkCache, ChunkedImage, Level
 from icon_nephi.coordinates import (
     Geometry,
@@ -25,10 +25,12 @@ from icon_nephi.inputs import (
     choose_device,
     is_itk,
     read_input,
+    read_label_map,
     voxel_geometry,
 )
 from icon_nephi.memory import plan, to_bytes
 from icon_nephi.preprocess import find_scale, prepare
+from icon_nephi.similarities import shared_labels
 from icon_nephi.volumes import WORKING, Volume, open_volume
 
 #: Voxels from which an image in memory is fitted on coarser levels first, as those on
@@ -40,7 +42,8 @@ class Input(NamedTuple):
     """One image as the fit takes it: see `read_input`; intensities by modality.
 
     Of a `Volume`: its working level, where the finest lies, and all finer ones, coarse
-    to fine. ``placed``: points are LPS millimetres, as they are of all but tensors.
+    to fine. ``labels``: int64, on its grid. ``placed``: points are LPS millimetres, as
+    they are of all but tensors.
     """
 
     values: Tensor
@@ -49,6 +52,7 @@ class Input(NamedTuple):
     whole: Geometry
     placed: bool
     finer: Sequence[ChunkedImage] = ()
+    labels: Tensor | None = None
 
     def beside(self, fixed: Input) -> dict[str, Any]:
         """What `fit_pair` takes of this moving image and of a fixed one, by name."""
@@ -68,6 +72,8 @@ class Input(NamedTuple):
             "geometry_B": fixed.place,
             "mask_B": fixed.mask,
             "levels": levels,
+            "segmentation_A": self.labels,
+            "segmentation_B": fixed.labels,
         }
 
     def held(self) -> ChunkedImage:
@@ -87,6 +93,7 @@ def read_pair(
     device: torch.device | str | None,
     memory_limit: int | str | None = None,
     progress: bool = False,
+    segmentations: Sequence[Any] = (None, None),
 ) -> tuple[Input, Input]:
     """Both images on one device, None chosen as by `choose_device`.
 
@@ -101,6 +108,7 @@ def read_pair(
             f"image_A is {type(image_A).__name__} but image_B is "
             f"{type(image_B).__name__}; pass two ITK images or two tensors"
         )
+    check_both("segmentation", *segmentations)
     where = choose_device(device, None if is_itk(image_A) else image_A)
     images, masks = (image_A, image_B), (mask_A, mask_B)
     if any(is_volume(i) or (where.type == "cpu" and _is_large(i)) for i in images):
@@ -126,7 +134,23 @@ def read_pair(
             f"image_A has {A.values.shape[1]} channels but image_B has "
             f"{B.values.shape[1]}; pass the same channels of both"
         )
+    if segmentations[0] is not None:
+        first, second = (
+            _label_map(f"segmentation_{k}", labels, i).to(where)
+            for k, labels, i in zip("AB", segmentations, (A, B), strict=True)
+        )
+        shared_labels(first, second)
+        A, B = A._replace(labels=first), B._replace(labels=second)
     return A, B
+
+
+def _label_map(name: str, labels: Any, image: Input) -> Tensor:
+    if isinstance(labels, Tensor) and labels.shape[2:] != image.whole.size:
+        raise ValueError(
+            f"{name} has grid {tuple(labels.shape[2:])} but its image has "
+            f"{image.whole.size}; resample the labels to the image"
+        )
+    return read_label_map(name, labels, image.place, itk=image.placed)
 
 
 def is_volume(image: Any) -> bool:

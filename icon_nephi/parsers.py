@@ -115,7 +115,7 @@ exit codes: 0 done, 1 some pairs of --pairs failed, 2 wrong input.""",
     for image in ("fixed", "moving"):
         add(f"--{image}_mask", type=Path, help="look only where this is above zero")
     for image in ("fixed", "moving"):
-        add(f"--{image}_segmentation", type=Path, help="label map for --model's loss")
+        add(f"--{image}_segmentation", type=Path, help="label map to lay on the other")
     outputs = parser.add_argument_group("outputs")
     add = outputs.add_argument
     formats = f"({', '.join(TRANSFORMS)})"
@@ -177,6 +177,11 @@ exit codes: 0 done, 1 some pairs of --pairs failed, 2 wrong input.""",
         choices=("lncc", "lncc2"),
         default="lncc",
         help="similarity of those steps (default: lncc)",
+    )
+    add(
+        "--mass_preserving",
+        action="store_true",
+        help="CT: what is stretched gets thinner, intensities times the determinant",
     )
     add("--no_affine", action="store_true", help="trust the headers, no affine start")
     add("--seed", type=int, default=0, help="of the random numbers (default: 0)")

@@ -7,7 +7,7 @@ components of the frame (LPS x, y(, z), or the tensor axes of the ICON frame).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,6 +23,7 @@ from icon_nephi.coordinates import (
     to_rows,
 )
 from icon_nephi.lattices import on_lattice
+from icon_nephi.metrics import fold_fraction
 from icon_nephi.transforms import Map, value_and_jacobian
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -178,6 +179,20 @@ def over_grid(
     for part, *points in parts:
         result[part] = function(*points)
     return result.reshape(*size, *shape)
+
+
+def folded_share(maps: Iterable[tuple[FramedMap, Sequence[int], Tensor]]) -> float:
+    """The share of the voxels of all grids where a determinant is not positive.
+
+    Args:
+        maps: each with the grid it is looked at on, as of `over_grid`.
+    """
+    folds = total = 0.0
+    for mapped, size, frame in maps:
+        for _, rows in slabs(size, frame):
+            folds += fold_fraction(mapped.determinants(rows)) * len(rows)
+            total += len(rows)
+    return folds / total
 
 
 def reader(

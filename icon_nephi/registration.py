@@ -24,7 +24,7 @@ from icon_nephi.memory import peak_memory
 from icon_nephi.metrics import fold_fraction
 from icon_nephi.models import Fit, Settings
 from icon_nephi.pairs import read_pair
-from icon_nephi.physical import Array, FramedMap, over_grid, slabs
+from icon_nephi.physical import Array, FramedMap, folded_share, over_grid
 from icon_nephi.report import write_report
 from icon_nephi.resampling import MODES, reader
 from icon_nephi.transforms import Composition, MatrixTransform, NeuralTransform
@@ -40,9 +40,12 @@ def register(
     modality: str | tuple[str | None, str | None] | None = None,
     mask_A: Any = None,
     mask_B: Any = None,
+    segmentation_A: Any = None,
+    segmentation_B: Any = None,
     similarity: Any = None,
     field: str | Settings = "auto",
     affine: bool = True,
+    mass_preserving: bool = False,
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -60,6 +63,9 @@ def register(
         mask_A: where image_A is looked at (above zero). ITK: on any grid; tensor:
             ``[1, 1, *grid]`` on image_A's.
         mask_B: the same of image_B.
+        segmentation_A: label map of image_A, on a grid as a mask's; the labels that
+            both have are laid on each other beside the images.
+        segmentation_B: the same of image_B.
         similarity: an ICON similarity or a name, ``"lncc"`` (the default), ``"lncc2"``,
             ``"ncc"``, ``"mind"``, ``"mi"``: see `find_similarity`.
         field: ``"siren"`` (the modulated sine field), ``"grid"`` (a smaller one,
@@ -69,6 +75,7 @@ def register(
             siren), or `icon_nephi.models.Settings`.
         affine: start from an affine map. Without, from where the headers (tensors:
             the unit boxes) put the images.
+        mass_preserving: lung CT: what is stretched gets thinner, see `fit_pair`.
         seed: of every random number.
         device: default: the tensors' own; for ITK images a GPU if there is one.
         progress: show a bar.
@@ -84,24 +91,20 @@ def register(
         raise ValueError(f"time_limit must be positive seconds, got {time_limit}")
     modalities = modality if isinstance(modality, tuple) else (modality, modality)
     images = (image_A, image_B, mask_A, mask_B)
-    A, B = read_pair(*images, modalities, device, memory_limit, progress)
+    labels = (segmentation_A, segmentation_B)
+    A, B = read_pair(*images, modalities, device, memory_limit, progress, labels)
+    choices: dict[str, Any] = {"similarity": similarity, "field": field}
+    choices |= {"affine": affine, "seed": seed, "time_limit": time_limit}
+    choices["mass_preserving"] = mass_preserving
+    kind = modalities[0] if modalities[0] == modalities[1] else None
     with torch.enable_grad():
-        fit = fit_pair(
-            **A.beside(B),
-            similarity=similarity,
-            field=field,
-            modality=modalities[0] if modalities[0] == modalities[1] else None,
-            affine=affine,
-            seed=seed,
-            progress=progress,
-            time_limit=time_limit,
-        )
+        fit = fit_pair(**A.beside(B), **choices, modality=kind, progress=progress)
     result = Registration(fit, A.whole, B.whole, itk=A.placed)
     result.images = images
-    choices = {"modality": modality, "similarity": similarity, "field": field}
-    choices |= {"affine": affine, "seed": seed, "time_limit": time_limit}
     choices |= {"memory_limit": memory_limit, "peak_memory": peak_memory()}
-    result.made_with = {**choices, "seconds": time.perf_counter() - begin}
+    result.made_with = {"modality": modality, **choices}
+    result.made_with["segmentations"] = A.labels is not None
+    result.made_with["seconds"] = time.perf_counter() - begin
     return result
 
 
@@ -212,7 +215,7 @@ class Registration:
         read = reader(values, torch.linalg.inv(self._frame(place)), mode, outside)
         kind = np.float32 if mode in ("linear", "cubic") else values.dtype
         result = over_grid(
-            lambda p: read(mapped(p)), size, frame, values.shape[-1], kind
+            lambda _, at: read(at), size, frame, values.shape[-1], kind, mapped=mapped
         )
         if self.itk:
             return self._as_image(result[..., 0], reference, direction)
@@ -248,7 +251,7 @@ class Registration:
         """
         mapped, d = self._map(direction), self.geometry_B.dimension
         size, frame = self._grid(reference, direction)
-        field = over_grid(lambda p: mapped(p) - p, size, frame, d)
+        field = over_grid(lambda p, q: q - p, size, frame, d, mapped=mapped)
         if self.itk:
             return self._as_image(field, reference, direction)
         return torch.from_numpy(field).movedim(-1, 0)[None].contiguous()
@@ -294,12 +297,8 @@ class Registration:
             rows = self._points(points)
             values = [forward.determinants(rows), backward.determinants(forward(rows))]
             return fold_fraction(np.concatenate(values))
-        folds = total = 0.0
-        for mapped, direction in zip((forward, backward), DIRECTIONS, strict=True):
-            for _, rows in slabs(*self._grid(None, direction)):
-                folds += fold_fraction(mapped.determinants(rows)) * len(rows)
-                total += len(rows)
-        return folds / total
+        grids = [self._grid(None, direction) for direction in DIRECTIONS]
+        return folded_share([(forward, *grids[0]), (backward, *grids[1])])
 
     def inverse_consistency_error(self, reference: Any = None) -> Any:
         """``|phi_BA(phi_AB(x)) - x|`` at every voxel of the fixed grid or reference.

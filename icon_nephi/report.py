@@ -257,7 +257,7 @@ def _smooth(values: Array, width: int) -> Array:
 def _call(result: Any) -> str:
     """The Python call, with the choices that are not the defaults."""
     defaults = {"modality": None, "similarity": None, "field": "auto", "affine": True}
-    defaults |= {"time_limit": None, "memory_limit": None}
+    defaults |= {"time_limit": None, "memory_limit": None, "mass_preserving": False}
     given = []
     for name, value in result.made_with.items():
         if name in defaults and value != defaults[name]:
@@ -265,6 +265,8 @@ def _call(result: Any) -> str:
             given.append(f"{name}={value!r}" if plain else f"{name}={value}")
     masks = zip(("mask_A", "mask_B"), result.images[2:], strict=True)
     given += [f"{name}={name}" for name, mask in masks if mask is not None]
+    if result.made_with.get("segmentations"):
+        given += [f"{name}={name}" for name in ("segmentation_A", "segmentation_B")]
     given.append(f"seed={result.made_with.get('seed', 0)}")
     lines = "".join(f"    {argument},\n" for argument in ("moving", "fixed", *given))
     return f"icon_nephi.register(\n{lines})"

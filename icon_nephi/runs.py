@@ -56,10 +56,13 @@ def check_flags(given: argparse.Namespace) -> None:
                     f"--{name} is for registration from scratch; --model {given.model} "
                     "has the intensities it was trained with"
                 )
-        if (given.preset, given.similarity, given.seeds) != ("default", None, 1):
+        if (given.preset, given.similarity, given.seeds) != ("default", None, 1) or (
+            given.mass_preserving
+        ):
             raise ValueError(
-                "--preset, --similarity and --seeds are for registration from scratch; "
-                "with --model give --io_iterations and --io_sim"
+                "--preset, --similarity, --seeds and --mass_preserving are for "
+                "registration from scratch; with --model give --io_iterations and "
+                "--io_sim"
             )
     if given.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {given.seeds}")
@@ -69,11 +72,6 @@ def check_flags(given: argparse.Namespace) -> None:
             raise ValueError(
                 f"--{flags[0]} and --{flags[1]} belong together: give both"
             )
-    if scratch and given.fixed_segmentation is not None:
-        raise ValueError(
-            "--fixed_segmentation and --moving_segmentation need --model; from scratch "
-            "give --labels_fixed and --labels_moving to score the result"
-        )
     if given.time_limit is not None and not given.time_limit > 0:
         raise ValueError(
             f"--time_limit must be positive seconds, got {given.time_limit}"
@@ -207,11 +205,14 @@ def _from_scratch(given: argparse.Namespace, images: dict[str, Any]) -> list[Any
             modality=(kinds[0], kinds[1]),
             mask_A=images.get("moving_mask"),
             mask_B=images.get("fixed_mask"),
+            segmentation_A=images.get("moving_segmentation"),
+            segmentation_B=images.get("fixed_segmentation"),
             similarity=similarity,
             field="auto"
             if given.preset == "default"
             else find_effort(given.preset, size, modality),
             affine=not given.no_affine,
+            mass_preserving=given.mass_preserving,
             seed=seed,
             device=given.device,
             progress=not given.quiet,
@@ -315,6 +316,7 @@ def in_flags(message: str) -> str:
         *(("segmentation_A", "--moving_segmentation"),),
         *(("segmentation_B", "--fixed_segmentation"),),
         *(("device ", "--device: "), ("time_limit ", "--time_limit ")),
+        ("mass_preserving ", "--mass_preserving "),
         ("weights: ", "--network_weights: "),
     ):
         message = message.replace(name, flag)

@@ -259,6 +259,6 @@ def shared_labels(first: Tensor, second: Tensor) -> Tensor:
     if not len(labels):
         raise ValueError(
             "segmentation_A and segmentation_B have no label above 0 in common; give "
-            "both maps the same numbers, or set dice_loss_weight to 0"
+            "both maps the same numbers, or leave the Dice term out"
         )
     return labels

@@ -48,12 +48,14 @@ def test_register_writes_what_is_asked_for(folder, capsys):
         save="out/pair.nephi",
         fixed_mask="fixed_mask.nrrd",
         moving_mask="moving_mask.nrrd",
+        fixed_segmentation="fixed_labels.nrrd",
+        moving_segmentation="moving_labels.nrrd",
         fixed_modality="ct",
         moving_modality="mri",
         seed=3,
         time_limit=9,
     )
-    cli.register([*flags, "--no_affine"])
+    cli.register([*flags, "--no_affine", "--mass_preserving"])
     names = ["I.h5", "T.hdf5", "pair.nephi", "warped.nii.gz"]
     assert sorted(p.name for p in out.iterdir()) == names
     text = capsys.readouterr()
@@ -63,7 +65,10 @@ def test_register_writes_what_is_asked_for(folder, capsys):
     assert folder.options["seed"] == 3
     assert folder.options["time_limit"] == 9
     assert not folder.options["affine"]
+    assert folder.options["mass_preserving"]
     assert folder.options["mask_A"].shape == (1, 1, *SIZE_A)
+    assert folder.options["segmentation_A"].shape == (1, 1, *SIZE_A)
+    assert folder.options["segmentation_B"].max() > 0
     warped = itk.imread(str(out / "warped.nii.gz"))
     again = itk_images.geometry_of(warped)
     np.testing.assert_allclose(

@@ -100,12 +100,16 @@ REGISTER = {
         {"labels_fixed": "flat.nrrd", "labels_moving": "flat.nrrd"},
         "--labels_fixed is 2D",
     ),
-    "segmentations from scratch": (
+    "one segmentation": (
+        {"fixed_segmentation": "fixed_labels.nrrd"},
+        "--fixed_segmentation and --moving_segmentation belong together",
+    ),
+    "no common segmentation": (
         {
-            "fixed_segmentation": "fixed_labels.nrrd",
+            "fixed_segmentation": "other.nrrd",
             "moving_segmentation": "moving_labels.nrrd",
         },
-        "need --model",
+        "no label above 0 in common",
     ),
     "report of a model": (
         {"model": "lung", "save": None, "report": "out/r.html"},

@@ -5,7 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from icon_nephi.coordinates import Geometry, points_as_grid, sample_image
+from icon_nephi.coordinates import (
+    Geometry,
+    identity_map,
+    points_as_grid,
+    sample_image,
+)
 from icon_nephi.fitting import fit_pair
 from icon_nephi.folds import guarded_term
 from icon_nephi.metrics import dice
@@ -19,6 +24,7 @@ from icon_nephi.models import (
     make_field,
 )
 from icon_nephi.phantoms import triangles_and_circles
+from icon_nephi.starts import Images
 from icon_nephi.transforms import (
     Composition,
     MatrixTransform,
@@ -34,6 +40,9 @@ QUICK = replace(
     steps=120,
     patches=150,
     regularity_points=80,
+)
+SMALL = replace(
+    GRID, grids=(5, 9), channels=(4, 4), steps=60, patches=150, regularity_points=80
 )
 PLACE = Geometry((48, 48), (2.0, 2.0), (0.0, 0.0), ((1.0, 0.0), (0.0, 1.0)))
 
@@ -136,3 +145,101 @@ def test_presets_are_found_by_name():
         find_settings("sirren", (9, 9, 9))
     with pytest.raises(ValueError, match="LatentMLP"):
         make_field("MLP", {})
+
+
+def hidden():
+    """A disk that stays, and a smaller one in it, moved, that only labels show."""
+    axes = torch.linspace(0, 1, 48)
+    first, second = torch.meshgrid(axes, axes, indexing="ij")
+
+    def disk(row, column, radius):
+        far = ((first - row).square() + (second - column).square()).sqrt()
+        return (far < radius)[None, None]
+
+    body = disk(0.5, 0.5, 0.4).float()
+    return body, (disk(0.45, 0.42, 0.12).long(), disk(0.53, 0.57, 0.15).long())
+
+
+def test_label_maps_are_laid_on_each_other_where_images_show_nothing():
+    image, (label_A, label_B) = hidden()
+    values = []
+    for labels in ({}, {"segmentation_A": label_A, "segmentation_B": label_B}):
+        fit = fit_pair(
+            image,
+            image,
+            PLACE,
+            PLACE,
+            field=SMALL,
+            progress=False,
+            affine=False,
+            **labels,
+        )
+        with torch.no_grad():
+            moved = maps(fit)[0](identity_map((48, 48)))
+        warped = sample_image(label_A.float(), moved, mode="nearest").long()
+        values.append(dice(warped, label_B)[1])
+    assert values[0] < 0.5
+    assert values[1] > 0.8
+
+
+def test_label_maps_come_in_pairs_with_a_common_label():
+    image, (label_A, label_B) = hidden()
+    images = (image, image, PLACE, PLACE)
+    with pytest.raises(ValueError, match="segmentation_B is missing"):
+        fit_pair(*images, segmentation_A=label_A)
+    with pytest.raises(ValueError, match="no label above 0 in common"):
+        fit_pair(
+            *images,
+            segmentation_A=label_A,
+            segmentation_B=2 * label_B,
+            field=QUICK,
+            affine=False,
+        )
+
+
+def test_a_squeezed_density_is_found_where_mass_is_kept():
+    """A blob that a squeeze makes denser: correlation alone moves it elsewhere."""
+    x = identity_map((48, 48))
+    first = x[:, :1]
+
+    def density(at):
+        far = (at - torch.tensor([0.5, 0.5]).view(1, 2, 1, 1)).square().sum(1, True)
+        return 0.2 + 0.5 * torch.exp(-far / 0.08)
+
+    there = torch.cat([first + 0.08 * torch.sin(2 * torch.pi * first), x[:, 1:]], 1)
+    fixed = density(there) * (1 + 0.16 * torch.pi * torch.cos(2 * torch.pi * first))
+    errors = []
+    for kept in (False, True):
+        fit = fit_pair(
+            density(x),
+            fixed,
+            PLACE,
+            PLACE,
+            field=SMALL,
+            similarity="ncc",
+            modality="ct",
+            mass_preserving=kept,
+            affine=False,
+            progress=False,
+        )
+        with torch.no_grad():
+            errors.append(float((maps(fit)[0](x) - there).norm(dim=1).mean()))
+    assert errors[1] < 0.75 * errors[0]
+
+
+@pytest.mark.parametrize(
+    "options", [{"modality": "mri"}, {"modality": "ct", "similarity": "mi"}]
+)
+def test_mass_is_that_of_densities(options):
+    image, _ = hidden()
+    with pytest.raises(ValueError, match="both images must be of modality ct"):
+        fit_pair(image, image, PLACE, PLACE, mass_preserving=True, **options)
+
+
+def test_volumes_are_in_millimetres():
+    """Whatever the boxes are: half as large spacings, a quarter of the volume."""
+    near = replace(PLACE, spacing=(1.0, 1.0))
+    image, _ = hidden()
+    assert Images(image, image, near, PLACE, None, None).volumes == 0.25
+    mirror = replace(PLACE, direction=((-1.0, 0.0), (0.0, 1.0)))
+    assert Images(image, image, mirror, PLACE, None, None).volumes == -1

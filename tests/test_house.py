@@ -23,6 +23,7 @@ ORDER = [
     "encoders",
     "transforms",
     "lattices",
+    "blocks",
     "similarities",
     "losses",
     "features",

@@ -18,6 +18,7 @@ from problems import (
     voxels,
 )
 
+from icon_nephi.blocks import patch_maps
 from icon_nephi.codes import LatentCodeTable
 from icon_nephi.coordinates import identity_map
 from icon_nephi.losses import (
@@ -27,7 +28,6 @@ from icon_nephi.losses import (
     gradient_inverse_consistency,
     inverse_consistency_term,
     no_term,
-    patch_maps,
 )
 from icon_nephi.sampling import Patches, Points
 from icon_nephi.transforms import FunctionFromNeuralField, MatrixTransform, NePhi
@@ -269,6 +269,44 @@ def test_corners_are_where_the_map_is_evaluated(dimension):
         centres = torch.rand(1, 4, dimension)
         patch_maps(phi, patches, centres, torch.Size(SHAPES[dimension]))
     assert counts == [4 * 5**dimension, 4 * 2**dimension]
+
+
+def squeeze(x):
+    """Half of the box gets denser and half thinner; with its determinants."""
+    first = x[:, :1] + 0.05 * torch.sin(2 * torch.pi * x[:, :1])
+    second = 0.8 * x[:, 1:] + 0.1
+    slope = 1 + 0.1 * torch.pi * torch.cos(2 * torch.pi * x[:, :1])
+    return torch.cat([first, second], 1), 0.8 * slope
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [Points(300), Patches(50, stride=0.1), Patches(50, stride=0.1, corners=True)],
+    ids=["points", "patches", "corners"],
+)
+@pytest.mark.parametrize("volumes", [1.0, 0.3])
+def test_a_squeezed_density_is_the_fixed_one(sampler, volumes):
+    """B = A o phi * det J in closed form; the last channel is no density."""
+    x = identity_map((300, 260), dtype=DOUBLE)
+
+    def density(at):
+        return 0.5 + 0.3 * torch.sin(4 * at[:, :1]) * torch.cos(5 * at[:, 1:])
+
+    there, determinant = squeeze(x)
+    image_A = torch.cat([density(x), density(x)], 1)
+    squeezed = volumes * density(there) * determinant
+    image_B = torch.cat([squeezed, density(there)], 1)
+    maps = (lambda at: squeeze(at)[0]), MatrixTransform(torch.eye(3)[None].double())
+    spy = Spy(tag=True)
+    options = {"similarity_sampler": sampler, "densities": 1, "volumes": volumes}
+    make_loss(Fixed(maps), spy, prior_lmbda=0, **options)(image_A, image_B)
+    warped, fixed = spy.seen[0]
+    assert warped.shape[1] == 3
+    torch.testing.assert_close(warped[:, :2], fixed, atol=1e-3, rtol=0)
+    assert (warped[:, :1] - warped[:, 1:2]).abs().max() > 0.1
+    warped, _ = spy.seen[1]  # back, by the identity: the volumes the other way round
+    ratio = warped[:, 0] / warped[:, 1]
+    assert (ratio - 0.8).abs().max() < 0.8 * 0.1 * torch.pi + 1e-3
 
 
 # GradientICONPoints

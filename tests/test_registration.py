@@ -284,6 +284,31 @@ BAD_INPUT = {
         {"mask_B": as_itk(noise(4, 4, 4))},
         "mask_B is 3D",
     ),
+    "one segmentation": (
+        (GOOD, GOOD),
+        {"segmentation_B": (GOOD > 0.5).long()},
+        "segmentation_A is missing",
+    ),
+    "segmentation kind": (
+        (as_itk(GOOD), as_itk(GOOD)),
+        {"segmentation_A": GOOD, "segmentation_B": as_itk(GOOD)},
+        "segmentation_A is Tensor; pass an ITK label map",
+    ),
+    "no labels": (
+        (GOOD, GOOD),
+        {"segmentation_A": GOOD, "segmentation_B": GOOD},
+        "segmentation_A holds numbers that are negative or not whole",
+    ),
+    "other labels": (
+        (GOOD, GOOD),
+        {"segmentation_A": 3 * (GOOD > 0.5), "segmentation_B": 2 * (GOOD > 0.5)},
+        "no label above 0 in common",
+    ),
+    "labels on another grid": (
+        (GOOD, GOOD),
+        {"segmentation_A": (GOOD > 0.5).long(), "segmentation_B": noise(9, 9).ceil()},
+        r"segmentation_B has grid \(9, 9\)",
+    ),
     "modality": ((GOOD, GOOD), {"modality": "pet"}, "modality"),
     "device": ((GOOD, GOOD), {"device": "nowhere"}, "not available"),
     "time": ((GOOD, GOOD), {"time_limit": 0}, "time_limit"),
@@ -316,6 +341,32 @@ def test_masks_of_another_grid_are_read_at_the_voxels(monkeypatch):
     expected = (torch.arange(14) >= 5).float().expand(1, 1, 12, 14)
     torch.testing.assert_close(asked["mask_A"], expected)
     assert asked["image_A"].dtype == asked["image_B"].dtype == torch.float32
+
+
+def test_label_maps_of_another_grid_are_read_at_the_voxels(monkeypatch):
+    asked = {}
+
+    def fit(**asked_for):
+        asked.update(asked_for)
+        raise InterruptedError
+
+    monkeypatch.setattr(registration, "fit_pair", fit)
+    fine = torch.zeros(1, 1, 20, 24)
+    fine[..., 9:21] = 300
+    labels = as_itk(fine)
+    labels.SetSpacing([0.5, 0.5])  # ends half a voxel before the image does
+    same = 300 * (GOOD > 0.5)
+    with pytest.raises(InterruptedError):
+        register(
+            as_itk(GOOD),
+            as_itk(GOOD),
+            segmentation_A=labels,
+            segmentation_B=as_itk(same.short()),
+        )
+    expected = torch.zeros(12, 14, dtype=torch.long)
+    expected[:10, 5:11] = 300  # 0 beyond the label map
+    assert torch.equal(asked["segmentation_A"][0, 0], expected)
+    assert torch.equal(asked["segmentation_B"], same)
 
 
 def test_two_shapes_are_registered_and_everything_is_answered(tmp_path):
