@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -122,10 +123,11 @@ def run_pairs(
     given: argparse.Namespace,
     run: Callable[[argparse.Namespace], Row],
 ) -> Iterator[Row]:
-    """A row of `HEADER` for each pair; summary.csv in the folder grows with them.
+    """A row of `HEADER` for each pair; the summary in the folder grows with them.
 
-    A pair whose summary is there, made with the same flags, is skipped. Whatever a
-    pair raises goes into its row.
+    A pair whose own summary is there, made with the same flags, is skipped. Whatever a
+    pair raises goes into its row. Of several processes (torchrun) each takes its share
+    of the rows.
 
     Args:
         rows: of `read_pairs`.
@@ -133,16 +135,28 @@ def run_pairs(
         run: registers one pair, writes its outputs and returns its summary.
     """
     done: list[Row] = []
-    for row in rows:
+    rank, world = place()
+    for row in rows[rank::world]:
         done.append(_one(row, given, run))
         with (
-            written_whole(given.out_dir / "summary.csv") as (part,),
+            written_whole(summary_in(given.out_dir)) as (part,),
             part.open("w", newline="", encoding="utf-8") as file,
         ):
             writer = csv.DictWriter(file, HEADER)
             writer.writeheader()
             writer.writerows(done)
         yield done[-1]
+
+
+def place() -> tuple[int, int]:
+    """This process's number and how many there are, as torchrun says."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def summary_in(folder: Path) -> Path:
+    """Where this process writes its rows; run alone afterwards, all are in one."""
+    rank, world = place()
+    return folder / ("summary.csv" if world == 1 else f"summary_{rank}.csv")
 
 
 def _one(

@@ -97,14 +97,16 @@ def _register_pairs(given: argparse.Namespace, command: list[str]) -> None:
     from tqdm import tqdm
 
     found = batch.run_pairs(rows, given, run)
-    bar = tqdm(found, "registering", len(rows), disable=given.quiet, leave=False)
+    rank, world = batch.place()
+    count = len(rows[rank::world])
+    bar = tqdm(found, "registering", count, disable=given.quiet, leave=False)
     results = list(bar)
     if not given.quiet:
         print(batch.aligned(results, batch.HEADS))
-        print(f"summary: {given.out_dir / 'summary.csv'}")
+        print(f"summary: {batch.summary_in(given.out_dir)}")
     failed = sum(row["status"] == "failed" for row in results)
     if failed:
-        print(f"nephi-register: {failed} of {len(rows)} pairs failed", file=sys.stderr)
+        print(f"nephi-register: {failed} of {count} pairs failed", file=sys.stderr)
         raise SystemExit(1)
 
 

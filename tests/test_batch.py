@@ -77,6 +77,21 @@ def test_finished_pairs_are_skipped_until_the_flags_change(folder, monkeypatch):
     assert found["flags"]["fixed_modality"] == "ct"
 
 
+def test_processes_share_the_pairs(folder, monkeypatch):
+    flags = [*table(folder.path / "pairs.csv", *GOOD), "--quiet"]
+    out = folder.path / "out"
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun does
+    for rank, name in enumerate("ab"):
+        monkeypatch.setenv("RANK", str(rank))
+        cli.register(flags)
+        assert list(rows_of(out / f"summary_{rank}.csv")) == [name]
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.delenv("RANK")
+    cli.register(flags)
+    statuses = [row["status"] for row in rows_of(out / "summary.csv").values()]
+    assert statuses == ["skipped", "skipped"]
+
+
 def test_names_are_numbers_where_none_are_given(folder):
     path = folder.path / "pairs.csv"
     path.write_text("fixed,moving\nfixed.nrrd,moving.nrrd\n")
