@@ -287,14 +287,18 @@ def composite_transform(
     mapped = FramedMap(phi, into, out, device)
     back = np.linalg.inv(linear)
 
+    def beside(points: Array, moved: Array) -> Array:
+        result: Array = (moved - shift) @ back.T - points
+        return result
+
     def displacement(points: Array) -> Array:
-        moved: Array = (mapped(points) - shift) @ back.T - points
-        return moved
+        return beside(points, mapped(points))
 
     nodes = _node_counts(displacement, source, tolerance)
     pads = [int(np.ceil(margin * n)) + 2 for n in nodes]  # 2: a cubic's reach
     grid = _padded(source, nodes, pads)
-    field = over_grid(displacement, grid.size, grid.unit_to_physical(), d, np.float64)
+    frame = grid.unit_to_physical()
+    field = over_grid(beside, grid.size, frame, d, np.float64, mapped=mapped)
     solvers = [_coefficients(n, p) for n, p in zip(nodes, pads, strict=True)]
     quantum = 2.0 ** np.floor(np.log2(tolerance / 200))  # so that files compress
     for component in range(d):
