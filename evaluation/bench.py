@@ -5,14 +5,14 @@ rivals take turns, so what disturbs one disturbs the others too.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from evaluation import machine, peak_memory, version
+from evaluation import machine, peak_memory, version, write_csv
 
 MIB = 2**20
 
@@ -28,6 +28,13 @@ def provenance() -> dict[str, Any]:
 
 
 PROVENANCE = ("threads", "machine", "torch", "icon_registration")
+
+
+def save(path: Path | None, columns: Sequence[str], rows: list[dict[str, Any]]) -> None:
+    """Write the rows as CSV, if asked for."""
+    if path is not None:
+        write_csv(path, columns, rows)
+        print(f"\nwrote {path}")
 
 
 def in_turn(

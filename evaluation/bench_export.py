@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from evaluation import bench, write_csv
+from evaluation import bench
 from icon_nephi.compare import alone
 
 METHODS = ("tallUNet2", "default field", "by points", "paper's field")
@@ -106,9 +106,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{row.get('ratio', float('nan')):8.2f}",
             flush=True,
         )
-    if args.out is not None:
-        write_csv(args.out, COLUMNS, rows)
-        print(f"\nwrote {args.out}")
+    bench.save(args.out, COLUMNS, rows)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import icon_nephi
-from evaluation import bench, write_csv
+from evaluation import bench
 from icon_nephi.compare import alone
 from icon_nephi.coordinates import points_as_grid
 from icon_nephi.transforms import NeuralTransform
@@ -257,9 +257,7 @@ def main(argv: list[str] | None = None) -> None:
                     ),
                     flush=True,
                 )
-    if args.out is not None:
-        write_csv(args.out, COLUMNS, rows)
-        print(f"\nwrote {args.out}")
+    bench.save(args.out, COLUMNS, rows)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from evaluation import bench, write_csv
+from evaluation import bench
 from icon_nephi.compare import alone
 
 SWEEPS = {
@@ -113,9 +113,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"{row['mib_beside_images']:8.0f}{text}",
                 flush=True,
             )
-    if args.out is not None:
-        write_csv(args.out, COLUMNS, rows)
-        print(f"\nwrote {args.out}")
+    bench.save(args.out, COLUMNS, rows)
 
 
 if __name__ == "__main__":

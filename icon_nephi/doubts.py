@@ -67,10 +67,9 @@ def evidence(
     the share where the determinant is not positive. ``return``: how far a point is, on
     average, from where it started after both maps, in 1/160 of the box, and
     ``return_most``, exceeded by 5 %. ``uneven``: standard deviation of the logarithm
-    of the determinants. ``stretch``: the largest logarithm, either way, of the affine
-    part's axes over those of the identity. ``alike``: mean correlation of blocks,
-    -1 to 1, ``alike_start`` that of the affine start alone, and ``opposed`` the share
-    of blocks whose correlation is clearly negative.
+    of the determinants. ``alike``: mean correlation of blocks, -1 to 1,
+    ``alike_start`` that of the affine start alone, and ``opposed`` the share of blocks
+    whose correlation is clearly negative.
 
     Args:
         pair: what was fitted.

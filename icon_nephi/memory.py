@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import sys
 from pathlib import Path
 
@@ -75,5 +74,7 @@ def _status(name: str) -> int:
     status = Path("/proc/self/status")
     if status.exists():
         return int(status.read_text().split(f"{name}:")[1].split()[0]) * 1024
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak

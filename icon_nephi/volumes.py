@@ -166,8 +166,6 @@ def open_volume(
             f"file ({', '.join(SUFFIXES)}), converting it where needed"
         )
     raw = find_voxels(path)
-    if not raw.path.is_file():
-        raise ValueError(f"{path}: the file of its voxels, {raw.path}, does not exist")
     place = geometry_in(path)
     raw.opened(place.size)
     chunk = (CHUNK,) * place.dimension
