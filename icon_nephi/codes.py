@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from icon_nephi.interpolation import axis_matrix, read_grid
+from icon_nephi.interpolation import axis_matrix, read_grids
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,10 @@ class LatentCode:
                 if gradient
                 else value
             )
-        for grid in self.local_codes:
+        if self.local_codes:
+            order = self.interpolation
             parts.append(
-                read_grid(grid, points, order=self.interpolation, gradient=gradient)
+                read_grids(self.local_codes, points, order=order, gradient=gradient)
             )
         if not parts:
             return points.new_zeros(rows, batch, count, 0)

@@ -14,7 +14,7 @@ embedding_bag's own backward and 4.3 ms for scatter_add).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import scipy.sparse
@@ -26,55 +26,76 @@ from torch.autograd.function import once_differentiable
 ORDERS = ("linear", "quadratic")
 
 
-def read_grid(
-    grid: Tensor, points: Tensor, *, order: str = "quadratic", gradient: bool = False
+def read_grids(
+    grids: Sequence[Tensor],
+    points: Tensor,
+    *,
+    order: str = "quadratic",
+    gradient: bool = False,
 ) -> Tensor:
-    """Values, and with ``gradient`` their d spatial derivatives, of a grid at points.
+    """Values, and with ``gradient`` their d spatial derivatives, of grids at points.
 
     Args:
-        grid: ``[B, C, *g]``, or batch 1 for all points.
+        grids: ``[B, C, *g]`` each, or batch 1 for all points.
         points: ``[B, N, d]`` rows in the unit box; outside it the nearest border value
             is read, with derivative zero across that border.
         order: ``"linear"`` or ``"quadratic"``.
         gradient: also return the derivatives.
 
     Returns:
-        ``[R, B, N, C]``: the values and, with gradient (R = 1 + d, else R = 1),
-        the derivatives by each unit-box coordinate. Differentiable by grid and points.
+        ``[R, B, N, C]``, the channels of the grids one after the other: the values and,
+        with gradient (R = 1 + d, else R = 1), the derivatives by each unit-box
+        coordinate. Differentiable by grids and points.
 
     Raises:
         ValueError: unknown order, or an axis with too few nodes for it.
     """
-    shape = grid.shape[2:]
-    least = _support(shape, order)
+    if len({grid.shape[:2] for grid in grids}) > 1:
+        parts = [read_grids([g], points, order=order, gradient=gradient) for g in grids]
+        return torch.cat(parts, dim=-1)
+    shapes = [grid.shape[2:] for grid in grids]
+    least = min(_support(shape, order) for shape in shapes)
     batch, count, dimension = points.shape
-    base, value, derivative = _axis_weights(points.reshape(-1, dimension), shape, order)
+    sizes = torch.tensor(shapes, device=points.device)
+    base, value, derivative = _axis_weights(
+        points.reshape(-1, dimension), sizes[:, None], order
+    )
     near = torch.cartesian_prod(
         *[torch.arange(least, device=points.device)] * dimension
     ).reshape(-1, dimension)
-    strides = [shape[axis + 1 :].numel() for axis in range(dimension)]
-    step = torch.tensor(strides, device=points.device)
-    nodes = (base * step).sum(1, keepdim=True) + (near * step).sum(1)
-    weights = _tensor_product(value, derivative if gradient else None)
-    table = grid.flatten(2).transpose(1, 2).reshape(-1, grid.shape[1])
-    if grid.shape[0] != 1:
-        first = torch.arange(batch, device=grid.device) * shape.numel()
-        nodes = nodes + first.repeat_interleave(count)[:, None]
-    read = _weighted_read(table, nodes, weights)
-    return read.reshape(read.shape[0], batch, count, grid.shape[1])
+    step = torch.tensor(
+        [[s[a + 1 :].numel() for a in range(dimension)] for s in shapes],
+        device=points.device,
+    )
+    beside = (near * step[:, None]).sum(2)
+    nodes = (base * step[:, None]).sum(2, keepdim=True) + beside[:, None]
+    # All grids are one table, each begins where the last one ends.
+    first = torch.tensor([0, *(grid[:, 0].numel() for grid in grids[:-1])]).cumsum(0)
+    nodes = nodes + first.to(nodes)[:, None, None]
+    if grids[0].shape[0] != 1:
+        pair = torch.arange(batch, device=points.device).repeat_interleave(count)
+        nodes = nodes + (sizes.prod(1)[:, None] * pair)[..., None]
+    weights = _tensor_product(
+        value.flatten(0, 1), derivative.flatten(0, 1) if gradient else None
+    )
+    table = torch.cat([g.flatten(2).transpose(1, 2).flatten(0, 1) for g in grids])
+    read = _weighted_read(table, nodes.flatten(0, 1), weights)
+    read = read.reshape(len(weights), len(grids), batch, count, table.shape[1])
+    return read.permute(0, 2, 3, 1, 4).flatten(3)
 
 
 def axis_matrix(positions: Tensor, nodes: int, order: str = "quadratic") -> Tensor:
     """``[n, nodes]``: reads an axis of a grid at positions ``[n]`` in the unit box.
 
-    A grid is read on a lattice by one such matrix along each axis, as by `read_grid`.
+    A grid is read on a lattice by one such matrix along each axis, as by `read_grids`.
 
     Raises:
         ValueError: unknown order, or too few nodes for it.
     """
     shape = torch.Size((nodes,))
     near = torch.arange(_support(shape, order), device=positions.device)
-    base, value, _ = _axis_weights(positions[:, None], shape, order)
+    sizes = torch.tensor(shape, device=positions.device)
+    base, value, _ = _axis_weights(positions[:, None], sizes, order)
     matrix = value.new_zeros(len(positions), nodes)
     return matrix.scatter_(1, base + near, value[:, 0])
 
@@ -93,10 +114,13 @@ def _support(shape: torch.Size, order: str) -> int:
 
 
 def _axis_weights(
-    points: Tensor, shape: torch.Size, order: str
+    points: Tensor, sizes: Tensor, order: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """First node ``[M, d]``; weights and their derivatives ``[M, d, 2 or 3]``."""
-    sizes = torch.tensor(shape, dtype=points.dtype, device=points.device)
+    """First node ``[..., M, d]``; weights and their derivatives ``[..., M, d, K]``.
+
+    Of points ``[M, d]`` on axes of ``[..., 1, d]`` nodes.
+    """
+    sizes = sizes.to(points.dtype)
     # Beyond the border the weights stay constant: their derivative is zero there.
     slope = ((points >= 0) & (points <= 1)).to(points.dtype)
     x = points.clamp(0, 1)

@@ -140,7 +140,7 @@ class NeuralTransform(_Transform):
         with torch.autocast(rows.device.type, enabled=False):
             if not jets:
                 return (self.field(x, self.code.at(x)[0]),)
-            # The derivatives of the clamped point; read_grid knows its own border.
+            # The derivatives of the clamped point; read_grids knows its own border.
             values = self.code.at(rows, gradient=True)
             moved, slopes = fields.displacement_and_jacobian(self.field, x, values)
         inside = ((rows >= 0) & (rows <= 1)).to(rows.dtype)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from icon_nephi.codes import LatentCode, LatentCodeTable
-from icon_nephi.interpolation import read_grid
+from icon_nephi.interpolation import read_grids
 
 GRIDS = {2: ((3, 4), (5, 3)), 3: ((3, 4, 3), (4, 3, 5))}
 
@@ -30,7 +30,7 @@ def test_values_are_the_global_vector_then_each_grid(dimension, order):
     assert values.shape == (1, 2, 5, code.size)
     assert code.size == 9
     assert torch.equal(values[0, :, 3, :3], code.global_code)
-    first, second = (read_grid(g, x, order=order)[0] for g in code.local_codes)
+    first, second = (read_grids([g], x, order=order)[0] for g in code.local_codes)
     assert torch.equal(values[0, ..., 3:5], first)
     assert torch.equal(values[0, ..., 5:], second)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from icon_nephi.encoders import HybridEncoder
-from icon_nephi.interpolation import read_grid
+from icon_nephi.interpolation import read_grids
 
 SHAPES = [(64, 64), (7, 5), (2, 2), (2, 40), (9, 12, 17), (2, 2, 2), (25, 9, 33)]
 
@@ -106,7 +106,7 @@ def test_codes_are_read_where_their_features_lie(order, shape):
     code = encoder._place(features, level, shape)
     # Near the borders there are no features beyond, and the code is flat.
     points = 0.3 + 0.25 * torch.rand(1, 40, 2, dtype=torch.float64)
-    torch.testing.assert_close(read_grid(code, points, order=order)[0], points)
+    torch.testing.assert_close(read_grids([code], points, order=order)[0], points)
 
 
 def test_a_generator_decides_the_weights():

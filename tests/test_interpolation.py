@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from icon_nephi.interpolation import ORDERS, read_grid
+from icon_nephi.interpolation import ORDERS, read_grids
 
 NODES = {2: (4, 6), 3: (5, 3, 4)}
 pytestmark = pytest.mark.filterwarnings(
@@ -48,9 +48,9 @@ def plain_read(grid, point, order):
 
 def test_it_agrees_with_a_plain_implementation_and_its_jacobian(dimension, order):
     grid, x = grid_and_points(dimension)
-    read = read_grid(grid, x, order=order, gradient=True)
+    read = read_grids([grid], x, order=order, gradient=True)
     assert read.shape == (1 + dimension, *x.shape[:2], 3)
-    assert torch.equal(read[:1], read_grid(grid, x, order=order))
+    assert torch.equal(read[:1], read_grids([grid], x, order=order))
     for b in range(2):
         for n in range(x.shape[1]):
             value = plain_read(grid[b], x[b, n], order)
@@ -64,7 +64,7 @@ def test_linear_reading_is_grid_sample(dimension, precision):
     grid, x = grid.to(precision.dtype), x.to(precision.dtype)
     at = (2 * x - 1).flip(-1).reshape(2, -1, *(1,) * (dimension - 1), dimension)
     expected = F.grid_sample(grid, at, padding_mode="border", align_corners=True)
-    found = read_grid(grid, x, order="linear")[0]
+    found = read_grids([grid], x, order="linear")[0]
     precision.close(found.mT, expected.flatten(2))
 
 
@@ -77,7 +77,7 @@ def test_linear_reading_finds_the_nodes_at_the_corners(dimension):
         ends = torch.tensor([0, grid.shape[axis] - 1])
         expected = expected.index_select(axis, ends)
     torch.testing.assert_close(
-        read_grid(grid, corners, order="linear")[0].mT, expected.flatten(2)
+        read_grids([grid], corners, order="linear")[0].mT, expected.flatten(2)
     )
 
 
@@ -90,7 +90,7 @@ def test_affine_functions_are_read_exactly(dimension, order):
     at = torch.stack(torch.meshgrid(*nodes, indexing="ij"))
     grid = torch.einsum("cd,d...->c...", slope, at)[None] + 2
     _, x = grid_and_points(dimension, batch=1, count=50)
-    read = read_grid(grid, x, order=order, gradient=True)
+    read = read_grids([grid], x, order=order, gradient=True)
     torch.testing.assert_close(read[0], x @ slope.T + 2)
     expected = slope.T[:, None, None, :].expand_as(read[1:])
     torch.testing.assert_close(read[1:], expected)
@@ -103,8 +103,8 @@ def test_quadratic_gradients_are_continuous_across_cells(dimension):
             before, after = x.clone(), x.clone()
             before[..., axis] = cell / (n - 2) - 1e-9
             after[..., axis] = cell / (n - 2) + 1e-9
-            difference = read_grid(grid, before, gradient=True) - read_grid(
-                grid, after, gradient=True
+            difference = read_grids([grid], before, gradient=True) - read_grids(
+                [grid], after, gradient=True
             )
             assert difference.abs().max() < 1e-6
 
@@ -113,7 +113,7 @@ def test_linear_gradients_jump_across_cells():
     grid, x = grid_and_points(2, batch=1)
     x[..., 0] = 1 / 3
     near = [
-        read_grid(grid, x + shift, order="linear", gradient=True)
+        read_grids([grid], x + shift, order="linear", gradient=True)
         for shift in (-1e-9, 1e-9)
     ]
     assert (near[0] - near[1])[1].abs().max() > 0.1
@@ -121,8 +121,8 @@ def test_linear_gradients_jump_across_cells():
 
 def test_outside_the_box_is_the_border_and_flat_across_it(dimension, order):
     grid, x = grid_and_points(dimension, count=60, reach=1.0)
-    read = read_grid(grid, x, order=order, gradient=True)
-    border = read_grid(grid, x.clamp(0, 1), order=order, gradient=True)
+    read = read_grids([grid], x, order=order, gradient=True)
+    border = read_grids([grid], x.clamp(0, 1), order=order, gradient=True)
     torch.testing.assert_close(read[0], border[0])
     for axis in range(dimension):
         out = (x[..., axis] < 0) | (x[..., axis] > 1)
@@ -138,7 +138,7 @@ def test_gradients_by_grid_and_points_are_right(dimension, order):
     x.requires_grad_()
 
     def read(grid, x):
-        return read_grid(grid, x, order=order, gradient=True)
+        return read_grids([grid], x, order=order, gradient=True)
 
     assert torch.autograd.gradcheck(read, (grid, x), eps=1e-6, atol=1e-7, rtol=1e-6)
 
@@ -147,10 +147,10 @@ def test_one_grid_serves_a_batch_of_points(dimension, order):
     grid, x = grid_and_points(dimension, batch=3)
     grid = grid[:1].requires_grad_()
     many = grid.expand(3, *grid.shape[1:])
-    one = read_grid(grid, x, order=order, gradient=True)
-    torch.testing.assert_close(one, read_grid(many, x, order=order, gradient=True))
+    one = read_grids([grid], x, order=order, gradient=True)
+    torch.testing.assert_close(one, read_grids([many], x, order=order, gradient=True))
     (gradient,) = torch.autograd.grad(one.square().sum(), grid)
-    squares = read_grid(many, x, order=order, gradient=True).square().sum()
+    squares = read_grids([many], x, order=order, gradient=True).square().sum()
     torch.testing.assert_close(gradient, torch.autograd.grad(squares, grid)[0])
 
 
@@ -159,7 +159,7 @@ def test_one_grid_serves_a_batch_of_points(dimension, order):
 def test_nothing_to_read_is_fine(dimension, order, batch, count, gradient):
     grid, x = grid_and_points(dimension, batch, count)
     grid.requires_grad_()
-    read = read_grid(grid, x, order=order, gradient=gradient)
+    read = read_grids([grid], x, order=order, gradient=gradient)
     rows = 1 + dimension if gradient else 1
     assert read.shape == (rows, batch, count, 3)
     read.sum().backward()
@@ -176,7 +176,7 @@ def test_nothing_to_read_is_fine(dimension, order, batch, count, gradient):
 )
 def test_what_cannot_be_read_is_refused(order, nodes, words):
     with pytest.raises(ValueError, match=words):
-        read_grid(torch.zeros(1, 2, *nodes), torch.rand(1, 3, 2), order=order)
+        read_grids([torch.zeros(1, 2, *nodes)], torch.rand(1, 3, 2), order=order)
 
 
 @pytest.mark.gpu
@@ -185,7 +185,7 @@ def test_on_a_gpu_it_reads_the_same(dimension, order):
 
     def both(grid, x):
         grid, x = grid.detach().requires_grad_(), x.detach().requires_grad_()
-        read = read_grid(grid, x, order=order, gradient=True)
+        read = read_grids([grid], x, order=order, gradient=True)
         return (read, *torch.autograd.grad(read.pow(3).sum(), (grid, x)))
 
     for a, b in zip(both(grid, x), both(grid.cuda(), x.cuda()), strict=True):

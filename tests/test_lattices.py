@@ -7,7 +7,7 @@ import torch
 from icon_nephi.codes import LatentCode
 from icon_nephi.coordinates import Geometry, points_as_grid, to_rows
 from icon_nephi.fields import LatentMLP, ModulatedSiren
-from icon_nephi.interpolation import axis_matrix, read_grid
+from icon_nephi.interpolation import axis_matrix, read_grids
 from icon_nephi.lattices import on_lattice
 from icon_nephi.physical import FramedMap, over_grid, slabs
 from icon_nephi.transforms import Composition, MatrixTransform, NeuralTransform
@@ -49,7 +49,7 @@ def at_points(phi, axes):
 def test_an_axis_matrix_reads_a_grid(order):
     x = torch.linspace(-0.2, 1.1, 23, dtype=torch.float64)
     values = torch.randn(5, 2, dtype=torch.float64)
-    expected = read_grid(values.T[None], x[None, :, None], order=order)[0, 0]
+    expected = read_grids([values.T[None]], x[None, :, None], order=order)[0, 0]
     torch.testing.assert_close(axis_matrix(x, 5, order) @ values, expected)
     with pytest.raises(ValueError, match="nodes"):
         axis_matrix(x, 1, order)
