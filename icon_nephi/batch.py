@@ -176,9 +176,10 @@ def _one(
     except Exception as error:  # the other pairs go on
         kind = "" if isinstance(error, ValueError | TypeError) else type(error).__name__
         said = " ".join(f"{kind}: {error}".lstrip(": ").split())
+        return {"name": row["name"], "status": "failed", "error": said}
+    finally:
         if fresh and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-        return {"name": row["name"], "status": "failed", "error": said}
 
 
 def _finished(path: Path, flags: dict[str, str]) -> Row | None:

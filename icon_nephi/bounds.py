@@ -1,4 +1,4 @@
-"""What a displacement can do inside a box: expansions of codes and fields, in float64.
+"""What a displacement can do inside a box: expansions of codes and fields.
 
 Inside a box that no knot of the code's grids crosses (see `knots`) the code is a
 polynomial, kept exactly up to the degree of the `Expansion`; the field's layers follow.
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from icon_nephi.codes import LatentCode
 from icon_nephi.expansions import (
-    UNIT,
     Expansion,
     add,
     beside,
@@ -22,6 +21,7 @@ from icon_nephi.expansions import (
     monomials,
     product,
     sine,
+    unit,
 )
 from icon_nephi.fields import LatentMLP, ModulatedSiren
 
@@ -41,7 +41,12 @@ def knots(code: LatentCode, axis: int) -> Tensor:
 
 
 def expand_displacement(
-    field: nn.Module, code: LatentCode, centre: Tensor, half: Tensor, degree: int
+    field: nn.Module,
+    code: LatentCode,
+    centre: Tensor,
+    half: Tensor,
+    degree: int,
+    dtype: torch.dtype = torch.float64,
 ) -> Expansion:
     """The `Expansion` of the displacement a field makes of a code, C = d.
 
@@ -51,52 +56,52 @@ def expand_displacement(
         centre: of the boxes ``[N, d]``, in the unit box, float64.
         half: half their sides, 0 along axes where nothing changes.
         degree: of the polynomials.
+        dtype: what the layers work in; float32 takes half the time, and bounds by the
+            more that it rounds.
 
     Raises:
         TypeError: another field.
     """
+    read = _read(code, centre, half, degree)
     if isinstance(field, LatentMLP):
-        return _through_mlp(field, code, centre, half, degree)
+        inputs = beside(_place(centre, half, degree), read).rounded(dtype)
+        return _through_mlp(field, inputs)
     if isinstance(field, ModulatedSiren):
-        return _through_siren(field, code, centre, half, degree)
+        # 2 pi B (2 x - 1); a cosine is a sine further on.
+        turns = torch.cat([field.frequencies, field.frequencies]) * (2 * math.pi)
+        further = torch.zeros_like(turns[:, 0])
+        further[len(field.frequencies) :] = math.pi / 2
+        waves = linear(_place(centre, half, 1), turns, further).rounded(dtype)
+        return _through_siren(field, read.rounded(dtype), sine(waves, degree))
     raise TypeError(
         f"bounds are known for LatentMLP and ModulatedSiren, got {type(field).__name__}"
     )
 
 
-def _through_mlp(
-    field: LatentMLP, code: LatentCode, centre: Tensor, half: Tensor, degree: int
-) -> Expansion:
-    hidden = beside(_place(centre, half, degree), _read(code, centre, half, degree))
+def _through_mlp(field: LatentMLP, hidden: Expansion) -> Expansion:
     for layer in field.hidden:
-        assert isinstance(layer, nn.Linear)
-        hidden = linear(hidden, layer.weight * field.omega, layer.bias * field.omega)
-        hidden = sine(hidden, degree)
-    return linear(hidden, field.last.weight)
+        hidden = sine(_layer(hidden, layer, field.omega), hidden.degree)
+    return linear(hidden, field.last.weight.to(hidden.rows))
 
 
 def _through_siren(
-    field: ModulatedSiren, code: LatentCode, centre: Tensor, half: Tensor, degree: int
+    field: ModulatedSiren, read: Expansion, features: Expansion
 ) -> Expansion:
-    # 2 pi B (2 x - 1); a cosine is a sine further on.
-    turns = torch.cat([field.frequencies, field.frequencies]) * (2 * math.pi)
-    further = torch.zeros_like(turns[:, 0])
-    further[len(field.frequencies) :] = math.pi / 2
-    features = sine(linear(_place(centre, half, 1), turns, further), degree)
-
-    def layer(inputs: Expansion, of: nn.Module, omega: float) -> Expansion:
-        assert isinstance(of, nn.Linear)
-        return sine(linear(inputs, of.weight * omega, of.bias * omega), degree)
-
-    known = beside(_read(code, centre, half, degree), features)
-    start = gate = layer(known, field.modulator[0], field.omega)
-    hidden = layer(features, field.synthesis[0], field.first_omega)
+    known, degree, omega = beside(read, features), features.degree, field.omega
+    start = gate = sine(_layer(known, field.modulator[0], omega), degree)
+    hidden = sine(_layer(features, field.synthesis[0], field.first_omega), degree)
     for modulate, synthesise in zip(
         field.modulator[1:], field.synthesis[1:], strict=True
     ):
-        gate = add(layer(gate, modulate, field.omega), start)
-        hidden = product(gate, layer(hidden, synthesise, field.omega))
-    return linear(hidden, field.last.weight * 0.5)
+        gate = add(sine(_layer(gate, modulate, omega), degree), start)
+        hidden = product(gate, sine(_layer(hidden, synthesise, omega), degree))
+    return linear(hidden, (field.last.weight * 0.5).to(hidden.rows))
+
+
+def _layer(inputs: Expansion, of: nn.Module, omega: float) -> Expansion:
+    assert isinstance(of, nn.Linear)
+    like = inputs.rows
+    return linear(inputs, (of.weight * omega).to(like), (of.bias * omega).to(like))
 
 
 def _place(centre: Tensor, half: Tensor, degree: int) -> Expansion:
@@ -107,7 +112,7 @@ def _place(centre: Tensor, half: Tensor, degree: int) -> Expansion:
     for axis in range(d):
         rows[1 + axis, :, axis] = 2 * half[:, axis]
     stray = centre.new_zeros(1 + d, count, d)
-    stray[0] = 4 * UNIT
+    stray[0] = 4 * unit(rows)
     return Expansion.of(rows, stray, d, degree)
 
 
@@ -182,7 +187,7 @@ def _piece(
     # Magnitudes: the weights' values add up to 1, their slopes by x to 2 steps, and so
     # do the second ones times half a box. The place in a cell has lost steps * u.
     size = float(grid.abs().max()) if grid.numel() else 0.0
-    lost = 64 * UNIT * (1 + float(steps.max())) * size
+    lost = 64 * unit(read) * (1 + float(steps.max())) * size
     slopes = lost * (1 + 2 * h.T) * 2 * h.T
     return read.view(count, -1, channels).transpose(0, 1), torch.cat(
         [torch.full_like(slopes[:1], lost), slopes * (1 + 4 * h.T).prod(0)]

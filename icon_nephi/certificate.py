@@ -20,7 +20,8 @@ from icon_nephi._check import check_mask
 from icon_nephi.coordinates import apply_affine
 from icon_nephi.inputs import is_itk, place_of, voxels_of
 from icon_nephi.physical import Array
-from icon_nephi.proofs import Region, Search
+from icon_nephi.proofs import Search
+from icon_nephi.regions import Region
 from icon_nephi.registration import DIRECTIONS, Registration
 
 BOTH = "both"

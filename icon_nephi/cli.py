@@ -42,8 +42,9 @@ def _one_sentence(prog: str) -> Callable[[Callable[..., None]], Callable[..., No
                 said = " ".join(str(error).split()) or "not enough memory"
                 print(f"{prog}: {said}", file=sys.stderr)
                 raise SystemExit(2) from None
-            except KeyboardInterrupt:
-                print(f"{prog}: stopped", file=sys.stderr)
+            except KeyboardInterrupt as stop:
+                said = str(stop) or "what was not finished is not written"
+                print(f"{prog}: stopped by the user; {said}", file=sys.stderr)
                 raise SystemExit(130) from None
 
         return run
@@ -85,6 +86,11 @@ def _register_pairs(given: argparse.Namespace, command: list[str]) -> None:
             f"{both[0]} is for one pair; with --pairs inputs are columns of the table "
             "and outputs lie in --out_dir"
         )
+    if given.keep_on_interrupt:
+        raise ValueError(
+            "--keep_on_interrupt is for one pair; of --pairs the finished ones are kept "
+            "in any case, and the one that was stopped is done again next time"
+        )
     if not given.out_dir.is_dir() or not os.access(given.out_dir, os.W_OK):
         what = "cannot be written to" if given.out_dir.is_dir() else "is not a folder"
         raise ValueError(f"--out_dir: {given.out_dir} {what}")
@@ -100,7 +106,16 @@ def _register_pairs(given: argparse.Namespace, command: list[str]) -> None:
     rank, world = batch.place()
     count = len(rows[rank::world])
     bar = tqdm(found, "registering", count, disable=given.quiet, leave=False)
-    results = list(bar)
+    results: list[dict[str, Any]] = []
+    try:
+        for row in bar:
+            results.append(row)
+    except KeyboardInterrupt:
+        bar.close()
+        raise KeyboardInterrupt(
+            f"{len(results)} of {count} pairs are done, and the same command goes on "
+            "with the others"
+        ) from None
     if not given.quiet:
         print(batch.aligned(results, batch.HEADS))
         print(f"summary: {batch.summary_in(given.out_dir)}")

@@ -10,6 +10,7 @@ from torch import Tensor
 from icon_nephi.blocks import as_blocks, patch_maps
 from icon_nephi.coordinates import Geometry, inside, points_as_grid, sample_image
 from icon_nephi.folds import relative_determinant
+from icon_nephi.preprocess import missing_slices
 from icon_nephi.sampling import Patches, draw_points
 from icon_nephi.transforms import AffinePair, Map, MatrixTransform
 
@@ -43,14 +44,7 @@ def of_images(
 
 
 def _gaps(image: Tensor) -> int:
-    found = 0
-    for axis in range(2, image.dim()):
-        slices = image.movedim(axis, 0).flatten(1)
-        empty = slices.amax(1) - slices.amin(1) <= 1e-6
-        full = (~empty).nonzero()
-        if len(full):
-            found += int(empty[int(full[0]) : int(full[-1])].sum())
-    return found
+    return sum(len(missing_slices(image, axis)) for axis in range(2, image.dim()))
 
 
 def evidence(
@@ -123,8 +117,8 @@ def doubts(found: dict[str, float], *, contrast: bool = False) -> list[str]:
         )
     if found.get("gaps", 0):
         said.append(
-            f"{found['gaps']:.0f} slices between others are empty: around them the map "
-            "is less exact; mask them if they are many"
+            f"{found['gaps']:.0f} slices between others are empty: they were filled in "
+            "from their neighbours, and the map is less exact there"
         )
     if found["outside"] > OUTSIDE:
         said.append(

@@ -7,10 +7,11 @@ cancels between the units of a network stays cancelled; the bounds hold only wha
 higher degree, and vanish quickly with the size of the box. (These are Taylor models of
 the first derivatives.)
 
-Rounding is part of the bounds: a sum of n products in float64 errs by at most
-(n + 2) u times the sum of their magnitudes, u = 2^-53, the usual forward analysis; each
-operation adds that, generously. Bounds are sums and products of numbers that are not
-negative, whose own relative rounding is below `INFLATE`, applied once at the end.
+Rounding is part of the bounds: a sum of n products errs by at most (n + 2) u times the
+sum of their magnitudes, u = 2^-53 in float64 and 2^-24 in float32, the usual forward
+analysis; each operation adds that, generously. Bounds are sums and products of numbers
+that are not negative, whose own relative rounding is below `INFLATE`, applied once at
+the end.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-UNIT = 2.0**-53
-INFLATE = 1 + 1e-9
+INFLATE = {torch.float64: 1 + 1e-9, torch.float32: 1 + 1e-3}
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,31 @@ class Expansion:
     @staticmethod
     def of(rows: Tensor, stray: Tensor, dimension: int, degree: int) -> Expansion:
         """One whose sizes are those of its coefficients."""
-        table = _sums(dimension, degree).unflatten(0, (1 + dimension, -1)).sum(1)
+        table = (
+            _sums(dimension, degree, rows.dtype)
+            .unflatten(0, (1 + dimension, -1))
+            .sum(1)
+        )
         table[0, 1:] = 0
         size = (table @ rows.abs().flatten(1)).view(1 + dimension, *rows.shape[1:])
         return Expansion(rows, stray, size, dimension, degree)
+
+    def rounded(self, dtype: torch.dtype) -> Expansion:
+        """The same in another precision; what that rounds is added to ``stray``."""
+        stray = (self.stray + 2 * unit(self.rows.to(dtype)) * self.size).to(dtype)
+        rows, size = self.rows.to(dtype), self.size.to(dtype)
+        return Expansion(rows, stray, size, self.dimension, self.degree)
 
     @property
     def off(self) -> Tensor:
         """``[N, C]``: how far the value is from the polynomial's, anywhere."""
         total: Tensor = self.stray.sum(0)
         return total
+
+
+def unit(like: Tensor) -> float:
+    """The most by which an operation on such numbers rounds, relatively."""
+    return torch.finfo(like.dtype).eps / 2
 
 
 @cache
@@ -112,10 +127,10 @@ def _chain(dimension: int, own: int, degree: int) -> list[_Terms]:
 
 
 @cache
-def _sums(dimension: int, degree: int) -> Tensor:
+def _sums(dimension: int, degree: int, dtype: torch.dtype) -> Tensor:
     """``[(1 + d) (1 + degree), M]``: magnitudes, and those of slopes, by degree."""
     known = monomials(dimension, degree)
-    table = torch.zeros(1 + dimension, 1 + degree, len(known), dtype=torch.float64)
+    table = torch.zeros(1 + dimension, 1 + degree, len(known), dtype=dtype)
     for n, powers in enumerate(known):
         k = sum(powers)
         table[0, k, n] = 1
@@ -130,7 +145,7 @@ def _magnitudes(of: Expansion) -> Tensor:
 
     Row 0 is of the polynomials, row 1 + a of their slopes by s_a.
     """
-    table = _sums(of.dimension, of.degree)
+    table = _sums(of.dimension, of.degree, of.rows.dtype)
     sums = table @ of.rows.abs().flatten(1)
     return sums.view(1 + of.dimension, 1 + of.degree, *of.rows.shape[1:])
 
@@ -138,13 +153,13 @@ def _magnitudes(of: Expansion) -> Tensor:
 def linear(inputs: Expansion, weight: Tensor, bias: Tensor | None = None) -> Expansion:
     """W q + b."""
     rows = F.linear(inputs.rows, weight)
-    rounding = (weight.shape[1] + 8) * UNIT
+    rounding = (weight.shape[1] + 8) * unit(inputs.rows)
     before = torch.cat([inputs.stray + rounding * inputs.size, inputs.size])
     stray, size = F.linear(before, weight.abs()).chunk(2)
     if bias is not None:
         rows[0] += bias
         size[0] += bias.abs()
-        stray[0] += 4 * UNIT * size[0]
+        stray[0] += 4 * unit(rows) * size[0]
     return Expansion(rows, stray, size, inputs.dimension, inputs.degree)
 
 
@@ -153,7 +168,7 @@ def add(first: Expansion, second: Expansion) -> Expansion:
     size = first.size + second.size
     return Expansion(
         first.rows + second.rows,
-        first.stray + second.stray + 2 * UNIT * size,
+        first.stray + second.stray + 2 * unit(size) * size,
         size,
         first.dimension,
         first.degree,
@@ -192,13 +207,13 @@ def sine(inputs: Expansion, degree: int) -> Expansion:
     sums = _magnitudes(inputs)
     up, across = into[0].abs(), w[0].abs()
     # What sine and cosine themselves round counts as an error of q.
-    off, steep = inputs.off + 8 * UNIT, sums[1:].sum(1)
+    off, steep = inputs.off + 8 * unit(up), sums[1:].sum(1)
     reach = sums[0, 1:].sum(0) + off
     most_sine = (up + across * reach).clamp(max=1)
     most_cosine = (across + up * reach).clamp(max=1)
     beyond, most = _beyond(sums, steep, up, across, degree)
     stray, size = torch.empty_like(inputs.stray), torch.ones_like(inputs.stray)
-    stray[0] = inputs.stray[0] + 8 * UNIT
+    stray[0] = inputs.stray[0] + 8 * unit(up)
     stray[1:] = (off * most_sine) * steep
     stray[1:].addcmul_(most_cosine, inputs.stray[1:])
     stray[1:] += beyond
@@ -230,7 +245,7 @@ def _beyond(
     for k, part in enumerate(of_cosine):
         low.addcmul_(part, b[:, : degree - k].sum(1))
     # The difference rounds, and so did the polynomial.
-    rounding = (64 + 8 * degree * degree) * UNIT
+    rounding = (64 + 8 * degree * degree) * unit(most)
     return (most - low).clamp_(min=0).add_(most, alpha=rounding), most
 
 
@@ -267,8 +282,8 @@ def product(first: Expansion, second: Expansion) -> Expansion:
         for k in range(degree):
             stray[1:].addcmul_(sums[1:, k], others[0, degree - k :].sum(0))
         size[1:].addcmul_(steep, values)
-    stray[1:] += 64 * UNIT * size[1:]
+    stray[1:] += 64 * unit(size) * size[1:]
     size[0] = p[0].abs() * q[0].abs()
     stray[0] = p[0].abs() * second.stray[0] + q[0].abs() * first.stray[0]
-    stray[0] += first.stray[0] * second.stray[0] + 4 * UNIT * size[0]
+    stray[0] += first.stray[0] * second.stray[0] + 4 * unit(size) * size[0]
     return Expansion(rows, stray, size, d, degree)

@@ -42,9 +42,11 @@ def fit_levels(
     where: tuple[Tensor, Tensor],
     *,
     extras: dict[str, Tensor] | None = None,
+    said: list[str],
     points: int | None = None,
     progress: bool = False,
     time_limit: float | None = None,
+    keep_on_interrupt: bool = False,
 ) -> list[dict[str, float]]:
     """The loss history; the codes are left at their optimum for the last level.
 
@@ -55,14 +57,16 @@ def fit_levels(
         settings: see `Settings`.
         where: masks ``[1, 1, *grid]`` of the two, on any grid over their unit boxes.
         extras: see `optimize`; label maps are on any grid, as masks.
+        said: see `optimize`; after a sentence of it no level follows.
         points: single points in place of each block, for a similarity of points.
         progress: show a bar.
         time_limit: seconds after which to stop early.
+        keep_on_interrupt: see `optimize`.
     """
     history: list[dict[str, float]] = []
     loss.prior_lmbda, began = 0.0, time.monotonic()
-    for image_A, image_B in levels:
-        left = None
+    for number, (image_A, image_B) in enumerate(levels, 1):
+        left, told = None, list[str]()
         if time_limit is not None:
             left = time_limit - (time.monotonic() - began)
             if left <= 0:
@@ -95,11 +99,16 @@ def fit_levels(
                 progress=progress,
                 time_limit=left,
                 callback=advance,
+                said=told,
+                keep_on_interrupt=keep_on_interrupt,
             )
         finally:
             for image in (image_A, image_B):
                 if isinstance(image, ChunkedImage):
                     image.close()
+        if told:
+            said += [f"on level {number} of {len(levels)}, {one}" for one in told]
+            break
     return history
 
 

@@ -21,6 +21,7 @@ from icon_nephi.folds import guarded_term, unfold
 from icon_nephi.losses import GradientICONPoints
 from icon_nephi.models import Fit, Settings, find_settings, make_pair
 from icon_nephi.optimize import Stage, optimize
+from icon_nephi.preprocess import fill_missing
 from icon_nephi.sampling import Patches, Points
 from icon_nephi.similarities import Comparison, find_similarity
 from icon_nephi.starts import Images, coincide, find_affine, identity
@@ -55,6 +56,7 @@ def fit_pair(
     segmentation_A: Tensor | None = None,
     segmentation_B: Tensor | None = None,
     mass_preserving: bool = False,
+    keep_on_interrupt: bool = False,
 ) -> Fit:
     """Register one pair from scratch.
 
@@ -79,6 +81,8 @@ def fit_pair(
         mass_preserving: intensities are densities, of modality "ct": image_A's are
             multiplied by det J before they are compared, and so the other way. "lncc"
             sees only how det J changes within a block, "ncc" sees all of it.
+        keep_on_interrupt: Ctrl-C during the deformable part ends that part, and the
+            fit's warnings say so; folds are still looked for.
 
     Raises:
         ValueError: unknown field or similarity; label maps without a common label.
@@ -92,6 +96,7 @@ def fit_pair(
     if choice.features != "beside":
         settings = replace(settings, features=0.0)
     seen = of_images(image_A, image_B, geometry_A, geometry_B)
+    image_A, image_B = fill_missing(image_A), fill_missing(image_B)
     if settings.features or choice.features == "only":
         image_A, mask_A, geometry_A = coarser(image_A, mask_A, geometry_A)
         image_B, mask_B, geometry_B = coarser(image_B, mask_B, geometry_B)
@@ -121,6 +126,7 @@ def fit_pair(
         time_limit=time_limit,
         final=True,
         levels=levels,
+        keep_on_interrupt=keep_on_interrupt,
     )
     net: Any = pair.net
     with torch.no_grad():
@@ -189,6 +195,7 @@ def _fit(
     time_limit: float | None = None,
     final: bool = False,
     levels: Sequence[tuple[Image, Image]] = (),
+    keep_on_interrupt: bool = False,
 ) -> tuple[AffinePair, list[dict[str, float]]]:
     """The deformable part behind an affine start, coarse to fine."""
     geometry = images.geometry_B
@@ -260,6 +267,7 @@ def _fit(
         time_limit=time_limit,
         callback=fade,
         said=said,
+        keep_on_interrupt=keep_on_interrupt,
     )
     if levels and not said and choice.features != "only":  # those on disk have none
         loss.similarity = choice.similarity
@@ -270,9 +278,11 @@ def _fit(
             settings,
             (images.where_A, images.where_B),
             extras=images.extras,
+            said=said,
             points=POINTS if choice.points else None,
             progress=progress,
             time_limit=time_limit,
+            keep_on_interrupt=keep_on_interrupt,
         )
     if final:
         unfold(

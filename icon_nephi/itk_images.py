@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from icon_nephi.coordinates import Geometry
+from icon_nephi.coordinates import Geometry, apply_affine
+from icon_nephi.lattices import spline_nodes, spline_solver
 from icon_nephi.memory import machine_memory
 from icon_nephi.physical import Array, FramedMap, linear_part, over_grid
 from icon_nephi.transforms import Map
@@ -251,7 +252,7 @@ def composite_transform(
     target: Geometry,
     matrix: Tensor | None = None,
     *,
-    tolerance: float = 1e-3,
+    tolerance: tuple[float, float] = (1e-3, 1e-3),
     margin: float = 0.05,
     device: torch.device | str = "cpu",
 ) -> Any:
@@ -291,16 +292,20 @@ def composite_transform(
         result: Array = (moved - shift) @ back.T - points
         return result
 
-    def displacement(points: Array) -> Array:
-        return beside(points, mapped(points))
+    def smooth(unit: Array) -> Array:
+        there = apply_affine(matrix.cpu(), torch.from_numpy(unit)).numpy()
+        inside: Array = ((there > 0) & (there < 1)).all(1)
+        return inside
 
-    nodes = _node_counts(displacement, source, tolerance)
+    finest = min(FINE_NODES, max(10**6, 4**d * int(np.prod(source.size))))
+    limits = max(MOST_NODES, finest), finest
+    nodes = spline_nodes(mapped, into, source.size, smooth, tolerance, limits).counts
     pads = [int(np.ceil(margin * n)) + 2 for n in nodes]  # 2: a cubic's reach
     grid = _padded(source, nodes, pads)
     frame = grid.unit_to_physical()
     field = over_grid(beside, grid.size, frame, d, np.float64, mapped=mapped)
     solvers = [_coefficients(n, p) for n, p in zip(nodes, pads, strict=True)]
-    quantum = 2.0 ** np.floor(np.log2(tolerance / 200))  # so that files compress
+    quantum = 2.0 ** np.floor(np.log2(tolerance[0] / 200))  # so that files compress
     for component in range(d):
         values = field[..., component]
         for axis, solve in enumerate(solvers):
@@ -324,45 +329,7 @@ def composite_transform(
     return composite
 
 
-def _node_counts(displacement: Any, source: Geometry, tolerance: float) -> list[int]:
-    """Nodes per tensor axis between the first and the last voxel centre.
-
-    The error of the spline is estimated along each axis: cubic interpolation of four
-    samples a voxel apart misses their middle by nine times what a spline misses.
-    """
-    d = source.dimension
-    rng = np.random.default_rng(0)
-    frame = source.unit_to_physical().numpy()
-    factors = []
-    for axis, n in enumerate(source.size):
-        # Within the box, where the map is smooth: it has a kink at the border.
-        reach = min(1.5, (n - 1) / 2) / (n - 1)
-        unit = rng.uniform(size=(500, d))
-        unit[:, axis] = reach + unit[:, axis] * (1 - 2 * reach)
-        step = np.zeros(d)
-        step[axis] = 2 * reach / 3
-        a, b, middle, c, e = (
-            displacement((unit + k * step) @ frame[:d, :d].T + frame[:d, d])
-            for k in (-1.5, -0.5, 0.0, 0.5, 1.5)
-        )
-        missed = np.linalg.norm((9 * (b + c) - (a + e)) / 16 - middle, axis=1) / 9
-        # The worst point is a few times worse than 99 in a hundred.
-        worst = 8 * np.quantile(missed, 0.99) * d
-        # A spline on half the steps is about ten times better.
-        factor = int(np.ceil((worst / tolerance) ** 0.3))
-        factors.append(min(max(factor, 1, int(np.ceil(4 / (n - 1)))), 8))
-    counts = [f * (n - 1) + 1 for f, n in zip(factors, source.size, strict=True)]
-    most = min(FINE_NODES, max(10**6, 4**d * int(np.prod(source.size))))
-    while np.prod(counts, dtype=float) > most and max(factors) > 1:
-        factors[int(np.argmax(factors))] -= 1
-        counts = [f * (n - 1) + 1 for f, n in zip(factors, source.size, strict=True)]
-    if np.prod(counts, dtype=float) > MOST_NODES:
-        shrink = (MOST_NODES / np.prod(counts, dtype=float)) ** (1 / d)
-        counts = [max(5, int(shrink * n)) for n in counts]
-    return counts
-
-
-def _padded(source: Geometry, nodes: list[int], pads: list[int]) -> Geometry:
+def _padded(source: Geometry, nodes: Sequence[int], pads: list[int]) -> Geometry:
     """The grid of nodes: over the image's box and ``pads`` steps beyond each end."""
     steps = [
         e / (n - 1)
@@ -385,13 +352,8 @@ def _coefficients(nodes: int, pad: int) -> Array:
     the map has a kink at the border that would ring inwards; outside a coefficient is
     the value at its node, which is exact where the displacement is constant.
     """
-    count = nodes + 2
-    system = np.zeros((count, count))
-    for row in range(1, count - 1):
-        system[row, row - 1 : row + 2] = np.array([1, 4, 1]) / 6
-    system[0, :5] = system[-1, -5:] = [1, -4, 6, -4, 1]
     solve = np.eye(nodes + 2 * pad)
     inner = slice(pad - 1, pad + nodes + 1)
     solve[inner] = 0
-    solve[inner, pad : pad + nodes] = np.linalg.inv(system)[:, 1:-1]
+    solve[inner, pad : pad + nodes] = spline_solver(nodes)
     return solve

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -16,6 +17,9 @@ from tqdm import tqdm
 
 from icon_nephi.losses import GradientICONPoints
 from icon_nephi.sampling import Patches, Points
+
+#: How the sentence begins that says of a kept interrupt.
+STOPPED = "stopped by the user"
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ def optimize(
     patience: int | None = None,
     callback: Callable[[int, ICONLoss], None] | None = None,
     said: list[str] | None = None,
+    keep_on_interrupt: bool = False,
 ) -> list[dict[str, float]]:
     """The loss history, one entry a step; the network is left at its optimum.
 
@@ -94,7 +99,8 @@ def optimize(
         patience: steps without a new lowest moving average of the loss after which a
             stage ends early (default: never).
         callback: called after every step with its number and ICONLoss.
-        said: a sentence is added if the loss was not finite.
+        said: a sentence is added if the loss was not finite, or for an interrupt.
+        keep_on_interrupt: once a step is done Ctrl-C only ends the optimisation.
 
     Raises:
         ValueError: the loss was not finite, at once or with nobody to tell.
@@ -107,9 +113,10 @@ def optimize(
     good = [w.detach().clone() for w in weights]
     mask_A, mask_B = (None if m is None else m > 0 for m in (mask_A, mask_B))
     ends = None if time_limit is None else time.monotonic() + time_limit
-    with tqdm(
-        total=total, disable=not progress, desc="registering", leave=False
-    ) as bar:
+    with (
+        _until_interrupted(history, total, said, keep_on_interrupt),
+        tqdm(total=total, disable=not progress, desc="registering", leave=False) as bar,
+    ):
         for stage in stages:
             images = [
                 gaussian_blur(
@@ -152,6 +159,27 @@ def optimize(
         _copy(good, weights)
         _tell(len(history), said)
     return history
+
+
+@contextmanager
+def _until_interrupted(
+    history: list[dict[str, float]], total: int, said: list[str] | None, keep: bool
+) -> Iterator[None]:
+    """Within, Ctrl-C ends the block; it goes on as ever where nothing is to be kept.
+
+    Weights may then be those of a step that only part of them has made: a step is small
+    enough for any part of it to be as good.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not (keep and history):
+            raise
+        if said is not None:
+            said.append(
+                f"{STOPPED} after {len(history)} of {total} steps: the map is what was "
+                "reached"
+            )
 
 
 def _copy(source: Sequence[Tensor], to: Sequence[Tensor]) -> None:

@@ -95,7 +95,8 @@ pairs.csv has the columns fixed and moving and may have name and those of other 
 (fixed_mask, moving_modality, landmarks_fixed, ...); relative paths start where the CSV
 lies. Each pair gets a folder in --out_dir; a finished one is skipped next time.
 
-exit codes: 0 done, 1 some pairs of --pairs failed, 2 wrong input.""",
+exit codes: 0 done, 1 some pairs of --pairs failed, 2 wrong input or out of memory,
+130 stopped by Ctrl-C.""",
     )
     inputs = parser.add_argument_group("inputs")
     add = inputs.add_argument
@@ -195,6 +196,12 @@ exit codes: 0 done, 1 some pairs of --pairs failed, 2 wrong input.""",
     )
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
     add("--time_limit", type=float, help="seconds after which to stop early")
+    add(
+        "--keep_on_interrupt",
+        action="store_true",
+        help="Ctrl-C stops the optimisation early, too, and what it has reached is "
+        "written; a second one discards it (default: the first does)",
+    )
     add("--quiet", action="store_true", help="no progress bar, no summary")
     many = parser.add_argument_group("many pairs")
     many.add_argument("--pairs", type=Path, help="CSV with a pair a row, see below")

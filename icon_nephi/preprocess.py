@@ -61,3 +61,43 @@ def find_scale(
     top = top + flatness * (highest - top)
     width = (top - bottom).clamp(min=1e-12)
     return lambda values: ((values - bottom) / width).clamp(-0.2, 1.2)
+
+
+def missing_slices(image: Tensor, axis: int) -> Tensor:
+    """Numbers of the slices that are constant between some of ``[B, C, *grid]`` not."""
+    slices = image.movedim(axis, 0).flatten(1)
+    empty = slices.amax(1) - slices.amin(1) <= 1e-6
+    full = (~empty).nonzero().flatten()
+    if len(full) == 0:
+        return full
+    between = torch.arange(len(empty), device=image.device)
+    return between[empty & (between > full[0]) & (between < full[-1])]
+
+
+def fill_missing(image: Tensor) -> Tensor:
+    """The image, its missing slices interpolated between their neighbours.
+
+    Where these show the same thing (they correlate by more than a half) a slice was
+    lost; otherwise it is taken for space between objects and left empty.
+    """
+    for axis in range(2, image.dim()):
+        gone = missing_slices(image, axis)
+        if len(gone) == 0:
+            continue
+        slices = image.movedim(axis, 0).clone()
+        kept = torch.ones(len(slices), dtype=torch.bool, device=image.device)
+        kept[gone] = False
+        full = kept.nonzero().flatten()
+        after = torch.searchsorted(full, gone)
+        low, high = full[after - 1], full[after]
+        pairs = torch.stack([slices[low], slices[high]]).flatten(2)
+        pairs = torch.nn.functional.normalize(
+            pairs - pairs.mean(2, keepdim=True), dim=2
+        )
+        alike = pairs.prod(0).sum(1) > 0.5
+        share = (
+            ((gone - low) / (high - low)).to(image).view(-1, *(1,) * (image.dim() - 1))
+        )
+        slices[gone[alike]] = torch.lerp(slices[low], slices[high], share)[alike]
+        image = slices.movedim(0, axis).contiguous()
+    return image

@@ -17,23 +17,24 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from icon_nephi.bounds import WIDER, expand_displacement, knots
 from icon_nephi.codes import LatentCode
-from icon_nephi.coordinates import apply_affine
-from icon_nephi.expansions import INFLATE, UNIT, monomials
+from icon_nephi.expansions import INFLATE, monomials, unit
 from icon_nephi.fields import LatentMLP
+from icon_nephi.regions import Region
 
 # Degrees of the polynomials: a deeper field loses more to its layers' magnitudes.
 SHALLOW_DEGREE, DEEP_DEGREE = 5, 6
 # Boxes expanded at once, and handled between two looks at the clock.
 BATCH, ROUND = 128, 2**10
-# How often a box is halved at most, along all axes together.
-HALVINGS = 15
+# How often a box is halved at most, along all axes together; and from how often on one
+# that float32 does not prove is tried in float64.
+HALVINGS, FINE = 15, 8
 # A box is split further until its determinants are proven to be at least this share of
 # that at its centre, so that the smallest one proven says something.
 SHARE = 0.25
@@ -41,65 +42,6 @@ SHARE = 0.25
 FAR = 4.0
 # Counterexamples kept.
 KEPT = 1000
-
-
-class Region:
-    """A part of space: a box in some frame, or the voxels of a mask there.
-
-    Args:
-        frame: homogeneous ``[d + 1, d + 1]`` float64: the unit box of psi -> the frame
-            in which the region is the unit box.
-        mask: boolean ``[*grid]`` over that unit box, or None: all of it.
-    """
-
-    def __init__(self, frame: Tensor, mask: Tensor | None = None) -> None:
-        self.frame, self.mask = frame, mask
-        if mask is not None:
-            # Voxels below every corner of the grid: boxes of voxels are counted by it.
-            self.below = torch.zeros([n + 1 for n in mask.shape], dtype=torch.int64)
-            self.below[tuple(slice(1, None) for _ in mask.shape)] = mask.long()
-            for axis in range(mask.dim()):
-                self.below = self.below.cumsum(axis)
-
-    def span(self) -> tuple[Tensor, Tensor]:
-        """The lowest and highest coordinates ``[d]`` in psi's frame."""
-        d = len(self.frame) - 1
-        ends = torch.cartesian_prod(*[torch.tensor([0.0, 1.0]).double()] * d)
-        placed = apply_affine(torch.linalg.inv(self.frame), ends)
-        # The unit box itself has exact ends; others are rounded outwards.
-        own = torch.equal(self.frame, torch.eye(d + 1, dtype=torch.float64))
-        slack = 0.0 if own else 1e-9
-        return placed.amin(0) - slack, placed.amax(0) + slack
-
-    def holds(self, points: Tensor) -> Tensor:
-        """Which points ``[N, d]`` lie in the region."""
-        places = apply_affine(self.frame, points)
-        inside = ((places >= 0) & (places <= 1)).all(1)
-        if self.mask is None:
-            return inside
-        last = torch.tensor(self.mask.shape) - 1
-        voxel = (places.clamp(0, 1) * last).round().long()
-        return inside & self.mask[tuple(voxel.T)]
-
-    def meets(self, low: Tensor, high: Tensor) -> Tensor:
-        """Which boxes ``[N]`` may meet the region; never leaves out one that does."""
-        d = low.shape[1]
-        centre = apply_affine(self.frame, (low + high) / 2)
-        half = (high - low) / 2 @ self.frame[:d, :d].abs().T + 1e-9
-        first, final = centre - half, centre + half
-        inside = ((final >= 0) & (first <= 1)).all(1)
-        if self.mask is None:
-            return inside
-        size = torch.tensor(self.mask.shape)
-        # A voxel's cell reaches half a voxel to either side.
-        ends = (first.clamp(0, 1), final.clamp(0, 1))
-        start, stop = ((e * (size - 1) + 0.5).floor().long() for e in ends)
-        start, stop = start.minimum(size - 1), (stop + 1).minimum(size)
-        found = torch.zeros(len(low), dtype=torch.int64)
-        for corner in itertools.product((0, 1), repeat=d):
-            at = tuple((start, stop)[end][:, a] for a, end in enumerate(corner))
-            found += (-1) ** (d - sum(corner)) * self.below[at]
-        return inside & (found > 0)
 
 
 class Boxes(NamedTuple):
@@ -144,7 +86,11 @@ class Bounds(NamedTuple):
 
 
 def bound_determinant(
-    field: nn.Module, code: LatentCode, low: Tensor, high: Tensor
+    field: nn.Module,
+    code: LatentCode,
+    low: Tensor,
+    high: Tensor,
+    dtype: torch.dtype = torch.float64,
 ) -> Bounds:
     """The `Bounds` of det J in boxes that no knot crosses, nor the unit box's border.
 
@@ -153,6 +99,7 @@ def bound_determinant(
         code: of batch 1, float64.
         low: lowest corners ``[N, d]``, float64.
         high: highest corners.
+        dtype: see `expand_displacement`.
     """
     d = low.shape[1]
     shallow = isinstance(field, LatentMLP) and len(field.hidden) == 1
@@ -161,20 +108,22 @@ def bound_determinant(
     # Beyond a border the field sees the border: nothing changes along that axis.
     half = torch.where((low >= 1) | (high <= 0), 0.0, half)
     centre = ((low + high) / 2).clamp(0, 1)
-    u = expand_displacement(field, code, centre, half, degree)
+    u = expand_displacement(field, code, centre, half, degree, dtype)
     by_x = torch.where(half > 0, 1 / half, 0.0)[:, None, :]
-    rows = u.rows.permute(1, 2, 0)  # [N, i, monomial]
+    rows = u.rows.double().permute(1, 2, 0)  # [N, i, monomial]
     jacobian = torch.eye(d, dtype=low.dtype) + rows[:, :, 1 : 1 + d] * by_x
-    remainder, size = (part[1:].permute(1, 2, 0) * by_x for part in (u.stray, u.size))
+    remainder, size = (
+        part[1:].double().permute(1, 2, 0) * by_x for part in (u.stray, u.size)
+    )
     inverse = torch.linalg.inv_ex(jacobian)[0]
     slopes, degrees, lower = _derivation(d, degree)
     coefficients = inverse @ rows
     changes = coefficients.abs() @ slopes * by_x
     # What stands between P J and I at the centre, and the rounding of the products.
     offset = (inverse @ jacobian - torch.eye(d, dtype=low.dtype)).abs()
-    rounding = 32 * UNIT * inverse.abs() @ (jacobian.abs() + size)
+    rounding = 32 * unit(inverse) * inverse.abs() @ (jacobian.abs() + size)
     rest = offset + rounding + inverse.abs() @ remainder
-    e = (changes + rest) * INFLATE
+    e = (changes + rest) * INFLATE[dtype]
     trace = (
         sum(
             (coefficients[:, k, n] * p * by_x[:, 0, k, None]) @ to
@@ -183,7 +132,7 @@ def bound_determinant(
         .abs()
         .sum(1)
     )
-    trace = (trace + rest.diagonal(dim1=1, dim2=2).sum(1)) * INFLATE
+    trace = (trace + rest.diagonal(dim1=1, dim2=2).sum(1)) * INFLATE[dtype]
     determinant = torch.linalg.det(jacobian)
     # How the determinant and its reciprocal, P's, may be rounded.
     sure = 1 - 1e-13 * jacobian.abs().sum(2).prod(1) / determinant
@@ -210,7 +159,7 @@ def _least(e: Tensor, trace: Tensor) -> Tensor:
     if d == 3:
         for a, b, c in itertools.permutations(range(3)):
             minors += e[:, 0, a] * e[:, 1, b] * e[:, 2, c]
-    return torch.maximum(dominant, 1 - trace - minors * INFLATE)
+    return torch.maximum(dominant, 1 - trace - minors * INFLATE[e.dtype])
 
 
 @cache
@@ -266,6 +215,10 @@ class Search:
             global_code=code.global_code.detach().cpu().double(),
             local_codes=tuple(g.detach().cpu().double() for g in code.local_codes),
         )
+        # Half the time, where products of matrices are not cut to bfloat16.
+        products = cast(Any, torch.backends.mkldnn).matmul.fp32_precision
+        exact = products in ("none", "ieee")
+        self.dtype = torch.float32 if exact else torch.float64
         self.region = region
         self.total = self.proven = self.refuted = 0.0
         self.smallest = torch.inf
@@ -290,8 +243,8 @@ class Search:
                 while waiting and not late:
                     boxes = waiting.pop()
                     before = self.proven + self.refuted
-                    corners = boxes.low.split(BATCH), boxes.high.split(BATCH)
-                    found = list(pool.map(self._bound, *corners))
+                    split = (part.split(BATCH) for part in boxes[:3])
+                    found = list(pool.map(self._bound, *split))
                     bounds = Bounds(*map(torch.cat, zip(*found, strict=True)))
                     further.append(self._decide(boxes, bounds))
                     decided((self.proven + self.refuted - before) / self.total)
@@ -305,10 +258,19 @@ class Search:
             self.left.append(boxes.at(~done))
         self.left = [boxes for boxes in self.left if len(boxes.low)]
 
-    def _bound(self, low: Tensor, high: Tensor) -> Bounds:
+    def _bound(self, low: Tensor, high: Tensor, halved: Tensor) -> Bounds:
+        """In float32 first; in float64 what that calls a fold, or leaves when small."""
         # In a thread of its own, which has its own switch for gradients.
         with torch.no_grad():
-            return bound_determinant(self.field, self.code, low, high)
+            found = bound_determinant(self.field, self.code, low, high, self.dtype)
+            again = (halved >= FINE) & ~(found.least >= SHARE) | ~(found.centre > 0)
+            if self.dtype != torch.float64 and again.any():
+                finer = bound_determinant(
+                    self.field, self.code, low[again], high[again]
+                )
+                for part, better in zip(found, finer, strict=True):
+                    part[again] = better
+            return found
 
     def _cover(self) -> list[Boxes]:
         """Boxes between knots and borders that cover the region, in rounds."""

@@ -51,6 +51,7 @@ def register(
     progress: bool = True,
     time_limit: float | None = None,
     memory_limit: int | str | None = None,
+    keep_on_interrupt: bool = False,
 ) -> Registration:
     """The `Registration` that lays image_A on image_B, optimised from scratch.
 
@@ -60,8 +61,7 @@ def register(
             the path of a Zarr folder.
         image_B: fixed: the same kind; its grid may differ.
         modality: ``"ct"``, ``"mri"`` or None; a tuple of two for (A, B).
-        mask_A: where image_A is looked at (above zero). ITK: on any grid; tensor:
-            ``[1, 1, *grid]`` on image_A's.
+        mask_A: above zero where image_A counts; ITK: any grid, else ``[1, 1, *grid]``.
         mask_B: the same of image_B.
         segmentation_A: label map of image_A, on a grid as a mask's; the labels that
             both have are laid on each other beside the images.
@@ -81,6 +81,7 @@ def register(
         progress: show a bar.
         time_limit: seconds after which the optimisation stops early.
         memory_limit: bytes, or as "4GiB": what images on disk may take in all.
+        keep_on_interrupt: Ctrl-C stops the optimisation early; `warnings` say so.
 
     Raises:
         TypeError: an argument of another kind than this.
@@ -93,9 +94,9 @@ def register(
     images = (image_A, image_B, mask_A, mask_B)
     labels = (segmentation_A, segmentation_B)
     A, B = read_pair(*images, modalities, device, memory_limit, progress, labels)
-    choices: dict[str, Any] = {"similarity": similarity, "field": field}
-    choices |= {"affine": affine, "seed": seed, "time_limit": time_limit}
-    choices["mass_preserving"] = mass_preserving
+    choices: dict[str, Any] = {"similarity": similarity, "field": field, "seed": seed}
+    choices |= {"affine": affine, "keep_on_interrupt": keep_on_interrupt}
+    choices |= {"time_limit": time_limit, "mass_preserving": mass_preserving}
     kind = modalities[0] if modalities[0] == modalities[1] else None
     with torch.enable_grad():
         fit = fit_pair(**A.beside(B), **choices, modality=kind, progress=progress)

@@ -64,6 +64,11 @@ def check_flags(given: argparse.Namespace) -> None:
                 "registration from scratch; with --model give --io_iterations and "
                 "--io_sim"
             )
+    if given.keep_on_interrupt and (not scratch or given.seeds > 1):
+        raise ValueError(
+            "--keep_on_interrupt is for one registration from scratch, without --model "
+            "and --seeds"
+        )
     if given.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {given.seeds}")
     names = {k: _pair_flags(k) for k in _BOTH}
@@ -177,7 +182,7 @@ def run(given: argparse.Namespace, command: list[str]) -> dict[str, Any]:
 
 def flags_of(given: argparse.Namespace) -> dict[str, str]:
     """The flags that a result depends on, as text."""
-    leave = {"pairs", "out_dir", "quiet", "json"}
+    leave = {"pairs", "out_dir", "quiet", "json", "keep_on_interrupt"}
     return {
         name: str(value)
         for name, value in sorted(vars(given).items())
@@ -217,6 +222,7 @@ def _from_scratch(given: argparse.Namespace, images: dict[str, Any]) -> list[Any
             device=given.device,
             progress=not given.quiet,
             time_limit=given.time_limit,
+            keep_on_interrupt=given.keep_on_interrupt,
         )
         for seed in range(given.seed, given.seed + given.seeds)
     ]

@@ -24,7 +24,8 @@ from icon_nephi.coordinates import points_as_grid
 from icon_nephi.expansions import monomials
 from icon_nephi.inputs import voxel_geometry
 from icon_nephi.models import Fit
-from icon_nephi.proofs import Region, Search, bound_determinant
+from icon_nephi.proofs import Search, bound_determinant
+from icon_nephi.regions import Region
 from icon_nephi.registration import DIRECTIONS, Registration
 from icon_nephi.transforms import NeuralTransform, value_and_jacobian
 
@@ -94,14 +95,15 @@ def samples(low, high, generator):
         yield s, (low + high) / 2 + s * (high - low) / 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("order", ["quadratic", "linear"])
 @pytest.mark.parametrize("kind", FIELDS)
-def test_no_slope_strays_further_than_bounded(kind, dimension, order, generator):
+def test_no_slope_strays_further_than_bounded(kind, dimension, order, dtype, generator):
     field, code = random_map(kind, dimension, 1, order=order)
     low, high = random_boxes(code, dimension, 60, generator)
     half = (high - low) / 2
     for degree in (2, 4):
-        u = expand_displacement(field, code, (low + high) / 2, half, degree)
+        u = expand_displacement(field, code, (low + high) / 2, half, degree, dtype)
         powers = torch.tensor(monomials(dimension, degree)).double()
         for s, points in samples(low, high, generator):
             true = jacobians(field, code, points) - torch.eye(dimension)
@@ -109,18 +111,19 @@ def test_no_slope_strays_further_than_bounded(kind, dimension, order, generator)
                 lower = powers.clone()
                 lower[:, axis] = (lower[:, axis] - 1).clamp(min=0)
                 terms = (s[None] ** lower[:, None]).prod(-1) * powers[:, axis, None]
-                slope = torch.einsum("mn,mnc->nc", terms, u.rows)
+                slope = torch.einsum("mn,mnc->nc", terms, u.rows.double())
                 strayed = (true[:, :, axis] * half[:, axis, None] - slope).abs()
                 assert (strayed <= u.stray[1 + axis] + 1e-14).all()
     tiny = expand_displacement(field, code, (low + high) / 2, half * 1e-3, 4)
     assert tiny.stray[1:].max() < 1e-6  # of a high order, not just large
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("kind", FIELDS)
-def test_determinants_stay_above_their_bound(kind, dimension, generator):
+def test_determinants_stay_above_their_bound(kind, dimension, dtype, generator):
     field, code = random_map(kind, dimension, 2, strength=0.02)
     low, high = random_boxes(code, dimension, 300, generator, outside=True)
-    bounds = bound_determinant(field, code, low, high)
+    bounds = bound_determinant(field, code, low, high, dtype)
     assert (bounds.least > 0.3).float().mean() > 0.3
     for _, points in samples(low, high, generator):
         true = torch.linalg.det(jacobians(field, code, points))

@@ -272,5 +272,6 @@ def test_being_stopped_is_no_traceback(folder, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.register([*pair(save="out/p.nephi"), "--quiet"])
     assert stopped.value.code == 130
-    assert capsys.readouterr().err == "nephi-register: stopped\n"
+    said = "stopped by the user; what was not finished is not written"
+    assert capsys.readouterr().err == f"nephi-register: {said}\n"
     assert not list((folder.path / "out").iterdir())

@@ -63,6 +63,7 @@ ORDER = [
     "streaming",
     "expansions",
     "bounds",
+    "regions",
     "proofs",
     "certificate",
     "itk_wrapper",
