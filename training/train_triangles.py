@@ -2,7 +2,7 @@
 
 python -m training.train_triangles --size 128 --minutes 10
 python -m training.train_triangles --method voxel --size 128 --minutes 10
-python -m training.train_triangles --minutes 10 --hollow --blur 8 --points 600
+python -m training.train_triangles --minutes 10 --hollow --blur 8 --points 600 --lmbda 3
 """
 
 from icon_nephi.phantoms import triangles_and_circles
