@@ -117,8 +117,8 @@ def doubts(found: dict[str, float], *, contrast: bool = False) -> list[str]:
         )
     if found.get("gaps", 0):
         said.append(
-            f"{found['gaps']:.0f} slices between others are empty: they were filled in "
-            "from their neighbours, and the map is less exact there"
+            f"{found['gaps']:.0f} slices between others are empty: around them the map "
+            "is less exact; mask them if they are many"
         )
     if found["outside"] > OUTSIDE:
         said.append(

@@ -21,14 +21,14 @@ from icon_nephi.transforms import Composition, Map, MatrixTransform, NeuralTrans
 
 _Array: TypeAlias = npt.NDArray[Any]
 # Steps of a spline to a voxel, from the coarsest on.
-_RUNGS = (1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 1, 2, 3, 4, 5, 6, 8)
+_RUNGS = (1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 1, 2, 3, 4, 5, 6, 8, 12, 16)
 # Places where an axis is tried, and the nodes around each: at 6 nodes from an end a
 # spline has forgotten it but for 4 parts in 10,000.
 _SAMPLES, _WINDOW = 800, 12
 # The worst of all places is about so much worse than the worst of the samples.
 _WORSE = 2.0
 # Determinants may take so many nodes, or twice as many as places take.
-_MODEST = 10**6
+_MODEST = 250_000
 # Points whose lines are prepared together: whole planes of the lattice.
 _PREPARED = 2**18
 
@@ -166,7 +166,8 @@ def spline_nodes(
                 counts, misses[axis] = finer, missed(axis, finer[axis])
             else:
                 left.remove(axis)
-    place, volume = (max(m[kind] for m in misses) for kind in (0, 1))
+    known = [m for m in misses if math.isfinite(m[0])] or [(0.0, 0.0)]
+    place, volume = (max(m[kind] for m in known) for kind in (0, 1))
     return Nodes(tuple(counts), place, volume)
 
 
@@ -184,8 +185,9 @@ def _missed(
 ) -> tuple[float, float]:
     """About the most that places and determinants are off by the steps of one axis."""
     d, unit = unit.shape[1], unit.copy()
-    # Half of them at nodes, which is where voxels are.
+    # Half of them at nodes, where the voxels are; none where the map has its border.
     unit[::2, axis] = np.round(unit[::2, axis] * (count - 1)) / (count - 1)
+    unit = unit.clip(1e-6, 1 - 1e-6)
     reach = np.zeros(d)
     reach[axis] = _WINDOW / 2 / (count - 1)
     ends = (np.clip(unit + way * reach, 0, 1) for way in (-1, 1))

@@ -133,10 +133,56 @@ def test_huge_images_get_coarser_fields(monkeypatch):
     monkeypatch.setattr(itk_images, "FINE_NODES", 1000)
     monkeypatch.setattr(itk_images, "MOST_NODES", 1000)
     result = registration(3)
-    nodes = np.prod(list(result.phi_AB.GetNthTransform(1).GetFixedParameters())[:3])
-    assert nodes < 5000  # with the margin
+    assert np.prod(nodes_of(result.phi_AB)) < 5000  # with the margin
     points = rows_in(result.geometry_B, 300, np.random.default_rng(3))
     assert worst(result.phi_AB, result.transform_points, points) < 0.1
+
+
+def nodes_of(transform):
+    """Nodes of its field with the margins, tensor order."""
+    field = transform.GetNthTransform(1)
+    d = field.GetInputSpaceDimension()
+    return np.array(list(field.GetFixedParameters())[:d][::-1])
+
+
+def made_for(place, strength, said=None):
+    """The export of a map of one place to itself, and the map as a `Registration`."""
+    eye = torch.eye(place.dimension + 1, dtype=torch.float64)
+    fit = small_fit(place.dimension, eye, seed=3, strength=strength)
+    result = Registration(fit, place, place, itk=True)
+    transform = itk_images.composite_transform(
+        result.map_AB, place, place, fit.matrix, said=said
+    )
+    return transform, result
+
+
+def test_a_smooth_map_takes_fewer_nodes_than_the_image_has_voxels():
+    place, said = geometry((150, 210), 5), []
+    transform, result = made_for(place, 0.001, said)
+    assert np.prod(nodes_of(transform)) < np.prod(place.size) / 4
+    points = rows_in(place, 500, np.random.default_rng(3))
+    assert worst(transform, result.transform_points, points) < 1e-3
+    assert not said
+
+
+def test_the_thick_slices_are_divided():
+    place = geometry((7, 30, 30), 5)
+    place = Geometry(place.size, (1.0, 1.0, 6.0), place.origin, place.direction)
+    transform, result = made_for(place, 0.01)
+    thick, *thin = nodes_of(transform) / np.array(place.size)
+    assert thick > 2 * max(thin)
+    points = rows_in(place, 500, np.random.default_rng(3))
+    assert worst(transform, result.transform_points, points) < 1e-3
+
+
+def test_too_few_nodes_are_told(monkeypatch):
+    monkeypatch.setattr(itk_images, "FINE_NODES", 3000)
+    monkeypatch.setattr(itk_images, "MOST_NODES", 3000)
+    said = []
+    made_for(geometry((20, 18, 16), 5), 0.03, said)
+    assert len(said) == 1
+    assert "no room for more nodes" in said[0]
+    assert " mm off" in said[0]
 
 
 @pytest.mark.parametrize(

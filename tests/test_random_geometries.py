@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from small_fits import geometry, rows_in, small_fit, unit_matrix
 
 from icon_nephi import cli, itk_images
+from icon_nephi.coordinates import Geometry
 from icon_nephi.physical import over_grid
 from icon_nephi.registration import Registration
 
@@ -32,12 +33,12 @@ def in_empty_folder():
             os.chdir(before)
 
 
-def made(seed, dimension, flipped):
+def made(seed, dimension, flipped, strength=0.01):
     """A registration between two random places, and a smooth moving image."""
     generator = np.random.default_rng(seed)
     sizes = generator.integers(*SIZES[dimension], (2, dimension)).tolist()
     places = geometry(sizes[0], seed + 1, flipped), geometry(sizes[1], seed + 2)
-    fit = small_fit(dimension, unit_matrix(dimension), seed=seed)
+    fit = small_fit(dimension, unit_matrix(dimension), seed=seed, strength=strength)
     result = Registration(fit, *places, itk=True)
     grid = np.stack(np.meshgrid(*map(np.arange, sizes[0]), indexing="ij"))
     values = np.cos(grid / 4.0).prod(0) + grid[0] / 10
@@ -151,5 +152,34 @@ def test_determinants_are_those_of_central_differences(seed, dimension, flipped)
     np.testing.assert_allclose(exact[kept], own, atol=1e-3)
     theirs = differences(lambda p: through(transform, p), points[kept], h)
     np.testing.assert_allclose(exported[kept], theirs, atol=1e-3)
-    # A spline has the map's places to 0.001 mm, its slopes not quite as well.
-    np.testing.assert_allclose(exported[kept], exact[kept], atol=2e-2)
+    # So rough a map for so few voxels takes more nodes than it may have.
+    np.testing.assert_allclose(exported[kept], exact[kept], atol=5e-3)
+
+
+@few
+@given(*anything)
+def test_the_export_has_the_determinants_of_the_map(seed, dimension, flipped):
+    result, _ = made(seed, dimension, flipped, strength=0.003)
+    ways = {"fixed_to_moving": result.phi_AB, "moving_to_fixed": result.phi_BA}
+    places = {
+        "fixed_to_moving": result.geometry_B,
+        "moving_to_fixed": result.geometry_A,
+    }
+    for way, transform in ways.items():
+        place = places[way]
+        # Between the voxels, and far from where the fixed image ends, which is a kink.
+        low = 0.02 if way == "fixed_to_moving" else 0.3
+        corner = rows_in(place, 1, np.random.default_rng(0), low, low)[0]
+        grid = Geometry(
+            size=(5,) * dimension,
+            spacing=tuple((1 - 2 * low) / 4 * e for e in place.extent[::-1]),
+            origin=tuple(corner.tolist()),
+            direction=place.direction,
+        )
+        reference = itk_images.image_of(np.zeros(grid.size, np.uint8), grid)
+        exact = itk_images.array_of(result.jacobian_determinant(reference, way)).ravel()
+        points, h = centres(grid), 0.01 * min(place.spacing)
+        theirs = differences(lambda p, t=transform: through(t, p), points, h)
+        assert np.ptp(exact) > 3e-3  # there is something to miss
+        # 0.001 of a determinant of one; here they are up to 4, by the unlike grids.
+        np.testing.assert_allclose(theirs, exact, rtol=5e-4, atol=5e-4)
