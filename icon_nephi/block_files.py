@@ -13,7 +13,7 @@ import numpy as np
 
 from icon_nephi.chunks import Array, Box
 from icon_nephi.coordinates import Geometry
-from icon_nephi.files import written_whole
+from icon_nephi.files import part_of, written_whole
 from icon_nephi.raw_files import write_meta_header
 from icon_nephi.zarr_files import zarr_writer
 
@@ -60,11 +60,11 @@ def written_blocks(
             f"{path}: OME-Zarr holds no direction, and this grid has one; end the path "
             "in .mha"
         )
-    part = path.with_name(f".part{os.getpid()}-{path.name}")
+    part = part_of(path)
     try:
         yield zarr_writer(part, place, channels, dtype, BLOCK)
         if path.exists():
-            old = path.with_name(f".old{os.getpid()}-{path.name}")
+            old = part_of(path, kind="old")
             os.replace(path, old)
             os.replace(part, path)
             shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink()

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from icon_nephi.memory import ran_out, shortage
 from icon_nephi.parsers import (
     IMAGES,
     MODALITIES,
@@ -31,15 +32,18 @@ from icon_nephi.parsers import (
 
 
 def _one_sentence(prog: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Turn what bad input raises into one line on stderr and exit code 2."""
+    """Turn errors of input and memory, and Ctrl-C, into a line on stderr and a code."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @wraps(command)
         def run(argv: Sequence[str] | None = None) -> None:
             try:
                 command(argv)
-            except (ValueError, TypeError, OSError, MemoryError) as error:
-                said = " ".join(str(error).split()) or "not enough memory"
+            except (ValueError, TypeError, OSError, MemoryError, RuntimeError) as error:
+                full = ran_out(error)
+                if isinstance(error, RuntimeError) and not full:
+                    raise
+                said = " ".join(str(shortage(error) if full else error).split())
                 print(f"{prog}: {said}", file=sys.stderr)
                 raise SystemExit(2) from None
             except KeyboardInterrupt as stop:
@@ -88,8 +92,8 @@ def _register_pairs(given: argparse.Namespace, command: list[str]) -> None:
         )
     if given.keep_on_interrupt:
         raise ValueError(
-            "--keep_on_interrupt is for one pair; of --pairs the finished ones are kept "
-            "in any case, and the one that was stopped is done again next time"
+            "--keep_on_interrupt is for one pair; of --pairs the finished ones are "
+            "kept in any case, and the one that was stopped is done again next time"
         )
     if not given.out_dir.is_dir() or not os.access(given.out_dir, os.W_OK):
         what = "cannot be written to" if given.out_dir.is_dir() else "is not a folder"

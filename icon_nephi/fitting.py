@@ -19,6 +19,7 @@ from icon_nephi.features import FeatureDifference, FeaturesAlone, coarser
 from icon_nephi.finer import fit_levels
 from icon_nephi.folds import guarded_term, unfold
 from icon_nephi.losses import GradientICONPoints
+from icon_nephi.memory import memory_for
 from icon_nephi.models import Fit, Settings, find_settings, make_pair
 from icon_nephi.optimize import Stage, optimize
 from icon_nephi.preprocess import fill_missing
@@ -37,6 +38,7 @@ POINTS, BLUR = 8, 0.5
 DICE = 1.0
 
 
+@memory_for("the registration")
 def fit_pair(
     image_A: Tensor,
     image_B: Tensor,
@@ -61,7 +63,8 @@ def fit_pair(
     """Register one pair from scratch.
 
     Args:
-        image_A: moving ``[1, C, *grid]``, about [0, 1] (see `icon_nephi.preprocess`).
+        image_A: moving ``[1, C, *grid]``, about [0, 1] (see `icon_nephi.preprocess`);
+            slices that were lost are filled in, see `fill_missing`.
         image_B: fixed ``[1, C, *grid]``, on any grid.
         geometry_A: where image_A lies.
         geometry_B: where image_B lies.
@@ -86,6 +89,7 @@ def fit_pair(
 
     Raises:
         ValueError: unknown field or similarity; label maps without a common label.
+        MemoryError: smaller parts did not help either.
     """
     check_both("segmentation", segmentation_A, segmentation_B)
     size = levels[-1][1].shape[2:] if levels else geometry_B.size
@@ -95,8 +99,8 @@ def fit_pair(
     choice = find_similarity(similarity, settings.floor)
     if choice.features != "beside":
         settings = replace(settings, features=0.0)
-    seen = of_images(image_A, image_B, geometry_A, geometry_B)
     image_A, image_B = fill_missing(image_A), fill_missing(image_B)
+    seen = of_images(image_A, image_B, geometry_A, geometry_B)
     if settings.features or choice.features == "only":
         image_A, mask_A, geometry_A = coarser(image_A, mask_A, geometry_A)
         image_B, mask_B, geometry_B = coarser(image_B, mask_B, geometry_B)

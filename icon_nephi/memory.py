@@ -1,16 +1,31 @@
-"""How much memory a process may take, holds, and has held."""
+"""How much memory a process may take, holds, and has held; what to do without."""
 
 from __future__ import annotations
 
 import os
 import re
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 #: What a registration may take where nothing is said.
 MEMORY_LIMIT = "4GiB"
 # Bytes that fitting a pair on a level takes for each of its voxels, and in any case.
 _WORKING_BYTES, _RESERVE, _LEAST = 120, 300 * 2**20, 64 * 2**20
+# Points that a map is evaluated at together at least, however little memory there is.
+_POINTS = 2**8
+# What torch (CPU, CUDA, cuBLAS, Metal), NumPy and ITK say when there is none.
+_NONE_LEFT = re.compile(
+    "out of memory|(can't|unable to|failed to) allocate|not enough memory|alloc_failed",
+    re.IGNORECASE,
+)
+_ASKED = re.compile(r"allocate ([\d.]+ ?(?:[KMGT]i?B|bytes))", re.IGNORECASE)
+
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
 
 
 def to_bytes(limit: int | str) -> int:
@@ -78,3 +93,92 @@ def _status(name: str) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
+
+
+class Shortage(MemoryError):
+    """Memory ran out; the message is a sentence for who asked."""
+
+
+def ran_out(error: Exception) -> bool:
+    """Whether an error says that memory ran out, the machine's or a GPU's."""
+    said = isinstance(error, RuntimeError) and _NONE_LEFT.search(str(error))
+    return isinstance(error, MemoryError) or bool(said)
+
+
+def shortage(error: Exception, doing: str = "this") -> Shortage:
+    """What to raise in place of an error of which `ran_out` is true."""
+    if isinstance(error, Shortage):
+        return error
+    asked = _ASKED.search(str(error))
+    amount = ""
+    if asked:
+        number, unit = re.split(r"(?<=[\d.]) ?(?=[A-Za-z])", asked[1])
+        if unit.lower() == "bytes":
+            number, unit = f"{float(number) / 2**20:.0f}", "MiB"
+        amount = f"{number} {unit} more were asked for, and "
+    return Shortage(
+        f"not enough memory for {doing}: {amount}the process holds "
+        f"{held_memory() / 2**20:.0f} MiB; take smaller images or fewer points, end "
+        "what else needs memory, or hand over images on disk with a memory_limit"
+    )
+
+
+@contextmanager
+def memory_for(doing: str) -> Iterator[None]:
+    """Within, errors of which `ran_out` is true become a `Shortage`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out(error):
+            raise
+        raise shortage(error, doing) from error
+
+
+def in_smaller_parts(
+    work: Callable[[int], _Result], size: int, least: int, doing: str
+) -> _Result:
+    """What ``work(size)`` returns; while memory runs out, again with half the size.
+
+    Args:
+        work: may be called again after an error.
+        size: of the parts it does at once.
+        least: the smallest size that is tried.
+        doing: what it does, for the message.
+
+    Raises:
+        Shortage: the smallest size was too large.
+    """
+    while True:
+        try:
+            return work(size)
+        except (MemoryError, RuntimeError) as error:
+            if not ran_out(error):
+                raise
+            if size // 2 < least:
+                raise shortage(error, doing) from error
+        # Not within `except`, where the error holds what was allocated.
+        size //= 2
+
+
+def smaller_when_full(
+    work: Callable[Concatenate[Any, _Given], _Result],
+) -> Callable[Concatenate[Any, _Given], _Result]:
+    """The function, halving the ``chunk_size`` of a map while memory runs out.
+
+    It stays halved, as there will be no more memory next time.
+
+    Args:
+        work: its first argument is the map, or has it as ``phi``.
+    """
+
+    @wraps(work)
+    def run(owner: Any, /, *given: _Given.args, **named: _Given.kwargs) -> _Result:
+        phi = getattr(owner, "phi", owner)
+
+        def sized(size: int) -> _Result:
+            phi.chunk_size = size
+            return work(owner, *given, **named)
+
+        return in_smaller_parts(sized, phi.chunk_size, _POINTS, "the points of a map")
+
+    return run

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from icon_nephi.block_files import BLOCK, written_blocks
 from icon_nephi.chunks import Array, Box, ChunkCache
 from icon_nephi.coordinates import Geometry, apply_affine, points_as_grid, sample_image
-from icon_nephi.memory import plan, to_bytes
+from icon_nephi.memory import in_smaller_parts, plan, to_bytes
 from icon_nephi.pairs import as_volume
 from icon_nephi.physical import FramedMap, over_grid
 from icon_nephi.registration import DIRECTIONS, Registration
@@ -33,8 +34,9 @@ from icon_nephi.volumes import WORKING
 
 #: Voxels by which a place may be off; determinants: the number itself.
 TOLERANCE, TOLERANCE_DETERMINANT = 0.1, 0.01
-# Blocks a side that follow each other; voxels between the nodes of the first lattice.
-NEAR, STEP = 4, 8
+# Blocks a side that follow each other; voxels between the nodes of the first lattice;
+# voxels a side of a block at least, where memory is short.
+NEAR, STEP, LEAST = 4, 8, 8
 # Voxels of a block that are compared; how much worse another may be.
 _CHECKS, _SAFETY = 64, 3.0
 _ROUNDING = 1e-9
@@ -265,19 +267,32 @@ def _stream(
     starts.sort(key=lambda s: (*(i // (NEAR * BLOCK) for i in s), *s))
     generator = np.random.default_rng(0)
     with written_blocks(Path(path), place, channels, dtype) as write:
+
+        def work(block: Box, side: int) -> float:
+            error = 0.0
+            for box in _parts(block, side):
+                found, missed = _in_block(task, box, generator)
+                error, values = max(error, missed), finish(found)
+                if dtype.kind in "iu":
+                    ends = np.iinfo(dtype)
+                    values = np.rint(values).clip(ends.min, ends.max)
+                write(box, values.astype(dtype))
+            return error
+
         for start in tqdm(starts, desc=name, disable=not progress, leave=False):
-            box = tuple(
-                slice(s, min(s + BLOCK, n))
-                for s, n in zip(start, place.size, strict=True)
-            )
-            found, error = _in_block(task, box, generator)
+            ends = (min(s + BLOCK, n) for s, n in zip(start, place.size, strict=True))
+            block = tuple(map(slice, start, ends))
+            error = in_smaller_parts(partial(work, block), BLOCK, LEAST, f"the {name}")
             worst = max(worst, error)
-            values = finish(found)
-            if dtype.kind in "iu":
-                ends = np.iinfo(dtype)
-                values = np.rint(values).clip(ends.min, ends.max)
-            write(box, values.astype(dtype))
     return worst
+
+
+def _parts(block: Box, side: int) -> Iterator[Box]:
+    """A box in boxes of at most so many voxels a side."""
+    for starts in product(*(range(b.start, b.stop, side) for b in block)):
+        yield tuple(
+            slice(s, min(s + side, b.stop)) for s, b in zip(starts, block, strict=True)
+        )
 
 
 def _in_block(

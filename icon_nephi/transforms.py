@@ -27,6 +27,7 @@ from icon_nephi import fields
 from icon_nephi._check import check_coordinates
 from icon_nephi.codes import LatentCode
 from icon_nephi.coordinates import from_rows, to_rows
+from icon_nephi.memory import smaller_when_full
 
 Map = Callable[[Tensor], Tensor]
 CHUNK_SIZE = 2**13  # its layers fit the caches of a core (docs/performance.md)
@@ -116,6 +117,7 @@ class NeuralTransform(_Transform):
             )
         return coordinates
 
+    @smaller_when_full
     def _in_chunks(self, jets: bool, rows: Tensor) -> tuple[Tensor, ...]:
         """Displacements of rows; with ``jets`` their derivatives too."""
         rows = rows.to(self.code.global_code.dtype)
@@ -172,10 +174,11 @@ class _Recomputed(torch.autograd.Function):
         return tuple(t.detach() for t in ctx.kept[0][1])
 
     @staticmethod
+    @smaller_when_full
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         phi, rows, derive = ctx.phi, ctx.saved_tensors[0], ctx.needs_input_grad[2]
         slopes, sums = [], [torch.zeros_like(w) for w in ctx.weights]
-        split = partial(phi._split, ctx.jets)
+        split = (lambda t: (t,)) if ctx.kept else partial(phi._split, ctx.jets)
         for chunk, *outer in zip(*map(split, (rows, *grads)), strict=True):
             x, out = ctx.kept.pop() if ctx.kept else _with_graph(ctx, chunk)
             inputs = (*ctx.weights, x) if derive else ctx.weights
@@ -189,8 +192,7 @@ class _Recomputed(torch.autograd.Function):
             if not ctx.jets:
                 jacobian = phi._in_chunks(True, rows)[1]
                 sums[-1] = torch.einsum("bnij,bni->bnj", jacobian, grads[0])
-        by_rows = sums.pop()
-        return None, None, by_rows if derive else None, *sums
+        return None, None, sums[-1] if derive else None, *sums[:-1]
 
 
 def _with_graph(ctx: Any, rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -252,8 +254,7 @@ def value_and_jacobian(phi: Map, coordinates: Tensor) -> tuple[Tensor, Tensor]:
     """
     known = getattr(phi, "value_and_jacobian", None)
     if known is not None:
-        result: tuple[Tensor, Tensor] = known(coordinates)
-        return result
+        return cast(tuple[Tensor, Tensor], known(coordinates))
     if getattr(phi, "__qualname__", "") == _TWO_STEPS:
         cells = getattr(phi, "__closure__", ())
         outer, inner = (cell.cell_contents for cell in cells)
@@ -396,5 +397,4 @@ class FirstTransform(RegistrationModule):
 
     def forward(self, image_A: Tensor, image_B: Tensor) -> Map:
         """The first of the pair."""
-        first: Map = self.net(image_A, image_B)[0]
-        return first
+        return cast(Map, self.net(image_A, image_B)[0])

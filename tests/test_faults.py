@@ -1,29 +1,42 @@
 """What goes wrong from outside: Ctrl-C, too little memory, work that was killed."""
 
 import json
+import os
+import re
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import itk
+import numpy as np
 import pytest
 import torch
 from command_files import make_folder, pair, refused, result
+from small_fits import small_fit, unit_matrix
 from test_fitting import PLACE, SMALL
 from test_optimize import run
 
 from icon_nephi import (
+    block_files,
     cli,
     compare,
     describe,
+    files,
     itk_images,
     itk_maps,
     load,
+    memory,
     register,
     registration,
+    runs,
+    streaming,
 )
 from icon_nephi.fitting import fit_pair
 from icon_nephi.losses import GradientICONPoints
 from icon_nephi.phantoms import triangles_and_circles
+from icon_nephi.transforms import NeuralTransform
 
 
 @pytest.fixture
@@ -180,13 +193,17 @@ def test_of_many_pairs_the_finished_ones_are_kept(folder, monkeypatch, capfd):
     rows = ["name,fixed,moving", *(f"{n},fixed.nrrd,moving.nrrd" for n in "ab")]
     (folder.path / "pairs.csv").write_text("\n".join(rows))
     flags = ["--pairs", "pairs.csv", "--out_dir", "out", "--quiet"]
-    fit, calls = registration.fit_pair, []
+    calls = []
 
-    def second(*images, **options):
+    def second(given, _):
         calls.append(0)
-        return press() if len(calls) == 2 else fit(*images, **options)
+        if len(calls) == 2:
+            press()
+        found = {"flags": runs.flags_of(given)}
+        given.json.write_text(json.dumps(found))
+        return found
 
-    monkeypatch.setattr(registration, "fit_pair", second)
+    monkeypatch.setattr(runs, "run", second)
     said = stopped(cli.register, flags, capfd)
     assert said == (
         "stopped by the user; 1 of 2 pairs are done, and the same command goes on with "
@@ -231,3 +248,310 @@ def test_keeping_is_for_one_pair_from_scratch(folder, capfd, more):
     refused(
         cli.register, [*flags, *more, "--keep_on_interrupt"], words, folder.path, capfd
     )
+
+
+# --- too little memory --------------------------------------------------------------
+
+SAID = {
+    "cpu": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't "
+        "allocate memory: you tried to allocate 2097152000 bytes. Error code 12"
+    ),
+    "windows": RuntimeError(
+        "DefaultCPUAllocator: not enough memory: you tried to allocate 1048576 bytes."
+    ),
+    "cuda": torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity"
+    ),
+    "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"),
+    "itk": RuntimeError("itk::ERROR: Failed to allocate memory for image."),
+    "numpy": MemoryError("Unable to allocate 7.28 TiB for an array with shape (1,)"),
+    "python": MemoryError(),
+}
+ASKED = {"cpu": "2000 MiB", "windows": "1 MiB", "cuda": "20.00 MiB"}
+ASKED["numpy"] = "7.28 TiB"
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_says_that_memory_ran_out_becomes_one_sentence(name):
+    assert memory.ran_out(SAID[name])
+    with pytest.raises(MemoryError) as raised, memory.memory_for("a test"):
+        raise SAID[name]
+    said = str(raised.value)
+    assert said.startswith("not enough memory for a test: ")
+    assert said.endswith("memory_limit")
+    assert "\n" not in said
+    assert (f"{ASKED.get(name)} more were asked for" in said) == (name in ASKED)
+    with pytest.raises(MemoryError, match=re.escape(said)), memory.memory_for("more"):
+        raise raised.value
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="shapes"), memory.memory_for("a test"):
+        raise RuntimeError("shapes cannot be multiplied")
+    assert not memory.ran_out(ValueError("out of memory"))
+
+
+def small_map(dimension, **options):
+    fit = small_fit(dimension, unit_matrix(dimension), kind="ModulatedSiren")
+    return NeuralTransform(fit.field_AB.requires_grad_(), fit.code, **options)
+
+
+def too_many(count, patch):
+    """Let memory suffice for so many points at once; the sizes that were asked for."""
+    evaluate, asked = NeuralTransform._evaluate, []
+
+    def limited(phi, jets, rows):
+        asked.append(rows.shape[1])
+        if rows.shape[1] > count:
+            raise SAID["cpu"]
+        return evaluate(phi, jets, rows)
+
+    patch.setattr(NeuralTransform, "_evaluate", limited)
+    return asked
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["no_grad", "grad"])
+def test_where_memory_is_short_points_are_taken_in_smaller_parts(
+    dimension, live, monkeypatch
+):
+    x = torch.rand(1, dimension, 3000, *(1,) * (dimension - 1), requires_grad=live)
+    with torch.set_grad_enabled(live):
+        phi = small_map(dimension)
+        expected = phi.value_and_jacobian(x)
+        asked = too_many(400, monkeypatch)
+        found = phi.value_and_jacobian(x)
+        assert phi.chunk_size == 1024
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+        asked.clear()
+        phi.value_and_jacobian(x)
+        assert max(asked) <= 400  # it remembers
+
+
+def test_so_it_is_in_the_backward_pass(dimension, monkeypatch):
+    x = torch.rand(1, dimension, 2000, *(1,) * (dimension - 1), requires_grad=True)
+    phi = small_map(dimension)
+    weights = [x, *phi.field.parameters()]
+    expected = torch.autograd.grad(phi(x).square().sum(), weights)
+    for chunk_size, kept in ((8192, True), (1500, False)):
+        phi.chunk_size = chunk_size
+        loss = phi(x).square().sum()
+        with monkeypatch.context() as patch:
+            if kept:  # the graph of the forward pass is there, but cannot be used
+                grad, calls = torch.autograd.grad, []
+
+                def once(*arguments, calls=calls, grad=grad):
+                    calls.append(0)
+                    if len(calls) == 2:
+                        raise SAID["cuda"]
+                    return grad(*arguments)
+
+                patch.setattr(torch.autograd, "grad", once)
+            else:
+                too_many(400, patch)
+            found = torch.autograd.grad(loss, weights)
+        assert phi.chunk_size < chunk_size
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_graph_of_all_points_is_used_though_chunks_became_smaller(dimension):
+    x = torch.rand(1, dimension, 2000, *(1,) * (dimension - 1))
+    phi = small_map(dimension)
+    weights = list(phi.field.parameters())
+    expected = torch.autograd.grad(phi(x).square().sum(), weights)
+    loss = phi(x).square().sum()
+    phi.chunk_size = 300  # as another call may have left it
+    found = torch.autograd.grad(loss, weights)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_with_none_at_all_it_is_said(monkeypatch):
+    phi = small_map(3, owned=True)
+    asked = too_many(0, monkeypatch)
+    words = "not enough memory for the points of a map: 2000 MiB more were asked for"
+    with torch.no_grad(), pytest.raises(MemoryError, match=words):
+        phi(torch.rand(1, 3, 9000, 1, 1))
+    assert min(asked) == 256
+
+
+LIMITED = """
+import resource
+from pathlib import Path
+import torch
+from small_fits import small_field
+from icon_nephi.codes import LatentCode
+from icon_nephi.transforms import NeuralTransform
+
+torch.set_num_threads(1)
+source = torch.Generator().manual_seed(0)
+code = LatentCode(torch.randn(1, 60, generator=source), (torch.zeros(1, 4, 5, 5, 5),))
+field = small_field("LatentMLP", 3, code.size, source, 0.1)
+x = torch.rand(1, 3, 2**18, 1, 1, generator=source)
+with torch.no_grad():
+    phi = NeuralTransform(field, code)
+    expected = phi(x)
+    phi.chunk_size = 2**18
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + 100 * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    torch.testing.assert_close(phi(x), expected)
+    print(phi.chunk_size)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited as on Linux")
+def test_a_process_that_may_take_little_memory_computes_the_same():
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", LIMITED],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert 2**10 < int(done.stdout) < 2**18
+
+
+def test_blocks_that_do_not_fit_are_written_in_parts(tmp_path, monkeypatch):
+    made, block, sides = result(), streaming._in_block, []
+
+    def limited(task, box, generator):
+        sides.append(max(b.stop - b.start for b in box))
+        if sides[-1] > 8:
+            raise SAID["numpy"]
+        return block(task, box, generator)
+
+    monkeypatch.setattr(streaming, "_in_block", limited)
+    path = tmp_path / "determinants.mha"
+    error = streaming.jacobian_to(made, path, tolerance=1e-4, progress=False)
+    assert error <= 1e-4
+    assert sides[:4] == [17, 17, 16, 8]
+    found = itk.array_from_image(itk.imread(str(path)))
+    expected = itk.array_from_image(made.jacobian_determinant())
+    inner = (slice(1, -1),) * 3  # at the border of the field's box it jumps
+    np.testing.assert_allclose(found[inner], expected[inner], atol=1e-3)
+
+    monkeypatch.setattr(streaming, "_in_block", full_of("numpy"))
+    with pytest.raises(MemoryError, match="not enough memory for the determinants: 7"):
+        streaming.jacobian_to(made, tmp_path / "no.mha", progress=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["determinants.mha"]
+
+
+def full_of(name):
+    """A function for which there is no memory."""
+
+    def full(*_, **__):
+        raise SAID[name]
+
+    return full
+
+
+@pytest.mark.parametrize("name", ["cuda", "python", "itk"])
+def test_a_command_says_it_in_one_sentence(folder, monkeypatch, capfd, name):
+    monkeypatch.setattr(registration, "fit_pair", full_of(name))
+    flags = pair(save="out/p.nephi")
+    refused(cli.register, flags, "not enough memory for this: ", folder.path, capfd)
+
+
+def test_another_error_of_the_machinery_keeps_its_traceback(folder, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(registration, "fit_pair", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        cli.register(pair(save="out/p.nephi"))
+
+
+def test_a_pair_without_memory_does_not_stop_the_others(folder, monkeypatch):
+    monkeypatch.setattr(runs, "run", full_of("cuda"))
+    (folder.path / "pairs.csv").write_text("fixed,moving\nfixed.nrrd,moving.nrrd\n")
+    with pytest.raises(SystemExit) as stop:
+        cli.register(["--pairs", "pairs.csv", "--out_dir", "out", "--quiet"])
+    assert stop.value.code == 1
+    assert ",failed," in Path("out/summary.csv").read_text()
+    assert (
+        "not enough memory for this: 20.00 MiB" in Path("out/summary.csv").read_text()
+    )
+
+
+# --- work that was killed -----------------------------------------------------------
+
+
+KILLED = """
+import os, signal
+from pathlib import Path
+import numpy as np
+from icon_nephi.block_files import written_blocks
+from icon_nephi.coordinates import Geometry
+from icon_nephi.files import written_whole
+
+place = Geometry((9, 8), (1.0, 1.0), (0.0, 0.0), ((1.0, 0.0), (0.0, 1.0)))
+with (
+    written_whole("b.txt", "a [1].mha") as parts,
+    written_blocks(Path("a.zarr"), place, (), np.dtype(np.float32)),
+):
+    parts[1].write_text("the first part")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there left over files stay")
+def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", KILLED],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert done.returncode == -signal.SIGKILL
+    left = {p.name.split("-", 4)[4]: p.name for p in tmp_path.iterdir()}
+    assert set(left) == {"a [1].mha", "a.zarr"}
+    for name, part in left.items():
+        _, host, process, *_ = part.split("-")
+        near = [part.replace(name, f"b-{name}"), f".part-{name}", f"x{part}"]
+        # Of another machine, whose processes nobody here knows.
+        near.append(part.replace(host, "01234567"))
+        # Of a process that lives: the one that started this one.
+        near.append(part.replace(f"-{process}-", f"-{os.getppid()}-"))
+        for other in near:
+            (tmp_path / other).write_text("not to be touched")
+        with block_files.written_blocks(tmp_path / name, PLACE, (), np.dtype("f4")):
+            pass
+        names = {p.name for p in tmp_path.iterdir()}
+        assert part not in names
+        assert names >= {name, *near}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there left over files stay")
+def test_what_was_there_before_stays_while_it_is_all_there_is(tmp_path, monkeypatch):
+    path = tmp_path / "a.zarr"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: 2**22 + 1)  # no process has this number
+        old = files.part_of(path, kind="old")
+    old.mkdir()
+    files.part_of(path)
+    assert old.exists()
+    path.mkdir()
+    files.part_of(path)
+    assert not old.exists()
+
+
+# --- warnings -----------------------------------------------------------------------
+
+
+def test_the_package_is_imported_with_warnings_as_errors():
+    rooms = sorted(p.stem for p in Path(cli.__file__).parent.glob("[!_]*.py"))
+    code = f"import importlib\nfor room in {rooms}:\n    importlib.import_module("
+    code += "f'icon_nephi.{room}')\nimport icon_nephi\n"
+    code += "[getattr(icon_nephi, name) for name in icon_nephi.__all__]"
+    # ITK's, as in pyproject.toml.
+    swig = "ignore:builtin type swig:DeprecationWarning"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-W", swig, "-c", code],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
