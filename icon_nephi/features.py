@@ -54,8 +54,10 @@ def with_features(image: Tensor) -> Tensor:
     sides = [(axis, sign * REACH) for axis in range(d) for sign in (1, -1)]
     found = image.new_empty(image.shape[0], 2 * d * (d - 1), *image.shape[2:])
     pairs = (p for p in combinations(sides, 2) if p[0][0] != p[1][0])
+    around = _padded(image, REACH)
     for channel, (first, second) in enumerate(pairs):
-        different = (_moved(image, *first) - _moved(image, *second)).square()
+        different = _moved(around, *first) - _moved(around, *second)
+        different.square_()
         found[:, channel : channel + 1] = _box(different.sum(1, keepdim=True))
     found -= found.amin(1, keepdim=True)
     spread = found.mean(1, keepdim=True)
@@ -113,16 +115,26 @@ class FeaturesAlone:
         return self.similarity(warped[:, self.channels :], fixed[:, self.channels :])
 
 
-def _moved(image: Tensor, axis: int, by: int) -> Tensor:
-    """The image a few voxels further along an axis; its border is repeated."""
-    count = image.shape[2 + axis]
-    at = torch.arange(count, device=image.device) + by
-    return image.index_select(2 + axis, at.clamp(0, count - 1))
+def _padded(image: Tensor, by: int) -> Tensor:
+    """The image with its border repeated."""
+    return F.pad(image, (by,) * 2 * (image.dim() - 2), mode="replicate")
+
+
+def _moved(around: Tensor, axis: int, by: int) -> Tensor:
+    """The image a few voxels further along an axis, a view of the padded one."""
+    for a in range(around.dim() - 2):
+        start = REACH + (by if a == axis else 0)
+        around = around.narrow(2 + a, start, around.shape[2 + a] - 2 * REACH)
+    return around
 
 
 def _box(image: Tensor) -> Tensor:
     """Means of the blocks around every voxel, borders repeated."""
-    for axis in range(image.dim() - 2):
-        parts = [_moved(image, axis, by) for by in range(-RADIUS, RADIUS + 1)]
-        image = torch.stack(parts).mean(0)
-    return image
+    around = _padded(image, RADIUS)
+    for axis in range(2, image.dim()):
+        count = image.shape[axis]
+        total = around.narrow(axis, 0, count).clone()
+        for by in range(1, 2 * RADIUS + 1):
+            total += around.narrow(axis, by, count)
+        around = total
+    return around.div_((2 * RADIUS + 1) ** (image.dim() - 2))
