@@ -31,7 +31,7 @@ from icon_nephi.regions import Region
 # Degrees of the polynomials: a deeper field loses more to its layers' magnitudes.
 SHALLOW_DEGREE, DEEP_DEGREE = 5, 6
 # Boxes expanded at once, and handled between two looks at the clock.
-BATCH, ROUND = 128, 2**10
+BATCH, ROUND = 256, 2**11
 # How often a box is halved at most, along all axes together; and from how often on one
 # that float32 does not prove is tried in float64.
 HALVINGS, FINE = 15, 8
