@@ -60,7 +60,7 @@ def test_what_maps_outside_is_counted(image):
     shifted[0, 2] = 0.4
     numbers = found(image, image, shifted)
     assert 0.05 < numbers["outside"] < 0.6
-    (sentence,) = doubts(GOOD | {"outside": 0.3})
+    (sentence,) = doubts(GOOD | {"outside": 0.4})
     assert "outside image_A" in sentence
 
 
