@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from icon_nephi.files import written_whole
-from icon_nephi.memory import ran_out, shortage
+from icon_nephi.memory import memory_for
 from icon_nephi.runs import flags_of
 
 Row: TypeAlias = dict[str, Any]
@@ -173,11 +173,10 @@ def _one(
     fresh = not folder.exists()
     try:
         folder.mkdir(exist_ok=True)
-        return _as_row(row["name"], "done", run(pair))
+        with memory_for("this"):
+            return _as_row(row["name"], "done", run(pair))
     except Exception as error:  # the other pairs go on
-        full = ran_out(error)
-        error = shortage(error) if full else error
-        plain = full or isinstance(error, ValueError | TypeError)
+        plain = isinstance(error, ValueError | TypeError | MemoryError)
         kind = "" if plain else type(error).__name__
         said = " ".join(f"{kind}: {error}".lstrip(": ").split())
         return {"name": row["name"], "status": "failed", "error": said}

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from icon_nephi.memory import ran_out, shortage
+from icon_nephi.memory import memory_for
 from icon_nephi.parsers import (
     IMAGES,
     MODALITIES,
@@ -38,12 +38,10 @@ def _one_sentence(prog: str) -> Callable[[Callable[..., None]], Callable[..., No
         @wraps(command)
         def run(argv: Sequence[str] | None = None) -> None:
             try:
-                command(argv)
-            except (ValueError, TypeError, OSError, MemoryError, RuntimeError) as error:
-                full = ran_out(error)
-                if isinstance(error, RuntimeError) and not full:
-                    raise
-                said = " ".join(str(shortage(error) if full else error).split())
+                with memory_for("this"):
+                    command(argv)
+            except (ValueError, TypeError, OSError, MemoryError) as error:
+                said = " ".join(str(error).split())
                 print(f"{prog}: {said}", file=sys.stderr)
                 raise SystemExit(2) from None
             except KeyboardInterrupt as stop:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from icon_nephi.blocks import determinants
 from icon_nephi.coordinates import points_as_grid
 from icon_nephi.losses import from_identity
 from icon_nephi.sampling import draw_points
@@ -49,7 +50,7 @@ def relative_determinant(jacobian: Tensor) -> Tensor:
 
     Relative, because the affine part has a volume change (and a sign) of its own.
     """
-    determinant = torch.linalg.det(jacobian.flatten(3).permute(0, 3, 1, 2)).flatten()
+    determinant = determinants(jacobian).flatten()
     usual = determinant.detach().median()
     result: Tensor = determinant / torch.where(
         usual.abs() < 1e-6, torch.ones_like(usual), usual

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from icon_nephi.coordinates import Geometry, apply_affine
-from icon_nephi.lattices import spline_nodes, spline_solver
 from icon_nephi.memory import machine_memory
 from icon_nephi.physical import Array, FramedMap, linear_part, over_grid
+from icon_nephi.splines import spline_nodes, spline_solver
 from icon_nephi.transforms import Map
 
 #: Nodes of an exported field, each three doubles: where an axis has steps finer than
@@ -262,7 +262,7 @@ def composite_transform(
 
     An ``itk.CompositeTransform``: a cubic B-spline field along the source image's
     axes, then the exact affine map. On each axis the steps are as long as the errors of
-    points and of Jacobian determinants allow (`icon_nephi.lattices.spline_nodes`): up
+    points and of Jacobian determinants allow (`icon_nephi.splines.spline_nodes`): up
     to 8 voxels, or a voxel or a part of one, and then the field is the map at voxel
     centres. Points take at most `FINE_NODES`; determinants twice what points took, or a
     quarter of a million. A rough map of a large image misses the tolerances then: of a

@@ -290,9 +290,8 @@ class GradientICONPoints(RegistrationModule):
             terms.append(self.regularity(then, x, moved, jacobian, self.extent))
         with torch.no_grad():
             magnitude = (moved - x).square().mean()
-            determinants = torch.linalg.det(jacobian.flatten(3).permute(0, 3, 1, 2))
             voxels = image_B.shape[2:].numel()
-            flips = (determinants <= 0).to(magnitude.dtype).mean() * voxels
+            flips = (determinants(jacobian) <= 0).to(magnitude.dtype).mean() * voxels
         return (terms[0] + terms[1]) / 2, magnitude, flips
 
     def _codes(self) -> list[LatentCode]:

@@ -65,8 +65,8 @@ def find_scale(
 
 def missing_slices(image: Tensor, axis: int) -> Tensor:
     """Numbers of the slices that are constant between some of ``[B, C, *grid]`` not."""
-    slices = image.movedim(axis, 0).flatten(1)
-    empty = slices.amax(1) - slices.amin(1) <= 1e-6
+    others = [a for a in range(image.dim()) if a != axis]
+    empty = image.amax(others) - image.amin(others) <= 1e-6
     full = (~empty).nonzero().flatten()
     if len(full) == 0:
         return full

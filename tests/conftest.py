@@ -40,6 +40,14 @@ def generator():
     return torch.Generator().manual_seed(0)
 
 
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """What the commands are tried in, see `make_folder`."""
+    from command_files import make_folder  # imports itk, which few tests need
+
+    return make_folder(tmp_path, monkeypatch)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -13,7 +13,6 @@ from command_files import (
     PLACE_B,
     SIZE_A,
     SIZE_B,
-    make_folder,
     pair,
     refused,
     result,
@@ -25,11 +24,6 @@ from small_fits import rows_in, small_fit
 from icon_nephi import cli, itk_images
 from icon_nephi.inputs import voxel_geometry
 from icon_nephi.registration import Registration, load
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    return make_folder(tmp_path, monkeypatch)
 
 
 def read_points(path):

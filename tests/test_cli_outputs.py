@@ -5,7 +5,7 @@ import json
 import itk
 import numpy as np
 import pytest
-from command_files import PLACE_A, PLACE_B, make_folder, pair, result, write_points
+from command_files import PLACE_A, PLACE_B, pair, result, write_points
 from small_fits import rows_in, voxels_in
 
 from icon_nephi import cli, itk_images, metrics, scores
@@ -15,11 +15,6 @@ from icon_nephi.models import find_effort, find_settings
 from icon_nephi.registration import Registration
 
 NUMBERS = itk.VariableLengthVector[itk.F]
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    return make_folder(tmp_path, monkeypatch)
 
 
 def at(image, points):

@@ -13,7 +13,7 @@ import itk
 import numpy as np
 import pytest
 import torch
-from command_files import make_folder, pair, refused, result
+from command_files import pair, refused, result
 from small_fits import small_fit, unit_matrix
 from test_fitting import PLACE, SMALL
 from test_optimize import run
@@ -38,13 +38,15 @@ from icon_nephi.losses import GradientICONPoints
 from icon_nephi.phantoms import triangles_and_circles
 from icon_nephi.transforms import NeuralTransform
 
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    return make_folder(tmp_path, monkeypatch)
-
-
 # --- Ctrl-C -------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def listening():
+    """Python hears Ctrl-C, also where what started the tests has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def pressed_at(count):

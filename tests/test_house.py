@@ -42,6 +42,7 @@ ORDER = [
     "metrics",
     "phantoms",
     "physical",
+    "splines",
     "resampling",
     "itk_images",
     "itk_maps",

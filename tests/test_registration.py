@@ -323,14 +323,20 @@ def test_bad_input_is_refused_in_one_sentence(name, monkeypatch):
         register(*images, **options)
 
 
-def test_masks_of_another_grid_are_read_at_the_voxels(monkeypatch):
-    asked = {}
+@pytest.fixture
+def asked(monkeypatch):
+    """What `register` asks `fit_pair` for, which does not run."""
+    found = {}
 
     def fit(**asked_for):
-        asked.update(asked_for)
+        found.update(asked_for)
         raise InterruptedError
 
     monkeypatch.setattr(registration, "fit_pair", fit)
+    return found
+
+
+def test_masks_of_another_grid_are_read_at_the_voxels(asked):
     fine = torch.zeros(1, 1, 24, 28)
     fine[..., 10:] = 3
     mask = as_itk(fine)
@@ -343,14 +349,7 @@ def test_masks_of_another_grid_are_read_at_the_voxels(monkeypatch):
     assert asked["image_A"].dtype == asked["image_B"].dtype == torch.float32
 
 
-def test_label_maps_of_another_grid_are_read_at_the_voxels(monkeypatch):
-    asked = {}
-
-    def fit(**asked_for):
-        asked.update(asked_for)
-        raise InterruptedError
-
-    monkeypatch.setattr(registration, "fit_pair", fit)
+def test_label_maps_of_another_grid_are_read_at_the_voxels(asked):
     fine = torch.zeros(1, 1, 20, 24)
     fine[..., 9:21] = 300
     labels = as_itk(fine)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from icon_nephi.blocks import determinants
 from icon_nephi.coordinates import identity_map, points_as_grid, sample_image
 from icon_nephi.metrics import dice, target_registration_error
 from icon_nephi.transforms import Map, value_and_jacobian
@@ -71,12 +72,10 @@ def _judge_pair(
     x = identity_map(shape, device=device)
     forward, slopes_AB = value_and_jacobian(phi_AB, x)
     backward, slopes_BA = value_and_jacobian(phi_BA, x)
-    determinants = torch.linalg.det(
-        torch.cat([slopes_AB, slopes_BA]).flatten(3).permute(0, 3, 1, 2)
-    )
+    found = determinants(torch.cat([slopes_AB, slopes_BA]))
     voxels = torch.tensor([n - 1.0 for n in shape], device=device)
     error = (phi_AB(backward) - x).flatten(2)[0] * voxels[:, None]
-    folds = (~(determinants > 0)).double().mean().item()
+    folds = (~(found > 0)).double().mean().item()
     result = {
         "folds": folds,
         "folded_pairs": float(folds > 0),
