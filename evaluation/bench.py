@@ -98,9 +98,9 @@ class Products(TorchDispatchMode):
         self.shapes: list[tuple[int, int, int]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        aten = torch.ops.aten
-        if func in (aten.mm.default, aten.bmm.default):
-            first, second = args[0].shape, args[1].shape
+        name = func.overloadpacket.__name__.rstrip("_")
+        if name in ("mm", "bmm", "addmm", "baddbmm"):  # those that add after a sum
+            first, second = (a.shape for a in args[name.endswith("addmm") or 0 :][:2])
             count = first[0] if len(first) == 3 else 1
             self.shapes += [(*first[-2:], second[-1])] * count
         return func(*args, **(kwargs or {}))

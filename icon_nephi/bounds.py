@@ -179,14 +179,14 @@ def _piece(
         ]
     )
     number = (base.long() * torch.tensor(strides)).sum(1, keepdim=True) + near
-    read = grid[0].flatten(1).T.contiguous().index_select(0, number.flatten())
+    read = grid[0].flatten(1).index_select(1, number.flatten()).T.contiguous()
+    size = float(read.abs().max()) if read.numel() else 0.0
     for axis in range(d):
         # The first axis of the nodes becomes the last of the powers.
         read = weights[:, axis] @ read.view(count, nodes, -1)
         read = read.view(count, nodes, -1, channels).transpose(1, 2).contiguous()
     # Magnitudes: the weights' values add up to 1, their slopes by x to 2 steps, and so
     # do the second ones times half a box. The place in a cell has lost steps * u.
-    size = float(grid.abs().max()) if grid.numel() else 0.0
     lost = 64 * unit(read) * (1 + float(steps.max())) * size
     slopes = lost * (1 + 2 * h.T) * 2 * h.T
     return read.view(count, -1, channels).transpose(0, 1), torch.cat(

@@ -92,7 +92,7 @@ _Terms: TypeAlias = list[tuple[int, int, float]]
 
 
 @cache
-def _products(dimension: int, degree: int) -> list[_Terms]:
+def products(dimension: int, degree: int) -> list[_Terms]:
     """For each monomial the pairs whose product it is, without those with a 1 first."""
     known = monomials(dimension, degree)
     place = {p: n for n, p in enumerate(known)}
@@ -270,7 +270,7 @@ def product(first: Expansion, second: Expansion) -> Expansion:
     d, degree = first.dimension, first.degree
     rows = first.rows[0] * second.rows
     p, q, into = first.rows.unbind(), second.rows.unbind(), rows.unbind()
-    for k, terms in enumerate(_products(d, degree)):
+    for k, terms in enumerate(products(d, degree)):
         for i, j, _ in terms:
             into[k].addcmul_(p[i], q[j])
     a, b = _magnitudes(first), _magnitudes(second)

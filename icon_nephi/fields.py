@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from icon_nephi.jets import sine, siren
 
 Field = Callable[[Tensor, Tensor], Tensor]
 
@@ -133,34 +134,15 @@ class ModulatedSiren(nn.Module):
             points: rows ``[B, N, d]`` in the unit box.
             values: ``[R, B, N, C]``, R = 1 or 1 + d.
         """
-        rows, batch, count, size = values.shape
-        dimension = points.shape[-1]
-        phase = (2 * math.pi) * F.linear(
-            2 * points.reshape(-1, dimension) - 1, self.frequencies
-        )
-        features = torch.cat([phase.sin(), phase.cos()], 1)
-        slopes = (4 * math.pi) * self.frequencies.T if rows > 1 else None
-        modulate, synthesise = self.modulator[0], self.synthesis[0]
-        assert isinstance(modulate, nn.Linear)
-        assert isinstance(synthesise, nn.Linear)
-        of_codes, of_features = (modulate.weight * self.omega).split(
-            [size, features.shape[1]], 1
-        )
-        read = F.linear(values.flatten(1, 2), of_codes)
-        read = read + _feature_layer(features, of_features, slopes)
-        first = gate = _sine(read, modulate.bias * self.omega)
-        hidden = _sine(
-            _feature_layer(features, synthesise.weight * self.first_omega, slopes),
-            synthesise.bias * self.first_omega,
-        )
-        for modulate, synthesise in zip(
-            self.modulator[1:], self.synthesis[1:], strict=True
-        ):
-            gate = _sine_layer(gate, modulate, self.omega) + first
-            hidden = _product(gate, _sine_layer(hidden, synthesise, self.omega))
-        return _last_layer(hidden, self.last, 0.5).reshape(
-            rows, batch, count, dimension
-        )
+        flat = points.reshape(-1, points.shape[-1])
+        omegas = self.first_omega, self.omega
+        pairs = zip(self.modulator, self.synthesis, strict=True)
+        weights: list[Tensor] = []
+        for layer in (*chain(*pairs), self.last):
+            assert isinstance(layer, nn.Linear)
+            weights += [layer.weight, layer.bias]
+        out = siren(flat, values.flatten(1, 2), self.frequencies, omegas, weights)
+        return out.view(len(values), *points.shape)
 
 
 class LatentMLP(nn.Module):
@@ -264,7 +246,7 @@ def _zero_linear(inputs: int, outputs: int) -> nn.Linear:
 def _sine_layer(jet: Tensor, layer: nn.Module, omega: float) -> Tensor:
     """sin(omega (W x + b)) on a jet ``[R, M, C]``; omega is folded into W and b."""
     assert isinstance(layer, nn.Linear)
-    return _sine(F.linear(jet, layer.weight * omega), layer.bias * omega)
+    return sine(F.linear(jet, layer.weight * omega), layer.bias * omega)
 
 
 def _last_layer(jet: Tensor, layer: nn.Linear, scale: float) -> Tensor:
@@ -272,83 +254,3 @@ def _last_layer(jet: Tensor, layer: nn.Linear, scale: float) -> Tensor:
         return F.linear(jet, layer.weight * scale, layer.bias * scale)
     out = F.linear(jet, layer.weight * scale)
     return torch.cat([out[:1] + layer.bias * scale, out[1:]])
-
-
-def _feature_layer(features: Tensor, weight: Tensor, slopes: Tensor | None) -> Tensor:
-    """W times the jet of Fourier features ``[M, 2 F] = [sin, cos]``: ``[R, M, H]``.
-
-    The features' derivative along an axis is themselves, turned and scaled; turning and
-    scaling W instead leaves nothing but products of matrices to be done per point.
-    """
-    weights = weight[None]
-    if slopes is not None:
-        of_sine, of_cosine = weight.chunk(2, 1)
-        turned = torch.cat([-of_cosine, of_sine], 1)
-        weights = torch.cat([weights, turned * slopes.repeat(1, 2)[:, None]])
-    return torch.bmm(features.expand(len(weights), -1, -1), weights.mT)
-
-
-class _Sine(torch.autograd.Function):
-    """sin(z + b) of a jet: values sin, derivatives cos times theirs; fused backward."""
-
-    @staticmethod
-    def forward(ctx: Any, jet: Tensor, bias: Tensor) -> Tensor:
-        out = torch.empty_like(jet)
-        torch.add(jet[0], bias, out=out[0])
-        cosine = out[0].cos()
-        out[0].sin_()
-        torch.mul(jet[1:], cosine, out=out[1:])
-        ctx.save_for_backward(out, cosine, jet if len(jet) > 1 else None)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        out, cosine, jet = ctx.saved_tensors
-        result = grad * cosine
-        if jet is not None:
-            result[0].addcmul_(_dot(grad[1:], jet[1:]), out[0], value=-1)
-        return result, result[0].sum(0)
-
-
-class _Product(torch.autograd.Function):
-    """The product of two jets: derivatives by the product rule; fused backward."""
-
-    @staticmethod
-    def forward(ctx: Any, first: Tensor, second: Tensor) -> Tensor:
-        ctx.save_for_backward(first, second)
-        out = first[:1] * second
-        out[1:].addcmul_(first[1:], second[:1])
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        first, second = ctx.saved_tensors
-        return _product_grad(grad, second), _product_grad(grad, first)
-
-
-def _product_grad(grad: Tensor, other: Tensor) -> Tensor:
-    result = torch.empty_like(grad)
-    torch.mul(grad[1:], other[:1], out=result[1:])
-    _dot(grad, other, out=result[0])
-    return result
-
-
-def _dot(first: Tensor, second: Tensor, out: Tensor | None = None) -> Tensor:
-    """The sum over rows of their products: ``[M, C]`` of two ``[R, M, C]``."""
-    total = torch.mul(first[0], second[0], out=out)
-    for a, b in zip(first[1:], second[1:], strict=True):
-        total.addcmul_(a, b)
-    return total
-
-
-def _sine(jet: Tensor, bias: Tensor) -> Tensor:
-    """sin(z + b) of a jet; what only its derivatives need is made for them only."""
-    if len(jet) == 1 and not torch.is_grad_enabled():
-        return (jet + bias).sin_()
-    return _sine_with_graph(jet, bias)
-
-
-_sine_with_graph = cast(Callable[[Tensor, Tensor], Tensor], _Sine.apply)
-_product = cast(Callable[[Tensor, Tensor], Tensor], _Product.apply)

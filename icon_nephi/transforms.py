@@ -177,14 +177,14 @@ class _Recomputed(torch.autograd.Function):
     @smaller_when_full
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         phi, rows, derive = ctx.phi, ctx.saved_tensors[0], ctx.needs_input_grad[2]
-        slopes, sums = [], [torch.zeros_like(w) for w in ctx.weights]
+        slopes, sums = [], list[Tensor]()
         split = (lambda t: (t,)) if ctx.kept else partial(phi._split, ctx.jets)
         for chunk, *outer in zip(*map(split, (rows, *grads)), strict=True):
             x, out = ctx.kept.pop() if ctx.kept else _with_graph(ctx, chunk)
             inputs = (*ctx.weights, x) if derive else ctx.weights
-            found = torch.autograd.grad(out, inputs, [g.detach() for g in outer])
-            slopes.append(found[-1] if derive else x)
-            sums = [a + b for a, b in zip(sums, found, strict=False)]
+            found = [*torch.autograd.grad(out, inputs, [g.detach() for g in outer])]
+            slopes.append(found.pop() if derive else x)
+            sums = list(map(torch.add, sums, found)) if sums else found
         sums.append(torch.cat(slopes, dim=1))
         if torch.is_grad_enabled():
             once = torch._C._functions.DelayedError(_TWICE, len(sums))

@@ -16,15 +16,17 @@ from icon_nephi import (
     LatentMLP,
     ModulatedSiren,
     certify,
+    determinants,
     itk_images,
     proofs,
 )
 from icon_nephi.bounds import expand_displacement, knots
 from icon_nephi.coordinates import points_as_grid
+from icon_nephi.determinants import bound_determinant
 from icon_nephi.expansions import monomials
 from icon_nephi.inputs import voxel_geometry
 from icon_nephi.models import Fit
-from icon_nephi.proofs import Search, bound_determinant
+from icon_nephi.proofs import Search
 from icon_nephi.regions import Region
 from icon_nephi.registration import DIRECTIONS, Registration
 from icon_nephi.transforms import NeuralTransform, value_and_jacobian
@@ -130,18 +132,47 @@ def test_determinants_stay_above_their_bound(kind, dimension, dtype, generator):
         assert (true >= bounds.least * bounds.centre.clamp(min=0)).all()
 
 
-def test_the_bound_of_a_determinant_holds_at_every_corner(dimension, generator):
+def test_the_bound_of_dominant_diagonals_holds_at_every_corner(dimension, generator):
     shape = (2000, dimension, dimension)
     sizes = torch.rand(2000, 1, 1, generator=generator)
     e = (sizes * torch.rand(shape, generator=generator)).double()
-    trace = e.diagonal(dim1=1, dim2=2).sum(1)
-    least = proofs._least(e, trace)
+    least = determinants._dominant(e)
     assert (least > 0).any()
     assert (least < 0).any()
     for signs in itertools.product((-1.0, 1.0), repeat=dimension**2):
         sign = torch.tensor(signs).double().reshape(dimension, dimension)
         matrix = torch.eye(dimension).double() + sign * e
         assert (torch.linalg.det(matrix) >= least - 1e-12).all()
+
+
+@pytest.mark.parametrize("degree", [1, 3])
+def test_the_bound_of_determinants_of_polynomials_holds(dimension, degree, generator):
+    powers = torch.tensor(monomials(dimension, degree)).double()
+    shape = (len(powers), dimension, dimension, 400)
+    entries = 2 * torch.rand(shape, generator=generator).double() - 1
+    entries *= torch.linspace(0, 0.2, 400).double()
+    entries[0] += torch.eye(dimension)[:, :, None]
+    stray = (
+        0.1
+        * torch.rand(shape[1:], generator=generator).double()
+        * (torch.arange(400) % 3)
+    )
+    least = determinants._lowest(entries, stray, degree + 1)
+    assert (least > 0.5).any()
+    assert (least < 0).any()
+    ends = list(itertools.product((-1.0, 0.0, 1.0), repeat=dimension))
+    inner = 2 * torch.rand(40, dimension, generator=generator) - 1
+    for place in torch.cat([torch.tensor(ends), inner]).double():
+        matrix = ((place**powers).prod(1) * entries.movedim(0, -1)).sum(-1)
+        signs = torch.randint(2, stray.shape, generator=generator) * 2 - 1
+        matrix += signs * stray
+        assert (torch.linalg.det(matrix.permute(2, 0, 1)) >= least).all()
+    # Where nothing strays and the degree suffices it is as low as some point, nearly.
+    entries[1:] *= 1e-4
+    flat = determinants._lowest(entries, 0 * stray, degree + 1)
+    torch.testing.assert_close(
+        flat, torch.linalg.det(entries[0].permute(2, 0, 1)), rtol=0, atol=0.01
+    )
 
 
 def lowest_point(field, code, dimension, generator):
