@@ -62,9 +62,9 @@ def expand_displacement(
     Raises:
         TypeError: another field.
     """
-    read = _read(code, centre, half, degree)
+    read = _read(code, centre, half, degree, dtype)
     if isinstance(field, LatentMLP):
-        inputs = beside(_place(centre, half, degree), read).rounded(dtype)
+        inputs = beside(_place(centre, half, degree).rounded(dtype), read)
         return _through_mlp(field, inputs)
     if isinstance(field, ModulatedSiren):
         # 2 pi B (2 x - 1); a cosine is a sine further on.
@@ -72,7 +72,7 @@ def expand_displacement(
         further = torch.zeros_like(turns[:, 0])
         further[len(field.frequencies) :] = math.pi / 2
         waves = linear(_place(centre, half, 1), turns, further).rounded(dtype)
-        return _through_siren(field, read.rounded(dtype), sine(waves, degree))
+        return _through_siren(field, read, sine(waves, degree))
     raise TypeError(
         f"bounds are known for LatentMLP and ModulatedSiren, got {type(field).__name__}"
     )
@@ -120,18 +120,21 @@ def _steps(nodes: int, order: str) -> int:
     return nodes - 1 if order == "linear" else nodes - 2
 
 
-def _read(code: LatentCode, centre: Tensor, half: Tensor, degree: int) -> Expansion:
+def _read(
+    code: LatentCode, centre: Tensor, half: Tensor, degree: int, dtype: torch.dtype
+) -> Expansion:
     """z(x): each grid's polynomial piece around the boxes' centres."""
     count, d = centre.shape
     powers = 2 if code.interpolation == "linear" else 3
     known = monomials(d, degree)
     spot = {p: n for n, p in enumerate(itertools.product(range(powers), repeat=d))}
     kept = [spot.get(p, -1) for p in known]
-    most = centre.new_zeros(len(known), count, code.global_code.shape[1])
-    most[0] = code.global_code
-    parts = [Expansion.of(most, most.new_zeros(1 + d, *most.shape[1:]), d, degree)]
+    whole = centre.new_zeros(len(known), count, code.global_code.shape[1])
+    whole[0] = code.global_code
+    stray = whole.new_zeros(1 + d, *whole.shape[1:])
+    parts = [Expansion.of(whole, stray, d, degree).rounded(dtype)]
     for grid in code.local_codes:
-        polynomial, rounding = _piece(grid, centre, half, code.interpolation)
+        polynomial, rounding = _piece(grid, centre, half, code.interpolation, dtype)
         rows = polynomial.new_zeros(len(known), *polynomial.shape[1:])
         for n, place in enumerate(kept):
             if place >= 0:
@@ -147,7 +150,7 @@ def _read(code: LatentCode, centre: Tensor, half: Tensor, degree: int) -> Expans
 
 
 def _piece(
-    grid: Tensor, centre: Tensor, half: Tensor, order: str
+    grid: Tensor, centre: Tensor, half: Tensor, order: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """``[powers^d, N, C]``, in the order of itertools.product; ``[1 + d, N]`` rounding.
 
@@ -170,7 +173,7 @@ def _piece(
             [-low * h, -2 * f * h, high * h],
             [0.5 * h * h, -h * h, 0.5 * h * h],
         ]
-    weights = torch.stack([torch.stack(row, -1) for row in table], -2)
+    weights = torch.stack([torch.stack(row, -1) for row in table], -2).to(dtype)
     strides = [shape[axis + 1 :].numel() for axis in range(d)]
     near = torch.tensor(
         [
@@ -179,15 +182,17 @@ def _piece(
         ]
     )
     number = (base.long() * torch.tensor(strides)).sum(1, keepdim=True) + near
-    read = grid[0].flatten(1).index_select(1, number.flatten()).T.contiguous()
+    read = grid[0].flatten(1).index_select(1, number.flatten()).to(dtype)
     size = float(read.abs().max()) if read.numel() else 0.0
+    read = read.T.contiguous()
     for axis in range(d):
         # The first axis of the nodes becomes the last of the powers.
         read = weights[:, axis] @ read.view(count, nodes, -1)
         read = read.view(count, nodes, -1, channels).transpose(1, 2).contiguous()
     # Magnitudes: the weights' values add up to 1, their slopes by x to 2 steps, and so
     # do the second ones times half a box. The place in a cell has lost steps * u.
-    lost = 64 * unit(read) * (1 + float(steps.max())) * size
+    lost = 64 * (unit(read) + unit(centre) * float(steps.max())) * size
+    h = h.to(dtype)
     slopes = lost * (1 + 2 * h.T) * 2 * h.T
     return read.view(count, -1, channels).transpose(0, 1), torch.cat(
         [torch.full_like(slopes[:1], lost), slopes * (1 + 4 * h.T).prod(0)]

@@ -25,9 +25,9 @@ from icon_nephi.codes import LatentCode
 from icon_nephi.determinants import Bounds, bound_determinant
 from icon_nephi.regions import Region
 
-# Boxes expanded at once: with fewer, threads wait for each other (Python runs one at a
-# time between operations).
-BATCH = 512
+# Boxes expanded at once, times the units of the widest layer. With fewer, threads wait
+# for each other: Python lets one at a time begin an operation.
+BATCH = 2**17
 # How often a box is halved at most, along all axes together; and from how often on one
 # that float32 does not prove is tried in float64.
 HALVINGS, FINE = 15, 8
@@ -113,13 +113,15 @@ class Search:
         waiting, weak = deque([self._cover()]), deque[Boxes]()
         self.total = waiting[0].volume()
         threads, late = torch.get_num_threads(), False
+        layers = [m for m in self.field.modules() if isinstance(m, nn.Linear)]
+        size = max(1, BATCH // max(layer.out_features for layer in layers))
         under_way: deque[tuple[Boxes, Future[Bounds]]] = deque()
         # Each thread takes boxes of its own: operations are not split further.
         pool = ThreadPoolExecutor(threads, "", torch.set_num_threads, (1,))
         with pool, torch.no_grad():
             while not late:
                 while len(under_way) < 2 * threads:
-                    boxes = _taken(waiting, weak, whole=bool(under_way))
+                    boxes = _taken(waiting, weak, size, whole=bool(under_way))
                     if boxes is None:
                         break
                     under_way.append((boxes, pool.submit(self._bound, *boxes[:3])))
@@ -232,14 +234,16 @@ def _joined(parts: list[Boxes]) -> Boxes:
     return Boxes(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def _taken(first: deque[Boxes], then: deque[Boxes], *, whole: bool) -> Boxes | None:
-    """`BATCH` boxes from the front of two queues, or all; None where nothing is there.
+def _taken(
+    first: deque[Boxes], then: deque[Boxes], most: int, *, whole: bool
+) -> Boxes | None:
+    """So many boxes from the front of two queues, or all; None where nothing is there.
 
     None also where fewer are there and it must be whole.
     """
-    if whole and sum(len(boxes.low) for boxes in (*first, *then)) < BATCH:
+    if whole and sum(len(boxes.low) for boxes in (*first, *then)) < most:
         return None
-    parts, room = [], BATCH
+    parts, room = [], most
     for queue in (first, then):
         while queue and room:
             boxes = queue.popleft()
@@ -247,4 +251,4 @@ def _taken(first: deque[Boxes], then: deque[Boxes], *, whole: bool) -> Boxes | N
             if len(boxes.low) > room:
                 queue.appendleft(boxes.at(slice(room, None)))
             room -= len(parts[-1].low)
-    return _joined(parts) if room < BATCH else None
+    return _joined(parts) if room < most else None
