@@ -115,12 +115,16 @@ PRESETS = {
 }
 # Voxels a side (their mean) above which "auto" takes "detail".
 DETAILED = 170
+# Voxels between nodes of the finest code, at least: finer ones follow the noise.
+APART = {2: 6.0, 3: 2.5}
 
 
 def find_settings(
     field: str | Settings, size: Sequence[int], modality: str | None = None
 ) -> Settings:
     """The settings of a name in `PRESETS`, or "auto", for a fixed image of that size.
+
+    Small images get coarser codes, with nodes `APART`.
 
     Args:
         field: what to find; `Settings` are returned as they are.
@@ -140,7 +144,12 @@ def find_settings(
         raise ValueError(
             f"field must be 'auto' or one of {sorted(PRESETS)}, got {field!r}"
         )
-    return PRESETS[field][len(size)]
+    settings = PRESETS[field][len(size)]
+    most = max(4, round(sum(size) / len(size) / APART[len(size)]))
+    if settings.grids[-1] <= most:
+        return settings
+    grids = tuple(sorted({min(nodes, most) for nodes in settings.grids}))
+    return replace(settings, grids=grids, channels=settings.channels[: len(grids)])
 
 
 # How long to work at a pair, by name: whose settings, and times their steps.

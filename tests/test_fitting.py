@@ -135,7 +135,10 @@ def test_the_guard_is_zero_for_inverse_maps_and_not_for_folds():
 
 
 def test_presets_are_found_by_name():
-    assert find_settings("grid", (9, 9, 9)) is GRID
+    assert find_settings("grid", (90, 90, 90)) is GRID
+    assert find_settings("grid", (40, 36, 40)).grids == (8, 15)
+    assert find_settings("grid", (64, 64)).grids == (8, 11)
+    assert find_settings("grid", (9, 9, 9)).grids == (4,)
     assert find_settings(QUICK, (9, 9)) is QUICK
     assert find_settings("auto", (160, 192, 224)) is DETAIL
     assert find_settings("auto", (115, 157, 129)) is SIREN
