@@ -41,6 +41,12 @@ class Bounds(NamedTuple):
     blame: Tensor
 
 
+def degree_for(field: nn.Module) -> int:
+    """The degree of the polynomials that a field is bounded with."""
+    shallow = isinstance(field, LatentMLP) and len(field.hidden) == 1
+    return SHALLOW_DEGREE if shallow else DEEP_DEGREE
+
+
 def bound_determinant(
     field: nn.Module,
     code: LatentCode,
@@ -57,9 +63,7 @@ def bound_determinant(
         high: highest corners.
         dtype: see `expand_displacement`.
     """
-    d = low.shape[1]
-    shallow = isinstance(field, LatentMLP) and len(field.hidden) == 1
-    degree = SHALLOW_DEGREE if shallow else DEEP_DEGREE
+    d, degree = low.shape[1], degree_for(field)
     half = (high - low) / 2 * (1 + WIDER) + WIDER
     # Beyond a border the field sees the border: nothing changes along that axis.
     half = torch.where((low >= 1) | (high <= 0), 0.0, half)

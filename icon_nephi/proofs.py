@@ -22,12 +22,14 @@ from torch import Tensor, nn
 
 from icon_nephi.bounds import knots
 from icon_nephi.codes import LatentCode
-from icon_nephi.determinants import Bounds, bound_determinant
+from icon_nephi.determinants import Bounds, bound_determinant, degree_for
+from icon_nephi.expansions import monomials
 from icon_nephi.regions import Region
 
-# Boxes expanded at once, times the units of the widest layer. With fewer, threads wait
-# for each other: Python lets one at a time begin an operation.
-BATCH = 2**17
+# Coefficients of a layer of the boxes expanded at once. With fewer, threads wait for
+# each other (Python lets one at a time begin an operation); with more, memory is mapped
+# anew for each operation.
+BATCH = 6 * 2**20
 # How often a box is halved at most, along all axes together; and from how often on one
 # that float32 does not prove is tried in float64.
 HALVINGS, FINE = 15, 8
@@ -113,8 +115,7 @@ class Search:
         waiting, weak = deque([self._cover()]), deque[Boxes]()
         self.total = waiting[0].volume()
         threads, late = torch.get_num_threads(), False
-        layers = [m for m in self.field.modules() if isinstance(m, nn.Linear)]
-        size = max(1, BATCH // max(layer.out_features for layer in layers))
+        size = self._batch()
         under_way: deque[tuple[Boxes, Future[Bounds]]] = deque()
         # Each thread takes boxes of its own: operations are not split further.
         pool = ThreadPoolExecutor(threads, "", torch.set_num_threads, (1,))
@@ -140,6 +141,13 @@ class Search:
         torch.set_num_threads(threads)
         for boxes in (*(boxes for boxes, _ in under_way), *waiting, *weak):
             self._leave(boxes)
+
+    def _batch(self) -> int:
+        """How many boxes to expand at once."""
+        layers = [m for m in self.field.modules() if isinstance(m, nn.Linear)]
+        dimension = len(self.region.frame) - 1
+        count = len(monomials(dimension, degree_for(self.field)))
+        return max(1, BATCH // count // max(m.out_features for m in layers))
 
     def _bound(self, low: Tensor, high: Tensor, halved: Tensor) -> Bounds:
         """In float32 first; in float64 what that calls a fold, or leaves when small."""
