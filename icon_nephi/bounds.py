@@ -134,7 +134,7 @@ def _read(
     stray = whole.new_zeros(1 + d, *whole.shape[1:])
     parts = [Expansion.of(whole, stray, d, degree).rounded(dtype)]
     for grid in code.local_codes:
-        polynomial, rounding = _piece(grid, centre, half, code.interpolation, dtype)
+        polynomial, rounding = _piece(grid, centre, half, code.interpolation)
         rows = polynomial.new_zeros(len(known), *polynomial.shape[1:])
         for n, place in enumerate(kept):
             if place >= 0:
@@ -145,12 +145,12 @@ def _read(
                 for axis in range(d):
                     stray[1 + axis] += power[axis] * polynomial[place].abs()
         stray += rounding[:, :, None]
-        parts.append(Expansion.of(rows, stray, d, degree))
+        parts.append(Expansion.of(rows, stray, d, degree).rounded(dtype))
     return beside(*parts)
 
 
 def _piece(
-    grid: Tensor, centre: Tensor, half: Tensor, order: str, dtype: torch.dtype
+    grid: Tensor, centre: Tensor, half: Tensor, order: str
 ) -> tuple[Tensor, Tensor]:
     """``[powers^d, N, C]``, in the order of itertools.product; ``[1 + d, N]`` rounding.
 
@@ -173,7 +173,7 @@ def _piece(
             [-low * h, -2 * f * h, high * h],
             [0.5 * h * h, -h * h, 0.5 * h * h],
         ]
-    weights = torch.stack([torch.stack(row, -1) for row in table], -2).to(dtype)
+    weights = torch.stack([torch.stack(row, -1) for row in table], -2)
     strides = [shape[axis + 1 :].numel() for axis in range(d)]
     near = torch.tensor(
         [
@@ -182,7 +182,7 @@ def _piece(
         ]
     )
     number = (base.long() * torch.tensor(strides)).sum(1, keepdim=True) + near
-    read = grid[0].flatten(1).index_select(1, number.flatten()).to(dtype)
+    read = grid[0].flatten(1).index_select(1, number.flatten())
     size = float(read.abs().max()) if read.numel() else 0.0
     read = read.T.contiguous()
     for axis in range(d):
@@ -191,8 +191,7 @@ def _piece(
         read = read.view(count, nodes, -1, channels).transpose(1, 2).contiguous()
     # Magnitudes: the weights' values add up to 1, their slopes by x to 2 steps, and so
     # do the second ones times half a box. The place in a cell has lost steps * u.
-    lost = 64 * (unit(read) + unit(centre) * float(steps.max())) * size
-    h = h.to(dtype)
+    lost = 64 * unit(read) * (1 + float(steps.max())) * size
     slopes = lost * (1 + 2 * h.T) * 2 * h.T
     return read.view(count, -1, channels).transpose(0, 1), torch.cat(
         [torch.full_like(slopes[:1], lost), slopes * (1 + 4 * h.T).prod(0)]
