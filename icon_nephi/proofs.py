@@ -119,26 +119,27 @@ class Search:
         under_way: deque[tuple[Boxes, Future[Bounds]]] = deque()
         # Each thread takes boxes of its own: operations are not split further.
         pool = ThreadPoolExecutor(threads, "", torch.set_num_threads, (1,))
-        with pool, torch.no_grad():
-            while not late:
-                while len(under_way) < 2 * threads:
-                    boxes = _taken(waiting, weak, size, whole=bool(under_way))
-                    if boxes is None:
+        try:
+            with torch.no_grad():
+                while not late:
+                    while len(under_way) < 2 * threads:
+                        boxes = _taken(waiting, weak, size, whole=bool(under_way))
+                        if boxes is None:
+                            break
+                        under_way.append((boxes, pool.submit(self._bound, boxes)))
+                    if not under_way:
                         break
-                    under_way.append((boxes, pool.submit(self._bound, *boxes[:3])))
-                if not under_way:
-                    break
-                boxes, found = under_way.popleft()
-                before = self.proven + self.refuted
-                parts = self._decide(boxes, found.result())
-                decided((self.proven + self.refuted - before) / self.total)
-                proven = parts.least > 0
-                waiting.append(parts.at(~proven))
-                weak.append(parts.at(proven))
-                late = ends is not None and time.monotonic() > ends
-            for _, found in under_way:
-                found.cancel()
-        torch.set_num_threads(threads)
+                    boxes, found = under_way.popleft()
+                    before = self.proven + self.refuted
+                    parts = self._decide(boxes, found.result())
+                    decided((self.proven + self.refuted - before) / self.total)
+                    proven = parts.least > 0
+                    waiting.append(parts.at(~proven))
+                    weak.append(parts.at(proven))
+                    late = ends is not None and time.monotonic() > ends
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)
         for boxes in (*(boxes for boxes, _ in under_way), *waiting, *weak):
             self._leave(boxes)
 
@@ -149,8 +150,9 @@ class Search:
         count = len(monomials(dimension, degree_for(self.field)))
         return max(1, BATCH // count // max(m.out_features for m in layers))
 
-    def _bound(self, low: Tensor, high: Tensor, halved: Tensor) -> Bounds:
+    def _bound(self, boxes: Boxes) -> Bounds:
         """In float32 first; in float64 what that calls a fold, or leaves when small."""
+        low, high, halved = boxes[:3]
         # In a thread of its own, which has its own switch for gradients.
         with torch.no_grad():
             found = bound_determinant(self.field, self.code, low, high, self.dtype)

@@ -233,6 +233,23 @@ def test_no_fold_is_ever_proven_away_in_ten_thousand_fields(monkeypatch):
     assert outcomes.count(True) > 2000
 
 
+def test_a_search_that_is_interrupted_leaves_threads_as_they_were(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(proofs, "BATCH", 1000)
+    search = Search(*random_map("mlp", 2, 3), Region(torch.eye(3).double()))
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            search.run(None, interrupt)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def wave(dimension, lowest, seed=0):
     """A map whose determinant is 1 - (1 - lowest) cos(...) along the first axis: it is
     lowest on one thin sheet, at x_0 = 0.6180."""
