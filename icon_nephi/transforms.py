@@ -27,6 +27,7 @@ from icon_nephi import fields
 from icon_nephi._check import check_coordinates
 from icon_nephi.codes import LatentCode
 from icon_nephi.coordinates import from_rows, to_rows
+from icon_nephi.derivatives import derived
 from icon_nephi.memory import smaller_when_full
 
 Map = Callable[[Tensor], Tensor]
@@ -259,18 +260,7 @@ def value_and_jacobian(phi: Map, coordinates: Tensor) -> tuple[Tensor, Tensor]:
         cells = getattr(phi, "__closure__", ())
         outer, inner = (cell.cell_contents for cell in cells)
         return Composition(outer, inner).value_and_jacobian(coordinates)
-    live = torch.is_grad_enabled()
-    with torch.enable_grad():
-        x = coordinates
-        if x.shape[0] == 1:
-            x = x.expand(phi(x[..., :1]).shape[0], *x.shape[1:])
-        if not (live and x.requires_grad):
-            x = x.detach().requires_grad_()
-        values = phi(x)
-        derive = partial(torch.autograd.grad, create_graph=live, retain_graph=True)
-        rows = [derive(values[:, i].sum(), x)[0] for i in range(x.shape[1])]
-    jacobian = torch.stack(rows, dim=1)
-    return (values, jacobian) if live else (values.detach(), jacobian.detach())
+    return derived(phi, coordinates)
 
 
 class FunctionFromNeuralField(RegistrationModule):

@@ -22,6 +22,7 @@ ORDER = [
     "jets",
     "fields",
     "encoders",
+    "derivatives",
     "transforms",
     "lattices",
     "blocks",
