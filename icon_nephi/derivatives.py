@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Of central differences; shorter where more digits are kept. ICON's is ten times that: a
-# longer one crosses the border of a voxel, where slopes jump, at more of the points.
+# Of central differences; shorter where more digits are kept. ICON's is ten times that:
+# a longer one crosses the border of a voxel, where slopes jump, at more of the points.
 _STEPS = {torch.float32: 1e-4, torch.float64: 1e-6}
 
 
