@@ -99,8 +99,9 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__.rstrip("_")
-        if name in ("mm", "bmm", "addmm", "baddbmm"):  # those that add after a sum
-            first, second = (a.shape for a in args[name.endswith("addmm") or 0 :][:2])
+        begin = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}.get(name)  # 1: a sum
+        if begin is not None:
+            first, second = (a.shape for a in args[begin : begin + 2])
             count = first[0] if len(first) == 3 else 1
             self.shapes += [(*first[-2:], second[-1])] * count
         return func(*args, **(kwargs or {}))

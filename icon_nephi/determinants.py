@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from icon_nephi.bounds import WIDER, expand_displacement
 from icon_nephi.codes import LatentCode
-from icon_nephi.expansions import INFLATE, monomials, products, unit
+from icon_nephi.expansions import INFLATE, monomials, multiplied, unit
 from icon_nephi.fields import LatentMLP
 
 # Degrees of the polynomials: a deeper field loses more to its layers' magnitudes.
@@ -87,7 +87,8 @@ def bound_determinant(
     rounding = 32 * unit(inverse) * inverse.abs() @ (jacobian.abs() + size)
     rest = (offset + rounding + inverse.abs() @ remainder) * INFLATE[dtype]
     e = (changes + rest) * INFLATE[torch.float64]
-    least = torch.maximum(_dominant(e), _lowest(entries, rest.permute(1, 2, 0), degree))
+    lowest = _lowest(entries, rest.permute(1, 2, 0), degree - 1)
+    least = torch.maximum(_dominant(e), lowest)
     determinant = torch.linalg.det(jacobian)
     # How the determinant and its reciprocal, P's, may be rounded.
     sure = 1 - 1e-13 * jacobian.abs().sum(2).prod(1) / determinant
@@ -119,11 +120,11 @@ def _lowest(entries: Tensor, stray: Tensor, degree: int) -> Tensor:
     """A lower bound ``[N]`` of the determinant of matrices of polynomials in boxes.
 
     Args:
-        entries: ``[M, d, d, N]``, of total degree ``degree - 1``.
+        entries: ``[M, d, d, N]``.
         stray: ``[d, d, N]``, at most how far they are off, anywhere in the box.
-        degree: one more than theirs.
+        degree: their highest total degree.
     """
-    d, degree = entries.shape[1], degree - 1
+    d = entries.shape[1]
 
     def row(number: int, turned: int = 0) -> _Polynomials:
         return _Polynomials(
@@ -131,16 +132,16 @@ def _lowest(entries: Tensor, stray: Tensor, degree: int) -> Tensor:
         )
 
     if d == 2:
-        found = _times(row(0), row(1, 1), degree)
+        other = row(1, 1)
         signs = torch.tensor([[1.0], [-1.0]], dtype=entries.dtype)
+        cofactors = _Polynomials(other.rows * signs, other.stray)
     else:
-        # The cross product of the last two rows, times the first.
+        # The cross product of the last two rows.
         one = _times(row(1, -1), row(2, -2), degree)
         other = _times(row(1, -2), row(2, -1), degree)
         cofactors = _Polynomials(one.rows - other.rows, one.stray + other.stray)
-        found = _times(row(0), cofactors, degree)
-        signs = torch.ones(d, 1, dtype=entries.dtype)
-    rows, off = (found.rows * signs).sum(1), found.stray.sum(0)
+    found = _times(row(0), cofactors, degree)
+    rows, off = found.rows.sum(1), found.stray.sum(0)
     # A monomial of even powers is at least 0, others at least -1.
     even = torch.tensor([all(p % 2 == 0 for p in q) for q in monomials(d, degree)])
     falls = torch.where(even[:, None], (-rows).clamp(min=0), rows.abs())[1:].sum(0)
@@ -150,12 +151,8 @@ def _lowest(entries: Tensor, stray: Tensor, degree: int) -> Tensor:
 def _times(first: _Polynomials, second: _Polynomials, degree: int) -> _Polynomials:
     """a b, up to a total degree; what is beyond it strays."""
     a, b = first.rows, second.rows
-    rows = a[0] * b
-    p, q, into = a.unbind(), b.unbind(), rows.unbind()
     d = a.shape[1]
-    for k, terms in enumerate(products(d, degree)):
-        for i, j, _ in terms:
-            into[k].addcmul_(p[i], q[j])
+    rows = multiplied(a, b, d, degree)
     orders = torch.tensor([sum(powers) for powers in monomials(d, degree)])
     shape = degree + 1, *first.stray.shape
     one, other = (x.new_zeros(shape).index_add_(0, orders, x.abs()) for x in (a, b))

@@ -92,7 +92,7 @@ _Terms: TypeAlias = list[tuple[int, int, float]]
 
 
 @cache
-def products(dimension: int, degree: int) -> list[_Terms]:
+def _products(dimension: int, degree: int) -> list[_Terms]:
     """For each monomial the pairs whose product it is, without those with a 1 first."""
     known = monomials(dimension, degree)
     place = {p: n for n, p in enumerate(known)}
@@ -265,14 +265,21 @@ def _add_up(
     return out
 
 
+def multiplied(a: Tensor, b: Tensor, dimension: int, degree: int) -> Tensor:
+    """Coefficients ``[M, ...]`` of products of polynomials, up to a total degree."""
+    rows = a[0] * b
+    p, q, into = a.unbind(), b.unbind(), rows.unbind()
+    for k, terms in enumerate(_products(dimension, degree)):
+        for i, j, _ in terms:
+            into[k].addcmul_(p[i], q[j])
+    return rows
+
+
 def product(first: Expansion, second: Expansion) -> Expansion:
     """a b."""
     d, degree = first.dimension, first.degree
-    rows = first.rows[0] * second.rows
-    p, q, into = first.rows.unbind(), second.rows.unbind(), rows.unbind()
-    for k, terms in enumerate(products(d, degree)):
-        for i, j, _ in terms:
-            into[k].addcmul_(p[i], q[j])
+    rows = multiplied(first.rows, second.rows, d, degree)
+    p, q = first.rows, second.rows
     a, b = _magnitudes(first), _magnitudes(second)
     stray, size = torch.zeros_like(first.stray), torch.zeros_like(first.stray)
     for one, other, sums, others in ((first, second, a, b), (second, first, b, a)):

@@ -12,8 +12,9 @@ import copy
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -117,29 +118,23 @@ class Search:
         threads, late = torch.get_num_threads(), False
         size = self._batch()
         under_way: deque[tuple[Boxes, Future[Bounds]]] = deque()
-        # Each thread takes boxes of its own: operations are not split further.
-        pool = ThreadPoolExecutor(threads, "", torch.set_num_threads, (1,))
-        try:
-            with torch.no_grad():
-                while not late:
-                    while len(under_way) < 2 * threads:
-                        boxes = _taken(waiting, weak, size, whole=bool(under_way))
-                        if boxes is None:
-                            break
-                        under_way.append((boxes, pool.submit(self._bound, boxes)))
-                    if not under_way:
+        with torch.no_grad(), _workers(threads) as pool:
+            while not late:
+                while len(under_way) < 2 * threads:
+                    boxes = _taken(waiting, weak, size, whole=bool(under_way))
+                    if boxes is None:
                         break
-                    boxes, found = under_way.popleft()
-                    before = self.proven + self.refuted
-                    parts = self._decide(boxes, found.result())
-                    decided((self.proven + self.refuted - before) / self.total)
-                    proven = parts.least > 0
-                    waiting.append(parts.at(~proven))
-                    weak.append(parts.at(proven))
-                    late = ends is not None and time.monotonic() > ends
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(threads)
+                    under_way.append((boxes, pool.submit(self._bound, boxes)))
+                if not under_way:
+                    break
+                boxes, found = under_way.popleft()
+                before = self.proven + self.refuted
+                parts = self._decide(boxes, found.result())
+                decided((self.proven + self.refuted - before) / self.total)
+                proven = parts.least > 0
+                waiting.append(parts.at(~proven))
+                weak.append(parts.at(proven))
+                late = ends is not None and time.monotonic() > ends
         for boxes in (*(boxes for boxes, _ in under_way), *waiting, *weak):
             self._leave(boxes)
 
@@ -238,6 +233,17 @@ class Search:
         self.total -= off.volume()
         self.proven -= off.at(off.least > 0).volume()
         return boxes.at(meets)
+
+
+@contextmanager
+def _workers(threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that take boxes of their own: their operations are not split further."""
+    pool = ThreadPoolExecutor(threads, "", torch.set_num_threads, (1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 def _joined(parts: list[Boxes]) -> Boxes:

@@ -157,7 +157,7 @@ def test_the_bound_of_determinants_of_polynomials_holds(dimension, degree, gener
         * torch.rand(shape[1:], generator=generator).double()
         * (torch.arange(400) % 3)
     )
-    least = determinants._lowest(entries, stray, degree + 1)
+    least = determinants._lowest(entries, stray, degree)
     assert (least > 0.5).any()
     assert (least < 0).any()
     ends = list(itertools.product((-1.0, 0.0, 1.0), repeat=dimension))
@@ -169,7 +169,7 @@ def test_the_bound_of_determinants_of_polynomials_holds(dimension, degree, gener
         assert (torch.linalg.det(matrix.permute(2, 0, 1)) >= least).all()
     # Where nothing strays and the degree suffices it is as low as some point, nearly.
     entries[1:] *= 1e-4
-    flat = determinants._lowest(entries, 0 * stray, degree + 1)
+    flat = determinants._lowest(entries, 0 * stray, degree)
     torch.testing.assert_close(
         flat, torch.linalg.det(entries[0].permute(2, 0, 1)), rtol=0, atol=0.01
     )
