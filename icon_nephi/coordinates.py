@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# What rounding may put a place of the unit box beyond its border, in float32.
+EDGE = 1e-6
+
 
 def identity_map(
     shape: Sequence[int],
@@ -86,6 +89,15 @@ def resize_image(image: Tensor, size: Sequence[int], mode: str = "linear") -> Te
 def inside(coordinates: Tensor) -> Tensor:
     """Boolean ``[B, 1, *any]``: which ICON-frame coordinates lie in the unit box."""
     return ((coordinates >= 0) & (coordinates <= 1)).all(dim=1, keepdim=True)
+
+
+def within(rows: Tensor) -> Tensor:
+    """Of each number of rows 1 where it lies in [0, 1], else 0.
+
+    Or beyond by a rounding of physical frames: voxel centres on the border of the box
+    are of the box.
+    """
+    return ((rows >= -EDGE) & (rows <= 1 + EDGE)).to(rows.dtype)
 
 
 @dataclass(frozen=True)

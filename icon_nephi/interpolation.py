@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from icon_nephi.coordinates import within
+
 ORDERS = ("linear", "quadratic")
 
 
@@ -122,7 +124,7 @@ def _axis_weights(
     """
     sizes = sizes.to(points.dtype)
     # Beyond the border the weights stay constant: their derivative is zero there.
-    slope = ((points >= 0) & (points <= 1)).to(points.dtype)
+    slope = within(points)
     x = points.clamp(0, 1)
     if order == "linear":
         steps = sizes - 1

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from icon_nephi import fields
 from icon_nephi._check import check_coordinates
 from icon_nephi.codes import LatentCode
-from icon_nephi.coordinates import from_rows, to_rows
+from icon_nephi.coordinates import from_rows, to_rows, within
 from icon_nephi.derivatives import derived
 from icon_nephi.memory import smaller_when_full
 
@@ -146,8 +146,7 @@ class NeuralTransform(_Transform):
             # The derivatives of the clamped point; read_grids knows its own border.
             values = self.code.at(rows, gradient=True)
             moved, slopes = fields.displacement_and_jacobian(self.field, x, values)
-        inside = ((rows >= 0) & (rows <= 1)).to(rows.dtype)
-        return moved, slopes * inside[:, :, None, :]
+        return moved, slopes * within(rows)[:, :, None, :]
 
 
 def _joined(parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

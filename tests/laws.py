@@ -139,6 +139,19 @@ def outside_moves_as_the_nearest_border(problem, dimension, precision):
         precision.close(phi(x) - x, phi(border) - border)
 
 
+def border_voxels_are_inside(problem, dimension):
+    """Voxel centres on the border have the Jacobian of the inner side, though physical
+    frames are rounded. In float64."""
+    module = problem.make(dimension)
+    border = points(dimension, 2, 40, reach=1.5).clamp(0, 1)
+    for phi in maps_of(module, *images(dimension, 2, torch.float64)):
+        with torch.no_grad():
+            expected = value_and_jacobian(phi, border)[1]
+            for beyond in (-1e-7, 1e-7):
+                found = value_and_jacobian(phi, border + beyond)[1]
+                torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
 def jacobian_is_the_central_difference(problem, dimension, reach=0.3):
     """In float64; inside and outside the unit box, through every composition."""
     module = problem.make(dimension)

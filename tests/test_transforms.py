@@ -78,6 +78,11 @@ def test_outside_it_moves_as_the_nearest_border(problem, dimension, precision):
     laws.outside_moves_as_the_nearest_border(problem, dimension, precision)
 
 
+@over([p for p in OURS if p in BOUNDED])
+def test_rounding_does_not_put_border_voxels_outside(problem, dimension):
+    laws.border_voxels_are_inside(problem, dimension)
+
+
 @over(PROBLEMS)
 def test_the_jacobian_is_the_central_difference(problem, dimension):
     laws.jacobian_is_the_central_difference(problem, dimension)
