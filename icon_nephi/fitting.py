@@ -22,7 +22,7 @@ from icon_nephi.losses import GradientICONPoints
 from icon_nephi.memory import memory_for
 from icon_nephi.models import Fit, Settings, find_settings, make_pair
 from icon_nephi.optimize import Stage, optimize
-from icon_nephi.preprocess import fill_missing
+from icon_nephi.preprocess import fill_missing, noise
 from icon_nephi.sampling import Patches, Points
 from icon_nephi.similarities import Comparison, find_similarity
 from icon_nephi.starts import Images, coincide, find_affine, identity
@@ -34,6 +34,9 @@ DRAW = 0.07
 # Where single points are compared: how many for each block there would be, and the
 # blur of the images, in strides that the samples of a block would have.
 POINTS, BLUR = 8, 0.5
+# Noise above which features fade out, and above which larger blocks are compared; real
+# scans have 0.002 to 0.04.
+CLEAN, NOISY = 0.01, 0.06
 # Weight of the label maps' overlap, where there are label maps.
 DICE = 1.0
 
@@ -100,6 +103,8 @@ def fit_pair(
     if choice.features != "beside":
         settings = replace(settings, features=0.0)
     image_A, image_B = fill_missing(image_A), fill_missing(image_B)
+    if not choice.points:
+        settings = _suited(settings, max(noise(image_A), noise(image_B)))
     seen = of_images(image_A, image_B, geometry_A, geometry_B)
     if settings.features or choice.features == "only":
         image_A, mask_A, geometry_A = coarser(image_A, mask_A, geometry_A)
@@ -148,6 +153,16 @@ def fit_pair(
         warnings=said + doubts(numbers, contrast=choice.contrast),
         evidence=numbers,
     )
+
+
+def _suited(settings: Settings, level: float) -> Settings:
+    """The settings for images with noise of that standard deviation."""
+    if level > CLEAN:
+        settings = replace(settings, kept=0.0)
+    if level > NOISY:
+        half = max(1, settings.patches // 2)
+        settings = replace(settings, size=settings.noisy, patches=half)
+    return settings
 
 
 def _better_start(
@@ -218,7 +233,8 @@ def _fit(
         similarity = both
 
         def fade(step: int, _: Any) -> None:
-            both.weight = settings.features * (1 - step / settings.steps)
+            faded = (1 - settings.kept) * step / settings.steps
+            both.weight = settings.features * (1 - faded)
 
     loss = GradientICONPoints(
         pair,

@@ -43,6 +43,8 @@ class Settings:
             the blocks only (see `Patches`).
         patches: blocks a step and direction.
         size: samples a side of a block.
+        noisy: the same where the images are noisy (see `icon_nephi.preprocess.noise`);
+            half as many blocks are taken then.
         regularity_points: a step and direction.
         lmbda: weight of the gradient inverse consistency.
         consistency: weight of inverse consistency, inside that of lmbda.
@@ -52,7 +54,8 @@ class Settings:
         code_rate: Adam's learning rate of the codes.
         floor: see `PatchNCC`.
         features: weight of the difference of self-similarity features (see
-            `icon_nephi.features`) at the start, fading to none; 0: never.
+            `icon_nephi.features`) at the start, fading to a share; 0: never.
+        kept: that share, where the images have hardly any noise; else none.
     """
 
     field: str = "ModulatedSiren"
@@ -69,6 +72,7 @@ class Settings:
     exact: tuple[bool, ...] = (False, False, False, False)
     patches: int = 600
     size: int = 3
+    noisy: int = 5
     regularity_points: int = 300
     lmbda: float = 1.0
     consistency: float = 300.0
@@ -78,6 +82,7 @@ class Settings:
     code_rate: float = 1e-2
     floor: float = 1e-3
     features: float = 0.0
+    kept: float = 0.5
 
 
 SIREN = Settings()
@@ -104,7 +109,8 @@ DETAIL = replace(
     regularity_points=500,
 )
 # CT has detail down to the voxel, and two scans of one body differ in noise and
-# density: self-similarity features find the way, intensities the last bit of it.
+# density: self-similarity features find the way, intensities the last bit of it (where
+# they have noise: the features see it, too).
 CT = replace(GRID, strides=(10.0, 5.0, 2.5, 1.2), features=10.0)
 # In 2D points are cheap: finer codes.
 PRESETS = {

@@ -5,12 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from icon_nephi import fitting
 from icon_nephi.coordinates import (
     Geometry,
     identity_map,
     points_as_grid,
     sample_image,
 )
+from icon_nephi.features import FeatureDifference
 from icon_nephi.fitting import fit_pair
 from icon_nephi.folds import guarded_term
 from icon_nephi.metrics import dice
@@ -24,6 +26,7 @@ from icon_nephi.models import (
     make_field,
 )
 from icon_nephi.phantoms import triangles_and_circles
+from icon_nephi.sampling import Patches
 from icon_nephi.starts import Images
 from icon_nephi.transforms import (
     Composition,
@@ -102,6 +105,42 @@ def test_the_same_seed_gives_the_same_bits(shapes):
     for a, b in zip(one.code.local_codes, two.code.local_codes, strict=True):
         assert torch.equal(a, b)
     assert one.losses != other.losses
+
+
+@pytest.mark.parametrize(("sigma", "blocks"), [(0.0, (150, 3)), (0.1, (75, 5))])
+def test_noisy_images_are_compared_in_larger_blocks(
+    shapes, sigma, blocks, generator, monkeypatch
+):
+    taken = set()
+
+    def patches(count, size, *others, **options):
+        taken.add((count, size))
+        return Patches(count, size, *others, **options)
+
+    monkeypatch.setattr(fitting, "Patches", patches)
+    moving, fixed = shapes[0].split(1)
+    fixed = fixed + sigma * torch.randn(fixed.shape, generator=generator)
+    quick = replace(SMALL, steps=4)
+    fit_pair(moving, fixed, PLACE, PLACE, field=quick, progress=False, affine=False)
+    assert taken == {blocks}
+
+
+@pytest.mark.parametrize(("sigma", "share"), [(0.0, 0.5), (0.03, 0.0)])
+def test_features_of_clean_images_keep_half_of_their_weight(
+    shapes, sigma, share, generator, monkeypatch
+):
+    made = []
+
+    def difference(*arguments):
+        made.append(FeatureDifference(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(fitting, "FeatureDifference", difference)
+    moving, fixed = shapes[0].split(1)
+    fixed = fixed + sigma * torch.randn(fixed.shape, generator=generator)
+    quick = replace(SMALL, steps=10, features=10.0)
+    fit_pair(moving, fixed, PLACE, PLACE, field=quick, progress=False, affine=False)
+    assert made[-1].weight == pytest.approx(10 * share, abs=1.1)
 
 
 def test_an_offset_between_the_frames_is_found(shapes):

@@ -1,9 +1,9 @@
-"""Missing slices are filled in before a pair is compared."""
+"""Missing slices are filled in before a pair is compared, and noise is measured."""
 
 import pytest
 import torch
 
-from icon_nephi.preprocess import fill_missing, missing_slices
+from icon_nephi.preprocess import fill_missing, missing_slices, noise
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -26,3 +26,20 @@ def test_space_between_two_objects_stays_empty():
     assert torch.equal(fill_missing(image), image)
     full = torch.rand(1, 1, 8, 8)
     assert fill_missing(full) is full
+
+
+@pytest.mark.parametrize("size", [(80, 90), (24, 30, 28)])
+def test_noise_is_measured_and_structure_is_not(size, generator):
+    axes = torch.meshgrid(*[torch.linspace(0, 6, n) for n in size], indexing="ij")
+    smooth = 0.5 + 0.5 * torch.stack(axes).sin().prod(0)[None, None]
+    assert noise(smooth) < 0.005
+    added = 0.1 * torch.randn(smooth.shape, generator=generator)
+    assert noise(smooth + added) == pytest.approx(0.1, rel=0.1)
+    assert noise(torch.cat([smooth, smooth + added], 1)) > 0.09  # its worst channel
+    assert noise(torch.rand(1, 1, 2, 9)) == 0  # nothing to tell by
+
+
+def test_edges_of_shapes_are_not_noise():
+    x = torch.linspace(-1, 1, 64)
+    disc = (x[:, None] ** 2 + x**2 < 0.5).float()[None, None]
+    assert noise(disc) == 0
