@@ -40,7 +40,7 @@ def read_grids(
     Args:
         grids: ``[B, C, *g]`` each, or batch 1 for all points.
         points: ``[B, N, d]`` rows in the unit box; outside it the nearest border value
-            is read, with derivative zero across that border.
+            is read, with derivative zero across that border (but see `within`).
         order: ``"linear"`` or ``"quadratic"``.
         gradient: also return the derivatives.
 
