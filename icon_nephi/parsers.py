@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +18,18 @@ MODELS = ("lung", "brain", "knee", "unigradicon", "multigradicon", "none")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaint is one line."""
+    """A parser whose complaint is one line, which names the flags that were meant."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """All of the arguments, or the complaint."""
+        given, others = self.parse_known_args(args, namespace)
+        if others:
+            flags = [f for f in self._option_string_actions if f.startswith("--")]
+            near = [flag for flag in flags if others[0].lstrip("-") in flag]
+            near = near or get_close_matches(others[0], flags)
+            meant = f" (did you mean {' or '.join(near[:4])}?)" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(others)}{meant}")
+        return given
 
     def error(self, message: str) -> NoReturn:
         """Raise what the commands turn into exit code 2."""
