@@ -70,7 +70,10 @@ REGISTER = {
     "no such device": ({"device": "cuda:99"}, "--device: 'cuda:99' is not available"),
     "no such preset": ({"preset": "best"}, "--preset"),
     "no such similarity": ({"similarity": "ssd"}, "--similarity"),
-    "half a flag": ({"sav": "out/p.nephi"}, "did you mean --save?"),
+    "half a flag": (
+        {"sav": "out/p.nephi"},
+        "unrecognized arguments: --sav out/p.nephi (did you mean --save?)",
+    ),
     "a flag's end": ({"moving_out": "w.nrrd"}, "did you mean --warped_moving_out?"),
     "a typing error": ({"persets": "fast"}, "did you mean --preset"),
     "no flag": ({"xyz": 1}, "unrecognized arguments: --xyz 1; see"),

@@ -333,7 +333,6 @@ BEFORE = {  # mean landmark error in mm, or mean Dice, of the identity
 
 
 @pytest.mark.data
-@pytest.mark.skipif("NEPHI_DATA" not in os.environ, reason="NEPHI_DATA is not set")
 @pytest.mark.parametrize("group", BEFORE)
 def test_known_cases_begin_where_they_should(group):
     assert BEFORE.keys() == {name.partition("/")[0] for name in KNOWN}

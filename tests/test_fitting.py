@@ -107,6 +107,13 @@ def test_the_same_seed_gives_the_same_bits(shapes):
     assert one.losses != other.losses
 
 
+def fit_with_noise(shapes, sigma, generator, **settings):
+    moving, fixed = shapes[0].split(1)
+    fixed = fixed + sigma * torch.randn(fixed.shape, generator=generator)
+    quick = replace(SMALL, **settings)
+    fit_pair(moving, fixed, PLACE, PLACE, field=quick, progress=False, affine=False)
+
+
 @pytest.mark.parametrize(("sigma", "blocks"), [(0.0, (150, 3)), (0.1, (75, 5))])
 def test_noisy_images_are_compared_in_larger_blocks(
     shapes, sigma, blocks, generator, monkeypatch
@@ -118,10 +125,7 @@ def test_noisy_images_are_compared_in_larger_blocks(
         return Patches(count, size, *others, **options)
 
     monkeypatch.setattr(fitting, "Patches", patches)
-    moving, fixed = shapes[0].split(1)
-    fixed = fixed + sigma * torch.randn(fixed.shape, generator=generator)
-    quick = replace(SMALL, steps=4)
-    fit_pair(moving, fixed, PLACE, PLACE, field=quick, progress=False, affine=False)
+    fit_with_noise(shapes, sigma, generator, steps=4)
     assert taken == {blocks}
 
 
@@ -136,10 +140,7 @@ def test_features_of_clean_images_keep_half_of_their_weight(
         return made[-1]
 
     monkeypatch.setattr(fitting, "FeatureDifference", difference)
-    moving, fixed = shapes[0].split(1)
-    fixed = fixed + sigma * torch.randn(fixed.shape, generator=generator)
-    quick = replace(SMALL, steps=10, features=10.0)
-    fit_pair(moving, fixed, PLACE, PLACE, field=quick, progress=False, affine=False)
+    fit_with_noise(shapes, sigma, generator, steps=10, features=10.0)
     assert made[-1].weight == pytest.approx(10 * share, abs=1.1)
 
 
