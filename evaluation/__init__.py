@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from icon_nephi.atomic import written_whole
+
 DIRECTIONS = ("fixed_to_moving", "moving_to_fixed")
 STATISTICS = ("mean", "median", "p95")  # of landmark errors
 RANDOM_POINTS = 100_000
@@ -252,12 +254,10 @@ def version(name: str) -> str:
 
 def write_csv(path: Path, columns: Iterable[str], rows: list[dict[str, Any]]) -> None:
     """Write all rows, or leave the file as it was."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(columns), extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with (
+        written_whole(path) as (part,),
+        part.open("w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.DictWriter(file, list(columns), extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)

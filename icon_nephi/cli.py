@@ -160,7 +160,7 @@ def warp(argv: Sequence[str] | None = None) -> None:
         raise ValueError("--errors needs a .nephi file and --points in a .csv")
 
     from icon_nephi import warps
-    from icon_nephi.files import written_whole
+    from icon_nephi.atomic import written_whole
 
     transform = warps.read_map(given.transform)
     if given.points:
@@ -193,7 +193,7 @@ def jacobian(argv: Sequence[str] | None = None) -> None:
         )
 
     from icon_nephi import warps
-    from icon_nephi.files import written_whole
+    from icon_nephi.atomic import written_whole
     from icon_nephi.itk_images import array_of, geometry_of, image_of
     from icon_nephi.itk_maps import write_image
 
@@ -284,7 +284,7 @@ def compare(argv: Sequence[str] | None = None) -> None:
 
 
 def _write_rows(path: Path, columns: Sequence[str], rows: list[dict[str, Any]]) -> None:
-    from icon_nephi.files import written_whole
+    from icon_nephi.atomic import written_whole
 
     with (
         written_whole(path) as (part,),

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from icon_nephi import views
-from icon_nephi.files import written_whole
+from icon_nephi.atomic import written_whole
 from icon_nephi.layers import SLICES, Scales, Scene, draw, layers_of
 from icon_nephi.measures import Measured, label_overlap, landmark_errors, warnings_of
 from icon_nephi.memory import peak_memory

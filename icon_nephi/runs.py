@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from icon_nephi import itk_images, scores
-from icon_nephi.files import written_whole
+from icon_nephi.atomic import written_whole
 from icon_nephi.itk_maps import ItkPair, write_image, write_transform
 from icon_nephi.parsers import IMAGES, TRANSFORMS, VECTORS, check_output
 from icon_nephi.run_inputs import Inputs

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from icon_nephi import itk_images, scores
-from icon_nephi.files import written_whole
+from icon_nephi.atomic import written_whole
 from icon_nephi.itk_maps import ItkMap
 from icon_nephi.parsers import is_own
 from icon_nephi.point_files import read_points, with_column

@@ -278,7 +278,7 @@ def test_the_command(data, tmp_path, monkeypatch, capsys):
     assert rows[0]["warnings"] == "a stand-in"
     assert float(rows[0]["file_kb"]) == 2
     assert 0 < float(rows[0]["peak_rss_gib"]) < 2
-    assert list(tmp_path.glob("*.part")) == []
+    assert list(tmp_path.glob(".part*")) == []
 
 
 def test_what_a_method_refuses_is_one_sentence(data, tmp_path, monkeypatch, capsys):

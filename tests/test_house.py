@@ -14,6 +14,7 @@ PACKAGE = ROOT / "icon_nephi"
 ORDER = [
     "_check",
     "coordinates",
+    "atomic",
     "interpolation",
     "sampling",
     "chunks",
@@ -174,6 +175,16 @@ def test_importing_the_package_does_not_import_itk():
     loaded = result.stdout.split()
     assert "icon_nephi" in loaded
     assert not among(loaded, ["itk", "footsteps", "torchvision"])
+
+
+@pytest.mark.parametrize("room", ["atomic"])
+def test_light_files_do_without_torch(room):
+    code = f"import sys, icon_nephi.{room}; print(*sys.modules, sep='\\n')"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split()
+    assert f"icon_nephi.{room}" in loaded
+    assert not among(loaded, ["itk", "torch"])
 
 
 def test_axes_are_reversed_in_one_place_at_most():
