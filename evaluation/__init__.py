@@ -6,10 +6,8 @@ Nothing here is installed with the package; itk is imported when it is needed.
 
 import csv
 import platform
-import sys
 import tempfile
 from collections.abc import Iterable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -218,21 +216,6 @@ def random_points(image: Any, count: int = RANDOM_POINTS, seed: int = 0) -> np.n
 # --- the report ---------------------------------------------------------------------
 
 
-def peak_memory() -> float | None:
-    """Return the peak resident memory of this process in GiB, None if unknown."""
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss would begin with the memory of the parent process
-        for line in status.read_text("ascii", "replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
-
-
 def machine() -> str:
     """Return the processor's name and the system."""
     name, information = platform.processor(), Path("/proc/cpuinfo")
@@ -242,14 +225,6 @@ def machine() -> str:
                 name = line.partition(":")[2].strip()
                 break
     return f"{name or platform.machine()}, {platform.system()}"
-
-
-def version(name: str) -> str:
-    """Return the version of an installed or imported package, or nothing."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return getattr(sys.modules.get(name), "__version__", "")
 
 
 def write_csv(path: Path, columns: Iterable[str], rows: list[dict[str, Any]]) -> None:

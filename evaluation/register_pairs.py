@@ -33,13 +33,13 @@ from evaluation import (
     STATISTICS,
     before,
     machine,
-    peak_memory,
     score,
-    version,
     write_csv,
 )
 from evaluation.pairs import Pair, find_cases
 from evaluation.peers import DEFAULT, PEERS, NotApplicable, missing
+from icon_nephi.memory import peak_memory
+from icon_nephi.versions import version
 
 NOT_INSTALLED = "not installed"
 OURS = {"icon_nephi": "evaluation.register_pairs:nephi"}
@@ -113,7 +113,7 @@ def measure(
     row = {
         "cpu_s": time.process_time() - start,
         "wall_s": time.perf_counter() - wall,
-        "peak_rss_gib": peak_memory(),
+        "peak_rss_gib": peak_memory() / 2**30 or None,
     }
     return row | before(pair) | score(pair, result)
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from evaluation import machine, version, write_csv
+from evaluation import machine, write_csv
 from evaluation.dirlab import (
     find_dirlab,
     find_external,
@@ -33,6 +33,7 @@ from evaluation.dirlab import (
 from icon_nephi import compare
 from icon_nephi.compare import Options, alone
 from icon_nephi.physical import FramedMap
+from icon_nephi.versions import version
 
 COLUMNS = (
     *("method", "source", "case", "error", "before_tre_mm", "tre_mm"),

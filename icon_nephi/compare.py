@@ -28,6 +28,7 @@ from icon_nephi import metrics
 from icon_nephi._check import check_intensities
 from icon_nephi.coordinates import Geometry, apply_affine, resize_image
 from icon_nephi.inputs import choose_device, read_input
+from icon_nephi.memory import peak_memory
 from icon_nephi.models import find_settings
 from icon_nephi.physical import Array, FramedMap, over_grid
 from icon_nephi.preprocess import prepare
@@ -303,9 +304,7 @@ def peak_gib(device: torch.device) -> float | None:
     """Peak memory of this process, on a GPU that of its tensors; None: unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    status = Path("/proc/self/status")
-    text = status.read_text() if status.exists() else ""
-    return int(text.split("VmHWM:")[1].split()[0]) / 2**20 if text else None
+    return peak_memory() / 2**30 or None
 
 
 def measure(case: Any, method: Method, options: Options) -> Row:

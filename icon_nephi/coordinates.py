@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Array: TypeAlias = npt.NDArray[Any]
 
 # What rounding may put a place of the unit box beyond its border, in float32.
 EDGE = 1e-6
@@ -100,6 +104,21 @@ def within(rows: Tensor) -> Tensor:
     return ((rows >= -EDGE) & (rows <= 1 + EDGE)).to(rows.dtype)
 
 
+def outside_grid(index: Array, size: Sequence[int]) -> Array:
+    """Return a boolean ``[N]``: which places lie beyond the voxels of a grid.
+
+    A voxel reaches half a step to every side of its centre; a place on its face, or
+    beyond that by rounding, is not outside.
+
+    Args:
+        index: ``[N, d]`` in voxels per tensor axis, 0 at the first centre.
+        size: voxels per tensor axis.
+    """
+    last = np.array(size) - 0.5
+    far: Array = (index < -0.5 - EDGE) | (index > last + EDGE)
+    return np.asarray(far.any(1))
+
+
 @dataclass(frozen=True)
 class Geometry:
     """Where an image lies in the physical frame.
@@ -170,6 +189,15 @@ class Geometry:
         """``[d + 1, d + 1]`` float64: homogeneous LPS millimetres -> ICON frame."""
         inverse: Tensor = torch.linalg.inv(self.unit_to_physical())
         return inverse
+
+    def outside(self, points: Array) -> Array:
+        """Return a boolean ``[N]``: which points lie beyond the image's voxels.
+
+        Args:
+            points: ``[N, d]`` float64, physical frame.
+        """
+        unit = apply_affine(self.physical_to_unit(), torch.from_numpy(points)).numpy()
+        return outside_grid(unit * (np.array(self.size) - 1.0), self.size)
 
 
 def apply_affine(matrix: Tensor, points: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from icon_nephi._check import check_image, check_mask
 from icon_nephi.coordinates import Geometry
-from icon_nephi.physical import Array, over_grid, reader
+from icon_nephi.physical import Array, over_grid
+from icon_nephi.resampling import reader
 
 
 def is_itk(image: Any) -> bool:

@@ -69,22 +69,14 @@ class Inputs:
             found.append(points)
         scores.check_landmarks(found[0], found[1], d)
         for side, points in zip(("fixed", "moving"), found, strict=True):
-            far = outside(points, itk_images.geometry_of(self.images[side]))
+            place = itk_images.geometry_of(self.images[side])
+            far = int(place.outside(points).sum())
             if far:
                 self.warnings.append(
                     f"{far} of {len(points)} landmarks lie outside the {side} image; "
                     "they must be LPS mm (RAS: change the sign of x and y)"
                 )
         return found[0], found[1]
-
-
-def outside(points: Array, place: Any) -> int:
-    """How many points lie more than half a voxel beyond a grid."""
-    matrix = place.physical_to_unit().numpy()
-    d = place.dimension
-    index = (points @ matrix[:d, :d].T + matrix[:d, d]) * (np.array(place.size) - 1.0)
-    far = (index < -0.5 - 1e-6) | (index > np.array(place.size) - 0.5 + 1e-6)
-    return int(far.any(1).sum())
 
 
 def _check_mask(name: str, mask: Any) -> None:

@@ -17,6 +17,7 @@ from icon_nephi.atomic import written_whole
 from icon_nephi.itk_maps import ItkPair, write_image, write_transform
 from icon_nephi.parsers import IMAGES, TRANSFORMS, VECTORS, check_output
 from icon_nephi.run_inputs import Inputs
+from icon_nephi.versions import versions
 
 OUTPUTS = {
     "transform_out": TRANSFORMS,
@@ -171,7 +172,7 @@ def run(given: argparse.Namespace, command: list[str]) -> dict[str, Any]:
     if read.labels is not None:
         found["dice"] = scores.label_scores(result, *read.labels)
     found["outputs"] = {name: str(path) for name, path in outputs.items()}
-    found["versions"] = scores.versions()
+    found["versions"] = versions()
     with written_whole(*outputs.values()) as parts:
         each = zip(outputs, parts, strict=True)
         bar = tqdm(each, "writing", len(outputs), disable=given.quiet, leave=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,6 @@ from icon_nephi.metrics import (
 from icon_nephi.physical import Array
 
 VOXELS = 200_000  # at most, at which the maps are measured, in each image
-_PACKAGES = ("icon_nephi", "icon_registration", "torch", "itk", "numpy")
 
 
 def check_label_map(name: str, image: Any) -> Any:
@@ -163,17 +161,6 @@ def _spread(place: Geometry) -> Any:
         direction=place.direction,
     )
     return image_of(np.zeros(sparse.size, np.uint8), sparse)
-
-
-def versions() -> dict[str, str | None]:
-    """The installed versions of what a registration depends on."""
-    found: dict[str, str | None] = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def as_text(found: dict[str, Any]) -> list[str]:

@@ -12,7 +12,6 @@ from icon_nephi.itk_maps import ItkMap
 from icon_nephi.parsers import is_own
 from icon_nephi.point_files import read_points, with_column
 from icon_nephi.registration import load
-from icon_nephi.run_inputs import outside
 
 
 def read_map(path: Path) -> Any:
@@ -113,7 +112,7 @@ def move_points(
         content = with_column(content, "expected_error_mm", errors)
     with written_whole(out) as (part,):
         part.write_bytes(content)
-    far = outside(points, place) if place is not None and len(points) else 0
+    far = 0 if place is None else int(place.outside(points).sum())
     odd = (
         f"{far} of {len(points)} points lie outside the {side} image, where nothing "
         "was registered; they must be LPS mm"

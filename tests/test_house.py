@@ -15,10 +15,11 @@ ORDER = [
     "_check",
     "coordinates",
     "atomic",
+    "versions",
+    "memory",
     "interpolation",
     "sampling",
     "chunks",
-    "memory",
     "codes",
     "jets",
     "fields",
@@ -177,7 +178,7 @@ def test_importing_the_package_does_not_import_itk():
     assert not among(loaded, ["itk", "footsteps", "torchvision"])
 
 
-@pytest.mark.parametrize("room", ["atomic"])
+@pytest.mark.parametrize("room", ["atomic", "memory", "versions"])
 def test_light_files_do_without_torch(room):
     code = f"import sys, icon_nephi.{room}; print(*sys.modules, sep='\\n')"
     loaded = subprocess.run(
