@@ -33,7 +33,6 @@ ORDER = [
     "features",
     "affine",
     "folds",
-    "processes",
     "optimize",
     "instance",
     "preprocess",
