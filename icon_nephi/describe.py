@@ -63,7 +63,7 @@ def _count(field: nn.Module) -> int:
 
 def _place(geometry: Geometry) -> dict[str, Any]:
     return {
-        "size": list(reversed(geometry.size)),
+        "size": list(geometry.itk_size),
         "spacing": list(geometry.spacing),
         "origin": list(geometry.origin),
         "direction": [list(row) for row in geometry.direction],

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from icon_nephi._check import check_labels
 from icon_nephi.inputs import check_points, voxels_of
 from icon_nephi.layers import Scales, Scene, spread_out
 from icon_nephi.metrics import dice, target_registration_error
@@ -95,9 +96,7 @@ def label_overlap(
     for name, image in (("labels_fixed", fixed), ("labels_moving", moving)):
         place = scene.B if name == "labels_fixed" else scene.A
         scene.box(name, image, place)
-        values = voxels_of(image)
-        if values.dtype.kind == "f" and not np.array_equal(values, np.round(values)):
-            raise ValueError(f"{name} must hold whole numbers; is it an image?")
+        check_labels(name, voxels_of(image))
     own, frame = scene.box("labels_fixed", fixed, scene.B)
     points = spread_out(own.size, frame, LABEL_SAMPLES)
     truth = scene.labels("labels_fixed", fixed, scene.B)(points).astype(np.int64)

@@ -196,7 +196,7 @@ def _tables(
         tables.append({"caption": "Dice overlap", "header": header, "rows": rows})
     rows = []
     for name, place in (("Moving", scene.A), ("Fixed", scene.B)):
-        size = " × ".join(str(n) for n in place.size[::-1])
+        size = " × ".join(str(n) for n in place.itk_size)
         spacing = " × ".join(f"{s:.4g}" for s in place.spacing)
         rows.append([name, size, f"{spacing} mm" if scene.itk else "a tensor"])
     header = ["", "voxels", "spacing"]

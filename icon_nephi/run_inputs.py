@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from icon_nephi import itk_images, scores
+from icon_nephi._check import check_dimension, check_mask_numbers
 from icon_nephi.physical import Array
 
 
@@ -36,11 +37,12 @@ class Inputs:
         for side in ("moving", "fixed"):
             mask = self.images.get(f"{side}_mask")
             if mask is not None:
-                _check_mask(f"--{side}_mask: {getattr(given, f'{side}_mask')}", mask)
+                flag = f"--{side}_mask: {getattr(given, f'{side}_mask')}"
+                check_mask_numbers(flag, itk_images.array_of(mask))
             name = f"{side}_segmentation"
             if name in self.images:
                 image = self.images[name]
-                self.images[name] = scores.check_label_map(f"--{name}", image)
+                self.images[name] = itk_images.check_label_map(f"--{name}", image)
             self.images[side] = _windowed(given, side, self.images[side])
         d = self.images["fixed"].GetImageDimension()
         self.landmarks: tuple[Array, Array] | None = None
@@ -51,12 +53,9 @@ class Inputs:
             maps = []
             for flag in ("labels_fixed", "labels_moving"):
                 image = itk_images.read_image(f"--{flag}", getattr(given, flag))
-                if image.GetImageDimension() != d:
-                    raise ValueError(
-                        f"--{flag} is {image.GetImageDimension()}D but the images are "
-                        f"{d}D"
-                    )
-                maps.append(scores.check_label_map(f"--{flag}", image))
+                found = image.GetImageDimension()
+                check_dimension(f"--{flag}", found, "the images are", d)
+                maps.append(itk_images.check_label_map(f"--{flag}", image))
             self.labels = (maps[0], maps[1])
 
     def _read_landmarks(self, given: argparse.Namespace, d: int) -> tuple[Array, Array]:
@@ -77,16 +76,6 @@ class Inputs:
                     "they must be LPS mm (RAS: change the sign of x and y)"
                 )
         return found[0], found[1]
-
-
-def _check_mask(name: str, mask: Any) -> None:
-    values = itk_images.array_of(mask)
-    odd = ~np.isfinite(values) if values.dtype.kind == "f" else np.zeros(1, bool)
-    if odd.any() or values.min() < 0 or (values[values > 1] % 1).any():
-        raise ValueError(
-            f"{name} does not look like a mask: it holds negative numbers or fractions "
-            "above 1; were image and mask swapped?"
-        )
 
 
 def _windowed(given: argparse.Namespace, side: str, image: Any) -> Any:
