@@ -259,18 +259,20 @@ def compare(argv: Sequence[str] | None = None) -> None:
     from tqdm import tqdm
 
     from icon_nephi import compare as tools
+    from icon_nephi.cases import find_cases, read_case
     from icon_nephi.inputs import choose_device
+    from icon_nephi.methods import METHODS, Options
 
     choose_device(given.device, None)
-    folders = tools.find_cases(given.data, given.cases)
-    readers = {n: partial(tools.read_case, home, n) for n, home in folders.items()}
+    folders = find_cases(given.data, given.cases)
+    readers = {n: partial(read_case, home, n) for n, home in folders.items()}
     for read in readers.values():
         read()  # complains now, not after an hour
     names = ("seconds", "seed", "device", "threads", "side")
-    options = tools.Options(**{name: getattr(given, name) for name in names})
+    options = Options(**{name: getattr(given, name) for name in names})
     rows: list[dict[str, Any]] = []
-    total = len(readers) * len(tools.METHODS)
-    found = tools.compare_cases(readers, tools.METHODS, options)
+    total = len(readers) * len(METHODS)
+    found = tools.compare_cases(readers, METHODS, options)
     for row in tqdm(found, "registering", total, disable=given.quiet, leave=False):
         rows.append(row)
         if out is not None:

@@ -169,6 +169,28 @@ def read_label_map(name: str, labels: Any, place: Geometry, *, itk: bool) -> Ten
     return torch.from_numpy(values[..., 0].astype(np.int64))[None, None]
 
 
+def check_label_map(name: str, image: Any) -> Any:
+    """Return the ITK image, in an integer type if its whole numbers were floats.
+
+    Raises:
+        ValueError: other numbers, or what `check_itk_image` refuses.
+    """
+    from icon_nephi.itk_images import array_of, check_itk_image, geometry_of, image_of
+
+    check_itk_image(name, image)
+    values = array_of(image)
+    if values.dtype.kind in "iub":
+        return image
+    odd = values[~(np.isfinite(values) & (values == np.round(values)))]
+    if odd.size:
+        raise ValueError(
+            f"{name} holds {odd.size} numbers that are not whole, such as "
+            f"{odd.flat[0]:g}: it is not a label map; give the segmentation"
+        )
+    kind = np.int16 if np.abs(values).max(initial=0) < 2**15 else np.int32
+    return image_of(values.astype(kind), geometry_of(image))
+
+
 def check_points(name: str, points: Any, dimension: int) -> Array:
     """The points as ``[N, d]`` float64.
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from icon_nephi import itk_images, scores
+from icon_nephi.inputs import check_label_map
 from icon_nephi.physical import Array
 
 
@@ -40,7 +41,7 @@ class Inputs:
             name = f"{side}_segmentation"
             if name in self.images:
                 image = self.images[name]
-                self.images[name] = scores.check_label_map(f"--{name}", image)
+                self.images[name] = check_label_map(f"--{name}", image)
             self.images[side] = _windowed(given, side, self.images[side])
         d = self.images["fixed"].GetImageDimension()
         self.landmarks: tuple[Array, Array] | None = None
@@ -56,7 +57,7 @@ class Inputs:
                         f"--{flag} is {image.GetImageDimension()}D but the images are "
                         f"{d}D"
                     )
-                maps.append(scores.check_label_map(f"--{flag}", image))
+                maps.append(check_label_map(f"--{flag}", image))
             self.labels = (maps[0], maps[1])
 
     def _read_landmarks(self, given: argparse.Namespace, d: int) -> tuple[Array, Array]:

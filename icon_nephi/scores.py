@@ -11,8 +11,6 @@ import numpy as np
 from icon_nephi.coordinates import Geometry
 from icon_nephi.itk_images import (
     array_of,
-    check_itk_image,
-    geometry_of,
     image_of,
     resample_to,
 )
@@ -26,26 +24,6 @@ from icon_nephi.physical import Array
 
 VOXELS = 200_000  # at most, at which the maps are measured, in each image
 _PACKAGES = ("icon_nephi", "icon_registration", "torch", "itk", "numpy")
-
-
-def check_label_map(name: str, image: Any) -> Any:
-    """The image with whole numbers for voxels, in an integer type if they were floats.
-
-    Raises:
-        ValueError: other numbers.
-    """
-    check_itk_image(name, image)
-    values = array_of(image)
-    if values.dtype.kind in "iub":
-        return image
-    odd = values[~(np.isfinite(values) & (values == np.round(values)))]
-    if odd.size:
-        raise ValueError(
-            f"{name} holds {odd.size} numbers that are not whole, such as "
-            f"{odd.flat[0]:g}: it is not a label map; give the segmentation"
-        )
-    kind = np.int16 if np.abs(values).max(initial=0) < 2**15 else np.int32
-    return image_of(values.astype(kind), geometry_of(image))
 
 
 def check_landmarks(fixed: Array, moving: Array, dimension: int) -> None:

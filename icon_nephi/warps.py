@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from icon_nephi import itk_images, scores
+from icon_nephi import itk_images
 from icon_nephi.atomic import written_whole
+from icon_nephi.inputs import check_label_map
 from icon_nephi.itk_maps import ItkMap
 from icon_nephi.parsers import is_own
 from icon_nephi.point_files import read_points, with_column
@@ -63,7 +64,7 @@ def warp_image(
     path = getattr(given, kind)
     image = itk_images.read_image(f"--{kind}", path)
     if kind == "labels":
-        image = scores.check_label_map(f"--labels: {path}", image)
+        image = check_label_map(f"--labels: {path}", image)
     reference = reference_of(given, needed=not own)
     mode = given.interpolation or ("nearest" if kind == "labels" else "linear")
     beyond = 0 if kind == "labels" else None

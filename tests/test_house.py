@@ -73,6 +73,8 @@ ORDER = [
     "certificate",
     "itk_wrapper",
     "pretrained_models",
+    "cases",
+    "methods",
     "compare",
     "scores",
     "describe",
