@@ -44,6 +44,7 @@ ORDER = [
     "metrics",
     "phantoms",
     "physical",
+    "two_way",
     "splines",
     "resampling",
     "itk_images",
