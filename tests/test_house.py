@@ -45,6 +45,7 @@ ORDER = [
     "metrics",
     "phantoms",
     "physical",
+    "two_way",
     "splines",
     "resampling",
     "itk_images",
