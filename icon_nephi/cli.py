@@ -64,7 +64,8 @@ def register(argv: Sequence[str] | None = None) -> None:
         _register_pairs(given, command)
         return
 
-    from icon_nephi import runs, scores
+    from icon_nephi import runs
+    from icon_nephi.describe import summary_lines
 
     runs.check_flags(given)
     found = runs.run(given, command)
@@ -73,7 +74,7 @@ def register(argv: Sequence[str] | None = None) -> None:
     if str(given.json) == "-":
         print(json.dumps(found, indent=2))
     elif not given.quiet:
-        print("\n".join(scores.as_text(found)))
+        print("\n".join(summary_lines(found)))
 
 
 def _register_pairs(given: argparse.Namespace, command: list[str]) -> None:
@@ -196,6 +197,7 @@ def jacobian(argv: Sequence[str] | None = None) -> None:
     from icon_nephi.atomic import written_whole
     from icon_nephi.itk_images import array_of, geometry_of, image_of
     from icon_nephi.itk_maps import write_image
+    from icon_nephi.metrics import count_folds
 
     transform = warps.read_map(given.transform)
     reference = warps.reference_of(given, needed=not own)
@@ -210,7 +212,7 @@ def jacobian(argv: Sequence[str] | None = None) -> None:
     else:
         result = transform.jacobian_determinant(reference, **way)
         values = array_of(result)
-    folds = int((~(values > 0)).sum())
+    folds = count_folds(values)
     if given.log:
         logs = np.log(np.where(values > 0, values, np.nan)).astype(np.float32)
         result = image_of(logs, geometry_of(result))

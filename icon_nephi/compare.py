@@ -12,14 +12,16 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from icon_nephi import metrics
 from icon_nephi.cases import Case
-from icon_nephi.coordinates import apply_affine
+from icon_nephi.coordinates import Geometry, apply_affine
 from icon_nephi.inputs import choose_device, read_input
+from icon_nephi.itk_images import resample_to
+from icon_nephi.measure import mean_dice_at, measure_points
 from icon_nephi.methods import Method, Options, now, peak_gib
-from icon_nephi.physical import FramedMap, over_grid
+from icon_nephi.metrics import flips_percentage, target_registration_error
+from icon_nephi.physical import Array, over_grid
+from icon_nephi.two_way import TwoWay
 
 COLUMNS = (
     *("case", "method", "error", "before_tre_mm", "tre_mm", "before_dice", "dice"),
@@ -43,52 +45,52 @@ def measure(case: Case, method: Method, options: Options) -> Row:
     began = now(device := choose_device(options.device, None))
     found = method(case, options)
     row: Row = {"seconds": now(device) - began}
-    frame_A, frame_B = (p.unit_to_physical() for p in (found.place_A, found.place_B))
-    forward = FramedMap(found.phi_AB, frame_B, frame_A, device)
-    backward = FramedMap(found.phi_BA, frame_A, frame_B, device)
+    maps = TwoWay(
+        found.phi_AB, found.phi_BA, found.place_A, found.place_B, device=device
+    )
     fixed = read_input("B", case.fixed, None)[2]
-    d, box = fixed.dimension, fixed.unit_to_physical()
-    places = over_grid(lambda _, at: at, fixed.size, box, d, mapped=forward)
-    moved = torch.from_numpy(places).double()
+    size, box = fixed.size, fixed.unit_to_physical()
+    moved = over_grid(lambda _, at: at, size, box, fixed.dimension, mapped=maps.forward)
     row["inference_ms"] = 1000 * (now(device) - began)
     row |= {"peak_gib": peak_gib(device), "steps": found.steps}
     row["step_ms"] = found.step_seconds and 1000 * found.step_seconds
     row |= {f"{n}_m": getattr(found, n) / 1e6 for n in NUMBERS}
     row["grid"], row["warnings"] = found.place_B.size, "; ".join(found.warnings)
-    index = apply_affine(torch.linalg.inv(box), moved.flatten(0, -2))
-    index = (index * (torch.tensor(fixed.size) - 1)).reshape(*fixed.size, d)
-    row["folds_voxels_percent"] = metrics.flips_percentage(index.movedim(-1, 0)[None])
-    spread = torch.from_numpy(np.random.default_rng(0).uniform(size=(POINTS, d)))
-    points = apply_affine(box, spread).numpy()
-    there = forward(points)
-    signs = np.concatenate([forward.determinants(points), backward.determinants(there)])
-    row["folds_points_percent"] = 100 * metrics.fold_fraction(signs)
-    missed = np.linalg.norm(backward(there) - points, axis=1)
-    row["inverse_consistency_mm"] = float(missed.mean())
-    if case.fixed_points is not None and case.moving_points is not None:
-        for name, at in (("before_tre_mm", lambda p: p), ("tre_mm", forward)):
-            moved_points = at(case.fixed_points)
-            tre = metrics.target_registration_error(moved_points, case.moving_points)
-            row[name] = float(tre.mean())
+    row["folds_voxels_percent"] = flips_on_grid(moved, fixed)
+    spread = np.random.default_rng(0).uniform(size=(POINTS, fixed.dimension))
+    points = apply_affine(box, torch.from_numpy(spread)).numpy()
+    measured = measure_points(maps, points)
+    row["folds_points_percent"] = 100 * measured.fold_fraction
+    row["inverse_consistency_mm"] = float(measured.inverse_consistency.mean())
+    goals = case.moving_points
+    if case.fixed_points is not None and goals is not None:
+        for name, at in (
+            ("before_tre_mm", case.fixed_points),
+            ("tre_mm", maps.forward(case.fixed_points)),
+        ):
+            row[name] = float(target_registration_error(at, goals).mean())
     if case.fixed_labels is not None:
-        still = torch.from_numpy(over_grid(lambda p: p, fixed.size, box, d)).double()
-        row["before_dice"], row["dice"] = (mean_dice(case, at) for at in (still, moved))
+        still = over_grid(lambda p: p, size, box, fixed.dimension)
+        truth = resample_to(case.fixed_labels, case.fixed)
+        row["before_dice"], row["dice"] = (
+            mean_dice_at(truth, case.moving_labels, at.astype(float), case.label_ids)
+            for at in (still, moved)
+        )
     return row
 
 
-def mean_dice(case: Case, moved: Tensor) -> float:
-    """The mean over labels, moving ones read at ``[*grid, d]`` mm, 0 outside."""
-    from icon_nephi import itk_images
+def flips_on_grid(moved: Array, place: Geometry) -> float:
+    """Return ICON's percentage of flips of a map known at the voxels of a grid.
 
-    fixed = itk_images.array_of(itk_images.resample_to(case.fixed_labels, case.fixed))
-    moving = itk_images.array_of(case.moving_labels).astype(np.int64)
-    place = itk_images.geometry_of(case.moving_labels)
-    unit = apply_affine(place.physical_to_unit(), moved.flatten(0, -2))
-    at = (unit * (torch.tensor(place.size) - 1)).round().long().numpy() + 1
-    inside = tuple(at.clip(0, np.array(place.size) + 1).T)
-    warped = np.pad(moving, 1)[inside].reshape(fixed.shape)
-    overlap = metrics.dice(fixed.astype(np.int64), warped, case.label_ids)
-    return float(np.mean(list(overlap.values())))
+    Args:
+        moved: ``[*grid, d]``, where they go, LPS mm.
+        place: the grid.
+    """
+    d = place.dimension
+    rows = torch.from_numpy(moved).double().reshape(-1, d)
+    voxels = torch.tensor(place.size) - 1
+    index = apply_affine(place.physical_to_unit(), rows) * voxels
+    return flips_percentage(index.reshape(*place.size, d).movedim(-1, 0)[None])
 
 
 def compare_cases(
