@@ -7,10 +7,8 @@ by itself: what the package adds to a process, some 30 MB, is the same for all o
 
 import csv
 import platform
-import sys
 import tempfile
 from collections.abc import Iterable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,7 @@ import numpy as np
 
 from icon_nephi import itk_images
 from icon_nephi.atomic import written_whole
-from icon_nephi.inputs import check_label_map
-from icon_nephi.itk_images import array_of
+from icon_nephi.itk_images import array_of, check_label_map
 from icon_nephi.metrics import dice, summarize, target_registration_error
 
 DIRECTIONS = ("fixed_to_moving", "moving_to_fixed")
@@ -148,21 +145,6 @@ def random_points(image: Any, count: int = RANDOM_POINTS, seed: int = 0) -> np.n
 # --- the report ---------------------------------------------------------------------
 
 
-def peak_memory() -> float | None:
-    """Return the peak resident memory of this process in GiB, None if unknown."""
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss would begin with the memory of the parent process
-        for line in status.read_text("ascii", "replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
-
-
 def machine() -> str:
     """Return the processor's name and the system."""
     name, information = platform.processor(), Path("/proc/cpuinfo")
@@ -172,14 +154,6 @@ def machine() -> str:
                 name = line.partition(":")[2].strip()
                 break
     return f"{name or platform.machine()}, {platform.system()}"
-
-
-def version(name: str) -> str:
-    """Return the version of an installed or imported package, or nothing."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return getattr(sys.modules.get(name), "__version__", "")
 
 
 def write_csv(path: Path, columns: Iterable[str], rows: list[dict[str, Any]]) -> None:

@@ -18,7 +18,9 @@ import icon_registration as icon
 import torch
 
 import icon_nephi
-from evaluation import machine, peak_memory, version, write_csv
+from evaluation import machine, write_csv
+from icon_nephi.memory import held_memory, peak_memory
+from icon_nephi.versions import version
 
 GRIDS, CHANNELS = ((8,) * 3, (16,) * 3, (32,) * 3), (8, 8, 8)
 FIELDS = {
@@ -59,21 +61,13 @@ def make_step(loss: str, field: str, side: int):
     return step
 
 
-def resident() -> int:
-    """Return the bytes of this process in memory now."""
-    for line in Path("/proc/self/status").read_text("ascii", "replace").splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no VmRSS: this script needs Linux")
-
-
 def measure(loss: str, field: str, side: int) -> dict:
     """Return one row; call it in a process of its own."""
     make_step(loss, field, 8)()  # what is loaded once does not count
     step = make_step(loss, field, side)
-    before, start = resident(), time.perf_counter()
+    before, start = held_memory(), time.perf_counter()
     step()
-    seconds, peak = time.perf_counter() - start, peak_memory() * 2**30 - before
+    seconds, peak = time.perf_counter() - start, peak_memory() - before
     return {
         "loss": loss,
         "field": field,

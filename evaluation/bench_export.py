@@ -16,6 +16,7 @@ from typing import Any
 
 from evaluation import bench
 from icon_nephi.compare import alone
+from icon_nephi.memory import held_memory, peak_memory
 
 METHODS = ("tallUNet2", "default field", "by points", "paper's field")
 COLUMNS = (
@@ -69,12 +70,12 @@ def measure(method: str, side: int, repeats: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     export(method, 20)()  # what is loaded once does not count
     work = export(method, side)
-    before, seconds = bench.resident(), []
+    before, seconds = held_memory(), []
     for _ in range(repeats):
         start = time.process_time()
         work()
         seconds.append(time.process_time() - start)
-    beside = (bench.top() - before - 12 * side**3) / bench.MIB  # 3 float32 a voxel
+    beside = (peak_memory() - before - 12 * side**3) / bench.MIB  # 3 float32 a voxel
     return {
         "cpu_seconds": min(seconds),
         "mib_beside_output": beside,

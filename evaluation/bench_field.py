@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-from evaluation import machine, version, write_csv
+from evaluation import machine, write_csv
 from icon_nephi.codes import LatentCode
 from icon_nephi.fields import LatentMLP, ModulatedSiren, displacement_and_jacobian
+from icon_nephi.versions import version
 
 CODES = ((8, 8), (16, 8), (32, 8))  # nodes a side and channels of each local grid
 COLUMNS = ("what", "points", "microseconds_per_point", "ratio", "machine", "torch")

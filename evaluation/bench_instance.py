@@ -11,8 +11,8 @@ import subprocess
 import sys
 import time
 
-from evaluation import peak_memory
 from evaluation.demo import chest
+from icon_nephi.memory import peak_memory
 
 
 def run(kind: str, shape: tuple[int, ...], steps: int, threads: int) -> None:
@@ -30,7 +30,7 @@ def run(kind: str, shape: tuple[int, ...], steps: int, threads: int) -> None:
         image_of(prepare(tensor_of(i), "ct")[0, 0].numpy(), geometry_of(i))
         for i in (moving, fixed)
     )
-    ready = peak_memory()
+    ready = peak_memory() / 2**30
     torch.manual_seed(0)
     if kind == "encoder":
         model = icon_nephi.make_network([1, 1, *shape])
@@ -50,9 +50,10 @@ def run(kind: str, shape: tuple[int, ...], steps: int, threads: int) -> None:
     icon_nephi.itk_wrapper.register_pair(
         model, A, B, finetune_steps=steps, progress=False
     )
+    peak = peak_memory() / 2**30
     print(
         f"{kind:8s} {time.perf_counter() - start:6.1f} s "
-        f"{time.process_time() - cpu:6.1f} CPU s   peak {peak_memory():.2f} GiB "
+        f"{time.process_time() - cpu:6.1f} CPU s   peak {peak:.2f} GiB "
         f"({ready:.2f} GiB before)"
     )
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from evaluation import bench
 from icon_nephi.compare import alone
+from icon_nephi.memory import held_memory, peak_memory
 
 SWEEPS = {
     "voxels a side": (48, 96, 192),
@@ -45,7 +46,7 @@ def measure(side: int, blocks: int, nodes: int, steps: int) -> dict[str, Any]:
 
     def step_of(side: int, nodes: int) -> Any:
         A, B = (torch.rand(1, 1, *(side,) * 3, generator=generator) for _ in "AB")
-        before = bench.resident()
+        before = held_memory()
         settings = replace(GRID, grids=(nodes // 4, nodes // 2, nodes))
         pair = make_pair(settings, (float(side),) * 3, generator)
         loss = GradientICONPoints(
@@ -75,7 +76,7 @@ def measure(side: int, blocks: int, nodes: int, steps: int) -> dict[str, Any]:
         seconds.append(time.process_time() - start)
     return {
         "cpu_seconds": bench.median(seconds),
-        "mib_beside_images": (bench.top() - before) / bench.MIB,
+        "mib_beside_images": (peak_memory() - before) / bench.MIB,
         **bench.provenance(),
     }
 

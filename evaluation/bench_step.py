@@ -19,6 +19,7 @@ from typing import Any
 
 from evaluation import bench
 from icon_nephi.compare import alone
+from icon_nephi.memory import held_memory, peak_memory
 
 COLUMNS = (
     *("side", "method", "seconds", "least", "most", "cpu_seconds", "peak_mib"),
@@ -74,7 +75,7 @@ def measure(method: str, side: int, device: str, threads: int) -> dict[str, Any]
     cuda = device.startswith("cuda")
     if not cuda and method.startswith("nephi"):
         step_of(method, 20, device)()  # what is loaded once does not count
-    before = 0.0 if cuda else bench.resident()
+    before = 0.0 if cuda else held_memory()
     step = step_of(method, side, device)
     step()
     wall, cpu = [], []
@@ -85,7 +86,7 @@ def measure(method: str, side: int, device: str, threads: int) -> dict[str, Any]
             torch.cuda.synchronize()
         wall.append(time.perf_counter() - started)
         cpu.append(time.process_time() - used)
-    top = torch.cuda.max_memory_allocated() if cuda else bench.top()
+    top = torch.cuda.max_memory_allocated() if cuda else peak_memory()
     return {
         "seconds": bench.median(wall),
         "least": min(wall),

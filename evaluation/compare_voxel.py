@@ -20,12 +20,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from evaluation import version, write_csv
+from evaluation import write_csv
 from evaluation.pairs import find_cases
 from icon_nephi import methods
 from icon_nephi.cli import comparison_table
 from icon_nephi.compare import COLUMNS, alone, compare_cases
 from icon_nephi.methods import Options
+from icon_nephi.versions import version
 
 PACKAGES = ("icon_nephi", "icon_registration", "torch", "itk")
 EXTRA = ("training_step_ms", "training_peak_gib", "threads", "device", *PACKAGES)

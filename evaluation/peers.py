@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy as np
 from evaluation import geometry, image_from, to_index, to_physical
 from icon_nephi.cases import Case
 from icon_nephi.itk_images import array_of
+from icon_nephi.versions import version
 
 # Each function below that is a method, and the distribution it needs.
 PEERS = {
@@ -40,11 +40,8 @@ class NotApplicable(ValueError):
 
 def missing(name: str) -> str:
     """Return one sentence if the peer of that name is not installed, else nothing."""
-    if name in PEERS:
-        try:
-            metadata.version(PEERS[name])
-        except metadata.PackageNotFoundError:
-            return f"{name}: install it with pip install 'icon_nephi[peers]'."
+    if name in PEERS and version(PEERS[name]) is None:
+        return f"{name}: install it with pip install 'icon_nephi[peers]'."
     return ""
 
 

@@ -33,14 +33,14 @@ from evaluation import (
     STATISTICS,
     before,
     machine,
-    peak_memory,
     score,
-    version,
     write_csv,
 )
 from evaluation.pairs import find_cases
 from evaluation.peers import DEFAULT, PEERS, NotApplicable, missing
 from icon_nephi.cases import Case
+from icon_nephi.memory import peak_memory
+from icon_nephi.versions import version
 
 NOT_INSTALLED = "not installed"
 OURS = {"icon_nephi": "evaluation.register_pairs:nephi"}
@@ -114,7 +114,7 @@ def measure(
     row = {
         "cpu_s": time.process_time() - start,
         "wall_s": time.perf_counter() - wall,
-        "peak_rss_gib": peak_memory(),
+        "peak_rss_gib": peak_memory() / 2**30 or None,
     }
     return row | before(pair) | score(pair, result)
 

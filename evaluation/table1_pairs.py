@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from evaluation import machine, version, write_csv
+from evaluation import machine, write_csv
 from evaluation.dirlab import (
     find_dirlab,
     find_external,
@@ -35,6 +35,7 @@ from icon_nephi.compare import alone
 from icon_nephi.inputs import choose_device
 from icon_nephi.methods import Options
 from icon_nephi.physical import FramedMap
+from icon_nephi.versions import version
 
 COLUMNS = (
     *("method", "source", "case", "error", "before_tre_mm", "tre_mm"),

@@ -110,8 +110,8 @@ def measure(pair: Case, registrations: list[Any]) -> Measured:
 def around(pair: Case, registration: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return mean absolute difference and 1 - correlation of blocks at landmarks."""
     from icon_nephi.inputs import read_input
-    from icon_nephi.physical import reader
     from icon_nephi.preprocess import prepare
+    from icon_nephi.resampling import reader
 
     read = []
     for letter, image in (("A", pair.moving), ("B", pair.fixed)):

@@ -13,13 +13,13 @@ from typing import Any
 
 import itk
 import numpy as np
-import torch
 
 from icon_nephi._check import check_intensities
-from icon_nephi.coordinates import Geometry, apply_affine
-from icon_nephi.inputs import check_label_map, read_input
+from icon_nephi.coordinates import Geometry
+from icon_nephi.inputs import read_input
 from icon_nephi.itk_images import (
     array_of,
+    check_label_map,
     geometry_of,
     image_of,
     read_image,
@@ -221,8 +221,7 @@ def _check_points(path: Path, points: Array, place: Geometry) -> None:
         raise ValueError(
             f"{path} is {place.dimension}D, its points are {points.shape[1]}D"
         )
-    unit = apply_affine(place.physical_to_unit(), torch.from_numpy(points))
-    far = int((~((unit > -0.05) & (unit < 1.05)).all(1)).sum())
+    far = int(place.outside(points).sum())
     if 2 * far > len(points):
         raise ValueError(
             f"{path}: {far} of {len(points)} points lie outside the image; they must "

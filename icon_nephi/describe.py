@@ -1,4 +1,4 @@
-"""What is in a saved registration or an ITK transform, and what a run found, as text."""
+"""What is in a saved registration or ITK transform, and what a run gave, as text."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _count(field: nn.Module) -> int:
 
 def _place(geometry: Geometry) -> dict[str, Any]:
     return {
-        "size": list(reversed(geometry.size)),
+        "size": list(geometry.itk_size),
         "spacing": list(geometry.spacing),
         "origin": list(geometry.origin),
         "direction": [list(row) for row in geometry.direction],

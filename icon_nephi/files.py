@@ -13,7 +13,6 @@ import json
 import math
 import os
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +25,10 @@ from icon_nephi.atomic import written_whole
 from icon_nephi.codes import LatentCode
 from icon_nephi.coordinates import Geometry
 from icon_nephi.models import Fit, make_field
+from icon_nephi.versions import versions
 
 #: Raised when a file's meaning changes; older files stay readable.
 FORMAT = 1
-_PACKAGES = ("icon_nephi", "icon_registration", "torch", "itk")
 _FIELDS = ("field_AB", "field_BA")
 _SUM = "sha256"
 
@@ -82,7 +81,7 @@ def save_fit(
         "losses": names,
         "warnings": fit.warnings,
         "evidence": fit.evidence,
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": versions(),
     }
     # A tensor that shares memory with another is refused, hence the copies.
     owned = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
@@ -228,10 +227,3 @@ def _geometry(numbers: dict[str, Any]) -> Geometry:
     ):
         raise ValueError(f"an image cannot lie at {numbers}")
     return place
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

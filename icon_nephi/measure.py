@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from icon_nephi.coordinates import Geometry
+from icon_nephi._check import check_labels
+from icon_nephi.coordinates import Geometry, other_order
 from icon_nephi.inputs import check_points, voxels_of
 from icon_nephi.layers import Scene, spread_out
 from icon_nephi.metrics import (
@@ -21,7 +22,8 @@ from icon_nephi.metrics import (
     summarize,
     target_registration_error,
 )
-from icon_nephi.physical import Array, reader
+from icon_nephi.physical import Array
+from icon_nephi.resampling import reader
 from icon_nephi.two_way import MOVING_TO_FIXED, Mapping, TwoWay
 
 VOXELS = 200_000  # at most, at which the commands measure, in each image
@@ -79,6 +81,7 @@ class SceneMeasured(Measured):
         outside: the share of them that is mapped outside the moving image.
     """
 
+    expected_error: Array
     where: str
     outside: float
 
@@ -111,20 +114,23 @@ def measure_scene(scene: Scene) -> SceneMeasured:
     )
 
 
-def measure_voxels(result: Mapping, others: Sequence[Any] = ()) -> Measured:
+def measure_voxels(
+    result: Mapping, others: Sequence[Any] = (), most: int = VOXELS
+) -> Measured:
     """Return the numbers of a result at the voxels of its images, in millimetres.
 
-    Of large images at about `VOXELS` of them, evenly spread. Displacements have their
-    affine part.
+    Displacements have their affine part.
 
     Args:
         result: a `Registration`, or an `icon_nephi.itk_maps.ItkPair`: that expects no
             error.
         others: of the same pair with other seeds.
+        most: voxels of an image, about: of a larger one as many, evenly spread.
     """
     from icon_nephi.itk_images import array_of
 
-    fixed, moving = sparse_image(result.geometry_B), sparse_image(result.geometry_A)
+    fixed = sparse_image(result.geometry_B, most)
+    moving = sparse_image(result.geometry_A, most)
     forth = array_of(result.jacobian_determinant(fixed)).ravel()
     back = array_of(result.jacobian_determinant(moving, MOVING_TO_FIXED)).ravel()
     lengths = np.linalg.norm(array_of(result.displacement_field(fixed)), axis=-1)
@@ -139,7 +145,7 @@ def measure_voxels(result: Mapping, others: Sequence[Any] = ()) -> Measured:
     )
 
 
-def sparse_image(place: Geometry, most: int = VOXELS) -> Any:
+def sparse_image(place: Geometry, most: int) -> Any:
     """Return an ITK image without contents on every nth voxel of a grid.
 
     Args:
@@ -148,13 +154,13 @@ def sparse_image(place: Geometry, most: int = VOXELS) -> Any:
     """
     from icon_nephi.itk_images import image_of
 
-    counts, step = np.array(place.size[::-1]), 1
+    counts, step = np.array(place.itk_size), 1
     while np.prod(-(-counts // step), dtype=float) > most:
         step += 1
     steps = np.minimum(step, counts - 1)
     first = (counts - 1) % steps // 2 * place.spacing
     sparse = Geometry(
-        size=tuple((-(-counts // steps)[::-1]).tolist()),
+        size=other_order((-(-counts // steps)).tolist()),
         spacing=tuple((steps * place.spacing).tolist()),
         origin=tuple((np.array(place.direction) @ first + place.origin).tolist()),
         direction=place.direction,
@@ -162,14 +168,16 @@ def sparse_image(place: Geometry, most: int = VOXELS) -> Any:
     return image_of(np.zeros(sparse.size, np.uint8), sparse)
 
 
-def summary(result: Mapping, others: Sequence[Any] = ()) -> dict[str, Any]:
+def summary(
+    result: Mapping, others: Sequence[Any] = (), most: int = VOXELS
+) -> dict[str, Any]:
     """Return what nephi-register says of a result: see `measure_voxels`.
 
     Folds in percent, and mean, median, 95th percentile and maximum of inverse
     consistency, displacement and expected error in mm; the determinant fixed -> moving;
     warnings, and how the optimisation ended.
     """
-    measured = measure_voxels(result, others)
+    measured = measure_voxels(result, others, most)
     numbers: dict[str, Any] = {
         "voxels_measured": measured.count,
         "folds_percent": 100 * measured.fold_fraction,
@@ -301,9 +309,7 @@ def scene_overlap(
     for name, image in (("labels_fixed", fixed), ("labels_moving", moving)):
         place = scene.B if name == "labels_fixed" else scene.A
         scene.box(name, image, place)
-        values = voxels_of(image)
-        if values.dtype.kind == "f" and not np.array_equal(values, np.round(values)):
-            raise ValueError(f"{name} must hold whole numbers; is it an image?")
+        check_labels(name, voxels_of(image))
     own, frame = scene.box("labels_fixed", fixed, scene.B)
     points = spread_out(own.size, frame, LABEL_SAMPLES)
     truth = scene.labels("labels_fixed", fixed, scene.B)(points).astype(np.int64)

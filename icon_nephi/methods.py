@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from icon_nephi.cases import SIDES, Case
 from icon_nephi.coordinates import Geometry, resize_image
 from icon_nephi.inputs import choose_device, read_input
+from icon_nephi.memory import peak_memory
 from icon_nephi.models import find_settings
 from icon_nephi.preprocess import prepare
 from icon_nephi.registration import register
@@ -72,9 +72,7 @@ def peak_gib(device: torch.device) -> float | None:
     """Peak memory of this process, on a GPU that of its tensors; None: unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    status = Path("/proc/self/status")
-    text = status.read_text() if status.exists() else ""
-    return int(text.split("VmHWM:")[1].split()[0]) / 2**20 if text else None
+    return peak_memory() / 2**30 or None
 
 
 def nephi(case: Case, options: Options) -> Found:

@@ -6,7 +6,7 @@ import os
 import platform
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ from icon_nephi.measure import (
 from icon_nephi.memory import peak_memory
 from icon_nephi.metrics import summarize
 from icon_nephi.physical import Array
+from icon_nephi.versions import versions
 
-_PACKAGES = ("icon_nephi", "icon_registration", "torch", "itk", "numpy")
 _TERMS = {
     "all_loss": "Loss",
     "similarity_loss": "Dissimilarity of the images",
@@ -89,7 +89,11 @@ def write_report(
         "tables": _tables(scene, measured, landmarks, overlap),
         "curves": _curves(result.losses),
         "command": command or _call(result),
-        "versions": _versions(),
+        "versions": [
+            ("Python", platform.python_version()),
+            *((name, number) for name, number in versions().items() if number),
+            ("System", f"{platform.system()} {platform.machine()}"),
+        ],
         "seed": result.made_with.get("seed"),
         "made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
@@ -209,8 +213,8 @@ def _notes(scene: Scene, measured: SceneMeasured) -> list[str]:
                 f"{tilted:.0f}° against the body's."
             )
     notes.append(
-        f"Maps are measured at {len(measured.displacement):,} voxel centres, evenly spread "
-        f"{measured.where}."
+        f"Maps are measured at {len(measured.displacement):,} voxel centres, evenly "
+        f"spread {measured.where}."
     )
     return notes
 
@@ -254,7 +258,7 @@ def _tables(
         tables.append({"caption": "Dice overlap", "header": header, "rows": rows})
     rows = []
     for name, place in (("Moving", scene.A), ("Fixed", scene.B)):
-        size = " × ".join(str(n) for n in place.size[::-1])
+        size = " × ".join(str(n) for n in place.itk_size)
         spacing = " × ".join(f"{s:.4g}" for s in place.spacing)
         rows.append([name, size, f"{spacing} mm" if scene.itk else "a tensor"])
     header = ["", "voxels", "spacing"]
@@ -332,16 +336,6 @@ def _call(result: Any) -> str:
     given.append(f"seed={result.made_with.get('seed', 0)}")
     lines = "".join(f"    {argument},\n" for argument in ("moving", "fixed", *given))
     return f"icon_nephi.register(\n{lines})"
-
-
-def _versions() -> list[tuple[str, str]]:
-    found = [("Python", platform.python_version())]
-    for name in _PACKAGES:
-        try:
-            found.append((name, metadata.version(name)))
-        except metadata.PackageNotFoundError:
-            continue
-    return [*found, ("System", f"{platform.system()} {platform.machine()}")]
 
 
 def _render(page: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from icon_nephi.itk_maps import ItkPair, write_image, write_transform
 from icon_nephi.measure import label_scores, landmark_scores, summary
 from icon_nephi.parsers import IMAGES, TRANSFORMS, VECTORS, check_output
 from icon_nephi.run_inputs import Inputs
+from icon_nephi.versions import versions
 
 OUTPUTS = {
     "transform_out": TRANSFORMS,
@@ -138,7 +139,7 @@ def find_outputs(given: argparse.Namespace) -> dict[str, Path]:
 
 
 def run(given: argparse.Namespace, command: list[str]) -> dict[str, Any]:
-    """Register, write every output, and the summary of it (see `icon_nephi.measure.summary`).
+    """Register, write every output, and return the summary (see `measure.summary`).
 
     Args:
         given: the flags, checked.

@@ -8,12 +8,10 @@ from typing import Any
 
 from icon_nephi import itk_images
 from icon_nephi.atomic import written_whole
-from icon_nephi.inputs import check_label_map
 from icon_nephi.itk_maps import ItkMap
 from icon_nephi.parsers import is_own
 from icon_nephi.point_files import read_points, with_column
 from icon_nephi.registration import load
-from icon_nephi.run_inputs import outside
 
 
 def read_map(path: Path) -> Any:
@@ -64,7 +62,7 @@ def warp_image(
     path = getattr(given, kind)
     image = itk_images.read_image(f"--{kind}", path)
     if kind == "labels":
-        image = check_label_map(f"--labels: {path}", image)
+        image = itk_images.check_label_map(f"--labels: {path}", image)
     reference = reference_of(given, needed=not own)
     mode = given.interpolation or ("nearest" if kind == "labels" else "linear")
     beyond = 0 if kind == "labels" else None
@@ -114,7 +112,7 @@ def move_points(
         content = with_column(content, "expected_error_mm", errors)
     with written_whole(out) as (part,):
         part.write_bytes(content)
-    far = outside(points, place) if place is not None and len(points) else 0
+    far = 0 if place is None else int(place.outside(points).sum())
     odd = (
         f"{far} of {len(points)} points lie outside the {side} image, where nothing "
         "was registered; they must be LPS mm"
