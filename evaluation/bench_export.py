@@ -30,8 +30,8 @@ def export(method: str, side: int) -> Any:
     import torch
 
     import icon_nephi
-    from icon_nephi.compare import voxel_step
     from icon_nephi.coordinates import Geometry
+    from icon_nephi.methods import voxel_step
     from icon_nephi.models import PRESETS, make_pair
     from icon_nephi.physical import FramedMap, over_grid
     from icon_nephi.transforms import NeuralTransform

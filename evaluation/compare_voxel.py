@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 from evaluation import write_csv
 from evaluation.pairs import find_cases
-from icon_nephi import compare
+from icon_nephi import methods
 from icon_nephi.cli import comparison_table
-from icon_nephi.compare import COLUMNS, Options, alone, compare_cases
+from icon_nephi.compare import COLUMNS, alone, compare_cases
+from icon_nephi.methods import Options
 from icon_nephi.versions import version
 
 PACKAGES = ("icon_nephi", "icon_registration", "torch", "itk")
@@ -37,8 +38,8 @@ def scratch() -> dict[str, Any]:
     from evaluation.voxel import nephi_multi, voxel_multi
 
     return {
-        "nephi": compare.nephi,
-        "voxel": compare.voxel,
+        "nephi": methods.nephi,
+        "voxel": methods.voxel,
         "voxel_multi": voxel_multi,
         "nephi_multi": nephi_multi,
     }
@@ -154,7 +155,7 @@ def parser() -> argparse.ArgumentParser:
     add("--levels", type=int, default=1, help="resolutions of the trained NePhi")
     add("--io_steps", type=int, default=50, help="of instance optimisation")
     add("--only_learned", action="store_true", help="leave out what needs no weights")
-    add("--side", type=int, default=compare.LARGEST, help="longest, of voxel networks")
+    add("--side", type=int, default=methods.LARGEST, help="longest, of voxel networks")
     add("--threads", type=int, default=1)
     add("--seed", type=int, default=0)
     add("--device")

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from evaluation import machine, write_csv
-from icon_nephi import compare
+from icon_nephi import methods
 from icon_nephi.compare import alone
 
 SIDES = (40, 64, 96, 128, 160, 175, 200, 240, 280, 320, 360, 400, 480, 560)
@@ -50,10 +50,10 @@ def optimise(side: int, device: str | None, steps: int = 3) -> dict[str, Any]:
     )
     model.assign_identity_map([1, 1, side, side, side])
     model.to(where)
-    start = compare.now(where)
+    start = methods.now(where)
     refine_pair(model, A, B, steps=steps, progress=False)
-    spent = compare.now(where) - start
-    return {"step_ms": 1000 * spent / steps, "peak_gib": compare.peak_gib(where)}
+    spent = methods.now(where) - start
+    return {"step_ms": 1000 * spent / steps, "peak_gib": methods.peak_gib(where)}
 
 
 def train(side: int, device: str | None, kind: str) -> dict[str, Any]:
@@ -179,8 +179,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.out.is_dir() or not args.out.parent.is_dir():
         parser.error(f"--out: {args.out} is no file in an existing folder.")
     sides = tuple(args.sides or (SMALL if args.small else SIDES))
-    if min(sides) < compare.SMALLEST:
-        parser.error(f"--sides must be at least {compare.SMALLEST}.")
+    if min(sides) < methods.SMALLEST:
+        parser.error(f"--sides must be at least {methods.SMALLEST}.")
     limit = room(args.device) if args.limit is None else args.limit
     rows = measure(sides, args.device, limit)
     write_csv(args.out, COLUMNS, rows)

@@ -1,4 +1,4 @@
-"""Other registration methods behind the same seam: a Pair in, a result to score out.
+"""Other registration methods behind the same seam: a Case in, a result to score out.
 
 They come with ``pip install 'icon_nephi[peers]'`` and are imported only when run. Each
 gets both images scaled to [0, 1] on the fixed grid; where the grids differ the moving
@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from evaluation import array_of, geometry, image_from, to_index, to_physical
-from evaluation.pairs import Pair
+from evaluation import geometry, image_from, to_index, to_physical
+from icon_nephi.cases import Case
+from icon_nephi.itk_images import array_of
 from icon_nephi.versions import version
 
 # Each function below that is a method, and the distribution it needs.
@@ -47,7 +48,7 @@ def missing(name: str) -> str:
 # --- what every peer starts from and returns ----------------------------------------
 
 
-def prepare(pair: Pair) -> tuple[Any, Any, np.ndarray]:
+def prepare(pair: Case) -> tuple[Any, Any, np.ndarray]:
     """Return fixed and moving image on the fixed grid in [0, 1], and the shift in mm.
 
     A fixed point x corresponds to x + shift in the original moving image, before
@@ -177,25 +178,25 @@ class DenseMap:
 # --- ANTs ---------------------------------------------------------------------------
 
 
-def ants_syn(pair: Pair, threads: int = 1, asked: bool = True) -> DenseMap:
+def ants_syn(pair: Case, threads: int = 1, asked: bool = True) -> DenseMap:
     """Return ANTs' default: affine, then SyN, both with mutual information."""
     return _ants(pair, type_of_transform="SyN")
 
 
-def ants_syn_cc(pair: Pair, threads: int = 1, asked: bool = True) -> DenseMap:
+def ants_syn_cc(pair: Case, threads: int = 1, asked: bool = True) -> DenseMap:
     """Return SyN without affine, correlation of radius 4, not at full resolution."""
     if pair.fixed.GetImageDimension() == 3 and not asked:
         raise NotApplicable("left out in 3D unless named")
     return _ants(pair, type_of_transform="SyNOnly", syn_metric="CC", syn_sampling=4)
 
 
-def ants_syn_cc_full(pair: Pair, threads: int = 1, asked: bool = True) -> DenseMap:
+def ants_syn_cc_full(pair: Case, threads: int = 1, asked: bool = True) -> DenseMap:
     """Return the same with 20 iterations at full resolution: minutes in 3D."""
     settings = {"syn_metric": "CC", "syn_sampling": 4, "reg_iterations": (40, 20, 20)}
     return _ants(pair, type_of_transform="SyNOnly", **settings)
 
 
-def _ants(pair: Pair, **settings: Any) -> DenseMap:
+def _ants(pair: Case, **settings: Any) -> DenseMap:
     import ants
     import itk
     import pandas
@@ -251,7 +252,7 @@ def _ants(pair: Pair, **settings: Any) -> DenseMap:
 
 
 def elastix(
-    pair: Pair, threads: int = 1, asked: bool = True, affine: bool = True
+    pair: Case, threads: int = 1, asked: bool = True, affine: bool = True
 ) -> DenseMap:
     """Return affine, then a B-spline of 16 mm, 3 levels of 500 iterations each."""
     import itk
@@ -292,7 +293,7 @@ def elastix(
     return DenseMap(fixed, vectors, size)
 
 
-def elastix_no_affine(pair: Pair, threads: int = 1, asked: bool = True) -> DenseMap:
+def elastix_no_affine(pair: Case, threads: int = 1, asked: bool = True) -> DenseMap:
     """Return elastix's B-spline alone."""
     return elastix(pair, threads, asked, affine=False)
 
@@ -300,7 +301,7 @@ def elastix_no_affine(pair: Pair, threads: int = 1, asked: bool = True) -> Dense
 # --- ConvexAdam ---------------------------------------------------------------------
 
 
-def convexadam(pair: Pair, threads: int = 1, asked: bool = True) -> DenseMap:
+def convexadam(pair: Case, threads: int = 1, asked: bool = True) -> DenseMap:
     """Return ConvexAdam with MIND features and a search range of 6."""
     import torch
     from convexAdam.convex_adam_MIND import convex_adam_pt

@@ -4,7 +4,7 @@
 
 Every registration runs in a fresh process, so that CPU seconds and peak memory are its
 own. docs/evaluation.md says what each column means. A method is a function that takes
-a Pair and returns an object with the names of icon_nephi's Registration; what it lacks
+a Case and returns an object with the names of icon_nephi's Registration; what it lacks
 (or answers with NotImplementedError) stays empty in the table.
 """
 
@@ -36,8 +36,9 @@ from evaluation import (
     score,
     write_csv,
 )
-from evaluation.pairs import Pair, find_cases
+from evaluation.pairs import find_cases
 from evaluation.peers import DEFAULT, PEERS, NotApplicable, missing
+from icon_nephi.cases import Case
 from icon_nephi.memory import peak_memory
 from icon_nephi.versions import version
 
@@ -73,7 +74,7 @@ HEAD = (  # each column's name and unit
 
 
 def nephi(
-    pair: Pair, threads: int = 1, masks: bool = True, options: Iterable[str] = ()
+    pair: Case, threads: int = 1, masks: bool = True, options: Iterable[str] = ()
 ) -> Any:
     """Return icon_nephi's Registration of a pair, from scratch."""
     import torch
@@ -98,7 +99,7 @@ def nephi(
 
 
 def measure(
-    pair: Pair, register: Callable[[Pair], Any], start: float | None = None
+    pair: Case, register: Callable[[Case], Any], start: float | None = None
 ) -> dict[str, Any]:
     """Return what one registration cost and how good it is, by the names of RESULTS.
 

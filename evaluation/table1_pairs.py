@@ -30,8 +30,10 @@ from evaluation.dirlab import (
     landmark_errors,
     read_mover,
 )
-from icon_nephi import compare
-from icon_nephi.compare import Options, alone
+from icon_nephi import compare, methods
+from icon_nephi.compare import alone
+from icon_nephi.inputs import choose_device
+from icon_nephi.methods import Options
 from icon_nephi.physical import FramedMap
 from icon_nephi.versions import version
 
@@ -66,7 +68,7 @@ def work(read: Callable[[], Any], method: Any, options: Options) -> dict[str, An
     if case.fixed_points is not None:
         found = kept[0]
         A, B = (p.unit_to_physical() for p in (found.place_A, found.place_B))
-        device = compare.choose_device(options.device, None)
+        device = choose_device(options.device, None)
         moved = FramedMap(found.phi_AB, B, A, device)(case.fixed_points)
         row |= landmark_errors(case, moved)
     return row
@@ -217,7 +219,7 @@ def parser(doc: str, name: str) -> argparse.ArgumentParser:
     add("--only_external", action="store_true", help="register nothing")
     add("--seconds", type=float, default=600.0, help="of each registration, at most")
     add("--steps", type=int, help="of optimisation, not seconds")
-    add("--side", type=int, default=compare.LARGEST, help="longest, of networks")
+    add("--side", type=int, default=methods.LARGEST, help="longest, of networks")
     add("--threads", type=int, default=1)
     add("--seed", type=int, default=0)
     add("--device")
@@ -297,8 +299,8 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         try:
             data, cases = find(args, folder)
-            methods = {} if args.only_external else {"NePhi, ours": compare.nephi}
-            rows = run(args, cases, methods)
+            ours = {} if args.only_external else {"NePhi, ours": methods.nephi}
+            rows = run(args, cases, ours)
         except ValueError as error:
             new.error(str(error))
     summary = finish(args, data, rows, QUOTED)

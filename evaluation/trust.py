@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from evaluation import write_csv
-from evaluation.pairs import Pair, load_pairs
+from evaluation.pairs import load_pairs
+from icon_nephi.cases import Case
 
 CASES = (
     "lung3d_semireal/deep",
@@ -57,7 +58,7 @@ class Measured:
     numbers: dict[str, np.ndarray]  # "voxel" and INGREDIENTS
 
 
-def register(pair: Pair, seeds: int, folder: Path | None) -> list[Any]:
+def register(pair: Case, seeds: int, folder: Path | None) -> list[Any]:
     """Return the registrations, read from the folder where they are there."""
     import icon_nephi
 
@@ -84,7 +85,7 @@ def register(pair: Pair, seeds: int, folder: Path | None) -> list[Any]:
     return found
 
 
-def measure(pair: Pair, registrations: list[Any]) -> Measured:
+def measure(pair: Case, registrations: list[Any]) -> Measured:
     """Return what there is to know at the landmarks, and the true errors."""
     from icon_nephi import trust
 
@@ -106,7 +107,7 @@ def measure(pair: Pair, registrations: list[Any]) -> Measured:
     )
 
 
-def around(pair: Pair, registration: Any) -> tuple[np.ndarray, np.ndarray]:
+def around(pair: Case, registration: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return mean absolute difference and 1 - correlation of blocks at landmarks."""
     from icon_nephi.inputs import read_input
     from icon_nephi.preprocess import prepare

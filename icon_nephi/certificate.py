@@ -22,7 +22,8 @@ from icon_nephi.inputs import is_itk, place_of, voxels_of
 from icon_nephi.physical import Array
 from icon_nephi.proofs import Search
 from icon_nephi.regions import Region
-from icon_nephi.registration import DIRECTIONS, Registration
+from icon_nephi.registration import Registration
+from icon_nephi.two_way import DIRECTIONS
 
 BOTH = "both"
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from icon_nephi.coordinates import Geometry, apply_affine
 from icon_nephi.inputs import place_of
 from icon_nephi.physical import over_grid
-from icon_nephi.registration import DIRECTIONS, Registration
+from icon_nephi.registration import Registration
+from icon_nephi.two_way import DIRECTIONS
 
 
 def sampling_grid(

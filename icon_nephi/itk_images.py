@@ -126,8 +126,14 @@ def check_label_map(name: str, image: Any) -> Any:
     return image if labels is values else image_of(labels, geometry_of(image))
 
 
-def read_image(name: str, path: str | os.PathLike[str]) -> Any:
-    """A scalar 2D or 3D image from a file, in the pixel type it is stored in.
+def read_image(name: str, path: str | os.PathLike[str], kind: Any = None) -> Any:
+    """Return a scalar 2D or 3D image from a file.
+
+    Args:
+        name: of the argument, for errors.
+        path: of the file.
+        kind: of the voxels, such as ``itk.F``: colours of a 2D image become grey.
+            Default: as they are stored.
 
     Raises:
         ValueError: missing, unreadable or truncated file, or one that
@@ -145,7 +151,10 @@ def read_image(name: str, path: str | os.PathLike[str]) -> Any:
             header.ReadImageInformation()
             least = int(header.GetImageSizeInBytes())
             whole = least <= machine_memory() and _is_whole(path, least)
-            image = itk.imread(str(path)) if whole else None
+            parts = header.GetNumberOfComponents()
+            if parts > 1 and not (header.GetNumberOfDimensions() == 2 < parts < 5):
+                kind = None  # of vectors ITK would read nonsense
+            image = itk.imread(str(path), kind) if whole else None
     except Exception as error:  # ITK raises RuntimeError, AttributeError, KeyError...
         raise ValueError(f"{name}: {path} cannot be read as an image") from error
     if image is None:

@@ -86,8 +86,22 @@ def dice(
     return result
 
 
+def mean_dice(
+    labels_1: Tensor | Array,
+    labels_2: Tensor | Array,
+    labels: Sequence[int] | None = None,
+) -> float:
+    """Return the mean of `dice` over the labels that are in a map."""
+    return float(np.nanmean(list(dice(labels_1, labels_2, labels).values())))
+
+
+def count_folds(determinants: Tensor | Array) -> int:
+    """Return how many determinants are not positive; NaN counts as folded."""
+    return int((~(determinants > 0)).sum())
+
+
 def fold_fraction(determinants: Tensor | Array) -> float:
-    """The share of determinants that are not positive, 0 to 1; NaN counts as folded.
+    """Return the share of determinants that are not positive, 0 to 1: `count_folds`.
 
     Raises:
         ValueError: no determinants.
@@ -95,7 +109,7 @@ def fold_fraction(determinants: Tensor | Array) -> float:
     values = torch.as_tensor(determinants)
     if not values.numel():
         raise ValueError("determinants must hold a number, got none; is a mask empty?")
-    return 1 - float((values > 0).double().mean())
+    return count_folds(values) / values.numel()
 
 
 def flips_percentage(phi_vectorfield: Tensor) -> float:

@@ -22,7 +22,7 @@ from icon_nephi.coordinates import (
     to_rows,
 )
 from icon_nephi.lattices import on_lattice
-from icon_nephi.metrics import fold_fraction
+from icon_nephi.metrics import count_folds
 from icon_nephi.transforms import Map, value_and_jacobian
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -186,10 +186,10 @@ def folded_share(maps: Iterable[tuple[FramedMap, Sequence[int], Tensor]]) -> flo
     Args:
         maps: each with the grid it is looked at on, as of `over_grid`.
     """
-    folds = total = 0.0
+    folds = total = 0
     for mapped, size, frame in maps:
         for _, rows in slabs(size, frame):
-            folds += fold_fraction(mapped.determinants(rows)) * len(rows)
+            folds += count_folds(mapped.determinants(rows))
             total += len(rows)
     return folds / total
 

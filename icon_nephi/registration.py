@@ -8,29 +8,27 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from icon_nephi.coordinates import Geometry
 from icon_nephi.files import load_fit, save_fit
 from icon_nephi.fitting import fit_pair
 from icon_nephi.inputs import check_points, place_of, voxels_of
 from icon_nephi.memory import peak_memory
-from icon_nephi.metrics import fold_fraction
 from icon_nephi.models import Fit, Settings
 from icon_nephi.pairs import read_pair
-from icon_nephi.physical import Array, FramedMap, folded_share, over_grid
+from icon_nephi.physical import Array, FramedMap, over_grid
 from icon_nephi.report import write_report
 from icon_nephi.resampling import MODES, reader
 from icon_nephi.transforms import Composition, MatrixTransform, NeuralTransform
 from icon_nephi.trust import error_estimate, inverse_consistency
-
-DIRECTIONS = ("fixed_to_moving", "moving_to_fixed")
+from icon_nephi.two_way import FIXED_TO_MOVING, MOVING_TO_FIXED, TwoWay, direction_of
 
 
 def register(
@@ -142,6 +140,7 @@ class Registration:
     Attributes:
         map_AB: the map in ICON frames, fixed unit box -> moving unit box.
         map_BA: its counterpart, moving -> fixed.
+        two_way: both with their grids, in the frame of the registration's points.
         images: what was registered, (moving, fixed, moving mask, fixed mask); None
             after loading.
         made_with: the choices of `register` and the seconds it took; empty after
@@ -163,6 +162,8 @@ class Registration:
             )
             self.map_AB = Composition(MatrixTransform(fit.matrix[None]), forward)
             self.map_BA = Composition(backward, MatrixTransform(self._inverse[None]))
+        ways = (self.map_AB, self.map_BA, geometry_A, geometry_B, self.device)
+        self.two_way = TwoWay(*ways, frame="physical" if itk else "unit")
 
     @property
     def losses(self) -> list[dict[str, float]]:
@@ -177,12 +178,12 @@ class Registration:
     @cached_property
     def phi_AB(self) -> Any:
         """Fixed points to moving points: itk.CompositeTransform, or the tensor map."""
-        return self._exported("fixed_to_moving") if self.itk else self.map_AB
+        return self._exported(FIXED_TO_MOVING) if self.itk else self.map_AB
 
     @cached_property
     def phi_BA(self) -> Any:
         """Moving points to fixed points; see `phi_AB`."""
-        return self._exported("moving_to_fixed") if self.itk else self.map_BA
+        return self._exported(MOVING_TO_FIXED) if self.itk else self.map_BA
 
     def warp(
         self,
@@ -209,19 +210,19 @@ class Registration:
         """
         if mode not in MODES:
             raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
-        direction = DIRECTIONS[1 if inverse else 0]
-        mapped = self._map(direction)
-        size, frame = self._grid(reference, direction)
+        direction = direction_of(inverse=inverse)
         place, values = self._place_of("image", image), voxels_of(image)
-        read = reader(values, torch.linalg.inv(self._frame(place)), mode, outside)
-        kind = np.float32 if mode in ("linear", "cubic") else values.dtype
-        result = over_grid(
-            lambda _, at: read(at), size, frame, values.shape[-1], kind, mapped=mapped
+        into = torch.linalg.inv(self.two_way.frame_of(place))
+        read = reader(values, into, mode, outside)
+        warped = self._on_grid(
+            lambda _, moved: read(moved)[:, 0] if self.itk else read(moved),
+            reference,
+            direction,
+            None if self.itk else values.shape[-1],
+            dtype=np.float32 if mode in ("linear", "cubic") else values.dtype,
+            mapped=self.two_way.framed(direction),
         )
-        if self.itk:
-            return self._as_image(result[..., 0], reference, direction)
-        moved = torch.from_numpy(result).movedim(-1, 0)[None]
-        return moved.contiguous().to(image.device)
+        return warped if self.itk else warped.to(image.device)
 
     def warp_labels(
         self, labels: Any, reference: Any = None, *, inverse: bool = False
@@ -229,7 +230,7 @@ class Registration:
         """A moving-space label map on the fixed grid: nearest, 0 outside (`warp`)."""
         return self.warp(labels, "nearest", reference, inverse=inverse, outside=0)
 
-    def transform_points(self, points: Any, direction: str = DIRECTIONS[0]) -> Array:
+    def transform_points(self, points: Any, direction: str = FIXED_TO_MOVING) -> Array:
         """The mapped points, numpy ``[N, d]`` float64.
 
         Args:
@@ -239,10 +240,14 @@ class Registration:
         Raises:
             ValueError: another shape or direction, or numbers that are not finite.
         """
-        return self._map(direction)(self._points(points))
+        return self.two_way.transform_points(self._points(points), direction)
+
+    def lengths(self, direction: str) -> Array:
+        """Lengths of the points' units, ``[d]``: mm (tensors: voxels), see `TwoWay`."""
+        return self.two_way.lengths(direction)
 
     def displacement_field(
-        self, reference: Any = None, direction: str = DIRECTIONS[0]
+        self, reference: Any = None, direction: str = FIXED_TO_MOVING
     ) -> Any:
         """Mapped minus own place at every voxel, from the exact map.
 
@@ -250,41 +255,36 @@ class Registration:
         the ICON frame. The grid is the fixed image's (``"moving_to_fixed"``: the
         moving image's), or the reference's.
         """
-        mapped, d = self._map(direction), self.geometry_B.dimension
-        size, frame = self._grid(reference, direction)
-        field = over_grid(lambda p, q: q - p, size, frame, d, mapped=mapped)
-        if self.itk:
-            return self._as_image(field, reference, direction)
-        return torch.from_numpy(field).movedim(-1, 0)[None].contiguous()
+        mapped, d = self.two_way.framed(direction), self.geometry_B.dimension
+        return self._on_grid(
+            lambda here, there: there - here, reference, direction, d, mapped=mapped
+        )
 
     def jacobian_determinant(
-        self, reference: Any = None, direction: str = DIRECTIONS[0]
+        self, reference: Any = None, direction: str = FIXED_TO_MOVING
     ) -> Any:
         """Analytic determinant at every voxel: volume there over volume here.
 
         In physical units (mm by mm) for ITK images, whatever their directions; for
         tensors ``[1, 1, *grid]`` by unit boxes. Grids as in `displacement_field`.
         """
-        mapped = self._map(direction)
-        size, frame = self._grid(reference, direction)
-        values = over_grid(mapped.determinants, size, frame)
-        return self._as_image(values, reference, direction)
+        mapped = self.two_way.framed(direction)
+        return self._on_grid(mapped.determinants, reference, direction)
 
-    def jacobian(self, reference: Any = None, direction: str = DIRECTIONS[0]) -> Any:
+    def jacobian(self, reference: Any = None, direction: str = FIXED_TO_MOVING) -> Any:
         """Analytic d mapped_i / d place_j at every voxel, number d i + j of the voxel.
 
         For ITK images ``d * d`` numbers a voxel, millimetres by millimetres, LPS axes;
         for tensors ``[1, d, d, *grid]``, ICON frame. Grids as in `displacement_field`.
         """
-        mapped, d = self._map(direction), self.geometry_B.dimension
-        size, frame = self._grid(reference, direction)
-        flat = over_grid(
-            lambda p: mapped.jacobians(p).reshape(-1, d * d), size, frame, d * d
+        d, jacobians = (
+            self.geometry_B.dimension,
+            self.two_way.framed(direction).jacobians,
         )
-        if self.itk:
-            return self._as_image(flat, reference, direction)
-        matrices = torch.from_numpy(flat).movedim(-1, 0).reshape(1, d, d, *size)
-        return matrices.contiguous()
+        matrices = self._on_grid(
+            lambda p: jacobians(p).reshape(-1, d**2), reference, direction, d**2
+        )
+        return matrices if self.itk else matrices.unflatten(1, (d, d))
 
     def fold_fraction(self, points: Any = None) -> float:
         """The share of places, 0 to 1, where an analytic determinant is not positive.
@@ -293,13 +293,8 @@ class Registration:
         (backward: of the moving image), or at fixed-space points ``[N, d]`` and where
         they are mapped to.
         """
-        forward, backward = (self._map(direction) for direction in DIRECTIONS)
-        if points is not None:
-            rows = self._points(points)
-            values = [forward.determinants(rows), backward.determinants(forward(rows))]
-            return fold_fraction(np.concatenate(values))
-        grids = [self._grid(None, direction) for direction in DIRECTIONS]
-        return folded_share([(forward, *grids[0]), (backward, *grids[1])])
+        rows = None if points is None else self._points(points)
+        return self.two_way.fold_fraction(rows)
 
     def inverse_consistency_error(self, reference: Any = None) -> Any:
         """``|phi_BA(phi_AB(x)) - x|`` at every voxel of the fixed grid or reference.
@@ -307,15 +302,15 @@ class Registration:
         Millimetres for ITK images; for tensors ``[1, 1, *grid]`` in the fixed image's
         voxels.
         """
-        size, frame = self._grid(reference, DIRECTIONS[0])
-        errors = over_grid(lambda p: inverse_consistency(self, p), size, frame)
-        return self._as_image(errors, reference, DIRECTIONS[0])
+        return self._on_grid(
+            lambda p: inverse_consistency(self.two_way, p), reference, FIXED_TO_MOVING
+        )
 
     def error_estimate(
         self,
         points: Any,
         others: Sequence[Registration] = (),
-        direction: str = DIRECTIONS[0],
+        direction: str = FIXED_TO_MOVING,
     ) -> Array:
         """About how far off each mapped point is, ``[N]``: see `icon_nephi.trust`.
 
@@ -330,9 +325,9 @@ class Registration:
         self, reference: Any = None, others: Sequence[Registration] = ()
     ) -> Any:
         """`error_estimate` at every voxel of the fixed grid or the reference."""
-        size, frame = self._grid(reference, DIRECTIONS[0])
-        errors = over_grid(lambda p: error_estimate(self, p, others), size, frame)
-        return self._as_image(errors, reference, DIRECTIONS[0])
+        return self._on_grid(
+            lambda p: error_estimate(self, p, others), reference, FIXED_TO_MOVING
+        )
 
     def report(self, path: str | os.PathLike[str], **extras: Any) -> None:
         """Nothing; writes one HTML page that shows and measures this registration.
@@ -354,26 +349,11 @@ class Registration:
     def _exported(self, direction: str) -> Any:
         from icon_nephi.itk_images import composite_transform
 
-        A, B = self.geometry_A, self.geometry_B
-        way = (self.map_AB, B, A, self.fit.matrix)
-        if direction != DIRECTIONS[0]:
-            way = (self.map_BA, A, B, self._inverse)
+        places = self.geometry_B, self.geometry_A
+        way = (self.map_AB, *places, self.fit.matrix)
+        if direction == MOVING_TO_FIXED:
+            way = (self.map_BA, *places[::-1], self._inverse)
         return composite_transform(*way, device=self.device)
-
-    def _frame(self, geometry: Geometry) -> Tensor:
-        """The unit box -> the frame that points are given in."""
-        unit = torch.eye(geometry.dimension + 1, dtype=torch.float64)
-        return geometry.unit_to_physical() if self.itk else unit
-
-    def _map(self, direction: str) -> FramedMap:
-        if direction not in DIRECTIONS:
-            raise ValueError(
-                f"direction must be one of {DIRECTIONS}, got {direction!r}"
-            )
-        A, B = self._frame(self.geometry_A), self._frame(self.geometry_B)
-        if direction == "fixed_to_moving":
-            return FramedMap(self.map_AB, B, A, self.device)
-        return FramedMap(self.map_BA, A, B, self.device)
 
     def _points(self, points: Any) -> Array:
         return check_points("points", points, self.geometry_B.dimension)
@@ -381,20 +361,35 @@ class Registration:
     def _place_of(self, name: str, image: Any) -> Geometry:
         return place_of(name, image, itk=self.itk, dimension=self.geometry_B.dimension)
 
-    def _place(self, reference: Any, direction: str) -> Geometry:
-        """The grid results are on: the reference's, else where the map starts."""
+    def _on_grid(
+        self,
+        function: Callable[..., Array],
+        reference: Any,
+        direction: str,
+        channels: int | None = None,
+        *,
+        dtype: npt.DTypeLike = np.float32,
+        mapped: FramedMap | None = None,
+    ) -> Any:
+        """Return a function at every voxel: an ITK image, or ``[1, C, *grid]``.
+
+        Args:
+            function: as of `over_grid`.
+            reference: whose grid it is, default: that of the direction's start.
+            direction: see `displacement_field`.
+            channels: as of `over_grid`.
+            dtype: of the result.
+            mapped: as of `over_grid`.
+        """
+        place = self.two_way.place(direction)
         if reference is not None:
-            return self._place_of("reference", reference)
-        return self.geometry_B if direction == DIRECTIONS[0] else self.geometry_A
+            place = self._place_of("reference", reference)
+        size, frame = self.two_way.grid(direction, place)
+        values = over_grid(function, size, frame, channels, dtype, mapped=mapped)
+        if self.itk:
+            from icon_nephi.itk_images import image_of
 
-    def _grid(self, reference: Any, direction: str) -> tuple[tuple[int, ...], Tensor]:
-        place = self._place(reference, direction)
-        return place.size, self._frame(place)
-
-    def _as_image(self, values: Array, reference: Any, direction: str) -> Any:
-        """One number a voxel as an ITK image, or as a tensor ``[1, 1, *grid]``."""
-        if not self.itk:
+            return image_of(values, place)
+        if channels is None:
             return torch.from_numpy(values)[None, None]
-        from icon_nephi.itk_images import image_of
-
-        return image_of(values, self._place(reference, direction))
+        return torch.from_numpy(values).movedim(-1, 0)[None].contiguous()

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from icon_nephi import itk_images, scores
+from icon_nephi import itk_images
 from icon_nephi._check import check_dimension, check_mask_numbers
 from icon_nephi.physical import Array
 
@@ -66,7 +66,7 @@ class Inputs:
             flag = f"--landmarks_{side}"
             points = read_points(flag, getattr(given, f"landmarks_{side}")).points
             found.append(points)
-        scores.check_landmarks(found[0], found[1], d)
+        _check_landmarks(found[0], found[1], d)
         for side, points in zip(("fixed", "moving"), found, strict=True):
             place = itk_images.geometry_of(self.images[side])
             far = int(place.outside(points).sum())
@@ -76,6 +76,21 @@ class Inputs:
                     "they must be LPS mm (RAS: change the sign of x and y)"
                 )
         return found[0], found[1]
+
+
+def _check_landmarks(fixed: Array, moving: Array, dimension: int) -> None:
+    """Refuse landmarks of another dimension, or not a row to each in both."""
+    for name, points in (("fixed", fixed), ("moving", moving)):
+        if points.shape[1] != dimension:
+            raise ValueError(
+                f"--landmarks_{name} has {points.shape[1]} coordinates a point but the "
+                f"images are {dimension}D"
+            )
+    if len(fixed) != len(moving) or not len(fixed):
+        raise ValueError(
+            f"--landmarks_fixed has {len(fixed)} points and --landmarks_moving "
+            f"{len(moving)}: they must correspond row by row"
+        )
 
 
 def _windowed(given: argparse.Namespace, side: str, image: Any) -> Any:

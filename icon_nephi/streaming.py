@@ -35,7 +35,8 @@ from icon_nephi.coordinates import (
 from icon_nephi.memory import in_smaller_parts, plan, to_bytes
 from icon_nephi.pairs import as_volume
 from icon_nephi.physical import FramedMap, over_grid
-from icon_nephi.registration import DIRECTIONS, Registration
+from icon_nephi.registration import Registration
+from icon_nephi.two_way import DIRECTIONS
 from icon_nephi.volumes import WORKING
 
 #: Voxels by which a place may be off; determinants: the number itself.

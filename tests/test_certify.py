@@ -28,8 +28,9 @@ from icon_nephi.inputs import voxel_geometry
 from icon_nephi.models import Fit
 from icon_nephi.proofs import Search
 from icon_nephi.regions import Region
-from icon_nephi.registration import DIRECTIONS, Registration
+from icon_nephi.registration import Registration
 from icon_nephi.transforms import NeuralTransform, value_and_jacobian
+from icon_nephi.two_way import DIRECTIONS
 
 FIELDS = {
     "mlp": lambda d, size, g: LatentMLP(d, size, width=8, omega=2.0, generator=g),
@@ -327,7 +328,7 @@ def test_folds_come_back_as_points_of_the_image_they_start_from():
     for direction in DIRECTIONS:
         answer = certify(result, direction=direction, progress=False)
         assert answer.refuted > 0
-        mapped = result._map(direction)
+        mapped = result.two_way.framed(direction)
         found = mapped.determinants(answer.counterexamples)
         assert (found < 1e-5).all()
         np.testing.assert_allclose(found, answer.determinants, rtol=1e-3, atol=1e-4)
@@ -354,7 +355,10 @@ def test_a_moving_image_beyond_the_fixed_one_is_covered():
     answer = certify(result, direction=DIRECTIONS[1], progress=False)
     assert answer.holds
     points = np.random.default_rng(0).uniform(0, 1, (20_000, 2))
-    assert answer.smallest <= result._map(DIRECTIONS[1]).determinants(points).min()
+    assert (
+        answer.smallest
+        <= result.two_way.framed(DIRECTIONS[1]).determinants(points).min()
+    )
 
 
 @pytest.mark.parametrize("as_itk", [True, False])

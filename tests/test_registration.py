@@ -10,7 +10,8 @@ import icon_nephi
 from icon_nephi import itk_images, registration
 from icon_nephi.coordinates import identity_map, sample_image
 from icon_nephi.inputs import voxel_geometry
-from icon_nephi.registration import DIRECTIONS, Registration, register
+from icon_nephi.registration import Registration, register
+from icon_nephi.two_way import DIRECTIONS
 
 SIZES = {2: ((23, 30), (18, 26)), 3: ((12, 16, 14), (17, 11, 13))}
 
@@ -75,7 +76,9 @@ def test_determinants_are_those_of_the_points(dimension, flipped):
 @pytest.mark.parametrize("itk", [True, False])
 def test_the_identity_has_determinant_one_and_no_folds(itk):
     result = made(3, itk=itk, strength=0.0)
-    frames = [result._frame(g) for g in (result.geometry_A, result.geometry_B)]
+    frames = [
+        result.two_way.frame_of(g) for g in (result.geometry_A, result.geometry_B)
+    ]
     matrix = torch.linalg.inv(frames[0]) @ frames[1]  # the identity in that frame
     for field in (result.fit.field_AB, result.fit.field_BA):
         torch.nn.init.zeros_(field.last.weight)
