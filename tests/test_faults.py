@@ -544,7 +544,9 @@ def test_what_was_there_before_stays_while_it_is_all_there_is(tmp_path, monkeypa
 
 
 def test_the_package_is_imported_with_warnings_as_errors():
-    rooms = sorted(p.stem for p in Path(cli.__file__).parent.glob("[!_]*.py"))
+    folder = Path(cli.__file__).parent
+    files = [p.relative_to(folder) for p in sorted(folder.glob("**/[!_]*.py"))]
+    rooms = [".".join(file.with_suffix("").parts) for file in files]
     code = f"import importlib\nfor room in {rooms}:\n    importlib.import_module("
     code += "f'icon_nephi.{room}')\nimport icon_nephi\n"
     code += "[getattr(icon_nephi, name) for name in icon_nephi.__all__]"

@@ -13,6 +13,7 @@ from icon_nephi.coordinates import (
     sample_image,
 )
 from icon_nephi.features import FeatureDifference
+from icon_nephi.fields import make_field
 from icon_nephi.fitting import fit_pair
 from icon_nephi.folds import guarded_term
 from icon_nephi.metrics import dice
@@ -23,7 +24,6 @@ from icon_nephi.models import (
     PRESETS,
     SIREN,
     find_settings,
-    make_field,
 )
 from icon_nephi.phantoms import triangles_and_circles
 from icon_nephi.sampling import Patches
