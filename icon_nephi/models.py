@@ -240,7 +240,7 @@ def make_pair(
     arguments = {
         "dimension": len(extent),
         "code_size": sum(settings.channels),
-        **{k: int(v) if k != "omega" else v for k, v in settings.arguments},
+        **dict(settings.arguments),
     }
     make = _CLASSES[settings.field]
     field_AB, field_BA = (make(**arguments, generator=generator) for _ in "AB")
