@@ -25,7 +25,8 @@ from icon_nephi.compare import (
 )
 from icon_nephi.coordinates import resize_image
 from icon_nephi.folds import guarded_term
-from icon_nephi.instance import Given, neural_parts, refine_pair, unrefined_maps
+from icon_nephi.instance import Given, refine_pair, unrefined_maps
+from icon_nephi.parts import neural_parts
 
 LEVELS = 2  # of ICON's published networks
 TRIAL = 5  # steps of instance optimisation that are timed

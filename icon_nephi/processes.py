@@ -16,7 +16,7 @@ import torch.distributed as dist
 from icon_registration import RegistrationModule
 from torch import Tensor, nn
 
-from icon_nephi.transforms import Map, value_and_jacobian
+from icon_nephi.transforms import Composed, Map, value_and_jacobian
 
 
 class SplitPair(RegistrationModule):
@@ -52,7 +52,7 @@ class SplitPair(RegistrationModule):
         return SplitMap(phi_AB), SplitMap(phi_BA)
 
 
-class SplitMap:
+class SplitMap(Composed):
     """A map that every process evaluates at its share of the points."""
 
     def __init__(self, phi: Map) -> None:

@@ -8,9 +8,10 @@ import torch
 from problems import SHAPES, images
 
 from icon_nephi import FirstTransform, Patches, Points
-from icon_nephi.instance import neural_parts, refine_pair
+from icon_nephi.instance import refine_pair
 from icon_nephi.losses import PatchNCC
 from icon_nephi.models import NETWORKS, SIREN, make_network, make_pair
+from icon_nephi.parts import neural_parts
 
 
 def parameters(*modules):

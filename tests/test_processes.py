@@ -41,8 +41,8 @@ def results(split):
             generator=generator,
         )
         groups = [{"params": list(pair.parameters()), "lr": 1e-2}]
-        history = optimize(loss, *images, [Stage(3, sampler)], groups)
-        found[name] = [step["all_loss"] for step in history]
+        course = optimize(loss, *images, [Stage(3, sampler)], groups)
+        found[name] = [step["all_loss"] for step in course.losses]
         found[f"{name}, weights"] = [p.detach().clone() for p in pair.parameters()]
     loss.assign_identity_map([1, 1, 9, 10, 11])
     with torch.no_grad():

@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from icon_nephi import GradientICONPoints
-from icon_nephi.optimize import gaussian_blur
+from icon_nephi.images import gaussian_blur
 from training.data import Images, augment
 
 CHECKPOINT = "checkpoint.pt"
