@@ -41,8 +41,8 @@ _TWICE = (
 _TWO_STEPS = "TwoStepRegistration.forward.<locals>.<lambda>"
 
 
-class _Transform:
-    """What our maps share."""
+class Composed:
+    """What our maps share: what they are made of is in ``__closure__``."""
 
     @property
     def __closure__(self) -> tuple[types.CellType, ...]:
@@ -56,7 +56,7 @@ class _Transform:
         return value_and_jacobian(cast(Map, self), coordinates)[1]
 
 
-class NeuralTransform(_Transform):
+class NeuralTransform(Composed):
     """phi(x) = x + u(x, z(x)), callable on ICON-frame coordinates ``[B, d, *any]``.
 
     Coordinates of batch 1 are evaluated for every item of the code's batch. Outside
@@ -217,7 +217,7 @@ def _with_graph(ctx: Any, rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
 _recomputed = cast(Callable[..., tuple[Tensor, ...]], _Recomputed.apply)
 
 
-class MatrixTransform(_Transform):
+class MatrixTransform(Composed):
     """An affine map of the unit box: homogeneous ``[B or 1, d + 1, d + 1]``."""
 
     def __init__(self, matrix: Tensor) -> None:
@@ -241,7 +241,7 @@ class MatrixTransform(_Transform):
         )
 
 
-class Composition(_Transform):
+class Composition(Composed):
     """phi o psi: psi first, then phi; Jacobians by the chain rule."""
 
     def __init__(self, phi: Map, psi: Map) -> None:
@@ -299,8 +299,8 @@ class FunctionFromNeuralField(RegistrationModule):
 
     def forward(self, image_A: Tensor, image_B: Tensor) -> NeuralTransform:
         """phi_AB, fixed-space to moving-space coordinates, ICON frame."""
-        self.code = self.net(image_A, image_B)
-        return NeuralTransform(self.field, self.code, chunk_size=self.chunk_size)
+        code = self.net(image_A, image_B)
+        return NeuralTransform(self.field, code, chunk_size=self.chunk_size)
 
 
 class NePhi(RegistrationModule):
@@ -328,9 +328,13 @@ class NePhi(RegistrationModule):
         self, image_A: Tensor, image_B: Tensor
     ) -> tuple[NeuralTransform, NeuralTransform]:
         """(phi_AB, phi_BA) from one code, ICON frame."""
-        self.code = self.net(image_A, image_B)
-        make = partial(NeuralTransform, code=self.code, chunk_size=self.chunk_size)
-        return make(self.field_AB), make(self.field_BA)
+        code = self.net(image_A, image_B)
+        phi_AB, phi_BA = (
+            NeuralTransform(field, code, chunk_size=self.chunk_size)
+            for field in (self.field_AB, self.field_BA)
+        )
+        phi_BA.code = phi_AB.code  # where they own it, too, it is one
+        return phi_AB, phi_BA
 
 
 class TwoStepPair(RegistrationModule):
