@@ -1,8 +1,10 @@
 """Images read in parts: chunks, levels, headers, and a registration of such images."""
 
 import gzip
+import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import itk
 import numpy as np
@@ -288,6 +290,12 @@ def test_bad_files_get_one_sentence(tmp_path, make, says):
 )
 def test_memory_limits(text, size):
     assert memory.to_bytes(text) == size
+
+
+def test_memory_that_nobody_tells_is_zero(monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda _: False)  # no /proc
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    assert memory.held_memory() == memory.peak_memory() == 0
 
 
 @pytest.mark.parametrize("text", ["much", "-1", "0", "1.2.3G", "4 GiBs"])
