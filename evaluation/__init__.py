@@ -5,6 +5,7 @@ Nothing here is installed with the package. ITK, which every method needs, loads
 by itself: what the package adds to a process, some 30 MB, is the same for all of them.
 """
 
+import argparse
 import csv
 import platform
 import tempfile
@@ -17,6 +18,7 @@ import numpy as np
 
 from icon_nephi import itk_images
 from icon_nephi.atomic import written_whole
+from icon_nephi.cases import Case
 from icon_nephi.itk_images import array_of, check_label_map
 from icon_nephi.metrics import dice, summarize, target_registration_error
 
@@ -140,6 +142,36 @@ def random_points(image: Any, count: int = RANDOM_POINTS, seed: int = 0) -> np.n
     size = geometry(image)[2]
     uniform = np.random.default_rng(seed).uniform(size=(count, len(size)))
     return to_physical(image, uniform * (size - 1))
+
+
+# --- what scripts share -----------------------------------------------------------
+
+
+def register(case: Case, *, masks: bool = True, **options: Any) -> Any:
+    """Return icon_nephi's `Registration` of a case, from scratch.
+
+    Args:
+        case: The images.
+        masks: Whether their masks are used.
+        options: Further arguments of ``icon_nephi.register``.
+    """
+    import icon_nephi
+
+    given = {
+        "modality": case.modality,
+        "mask_A": case.moving_mask if masks else None,
+        "mask_B": case.fixed_mask if masks else None,
+        "progress": False,
+    }
+    return icon_nephi.register(case.moving, case.fixed, **given | options)
+
+
+def csv_file(text: str) -> Path:
+    """Return the path of a file that can be written: a type for argparse."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is no file in an existing folder")
+    return path
 
 
 # --- the report ---------------------------------------------------------------------

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evaluation import landmark_errors
+from evaluation import landmark_errors, register
 from evaluation.pairs import find_cases
 from icon_nephi.cases import Case
 
@@ -155,14 +155,7 @@ def main(data: Path, case: str, random: bool, threads: int) -> None:
     if random:
         return
     lap = time.process_time()
-    scratch = icon_nephi.register(
-        pair.moving,
-        pair.fixed,
-        modality=pair.modality,
-        mask_A=both[0],
-        mask_B=both[1],
-        progress=False,
-    )
+    scratch = register(pair)
     seconds = time.process_time() - lap
     print(
         f"from scratch: {errors(pair, (scratch.phi_AB, scratch.phi_BA))}, "

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from icon_nephi.cases import Case
-from icon_nephi.coordinates import Geometry, apply_affine
+from icon_nephi.coordinates import apply_affine
 from icon_nephi.inputs import choose_device, read_input
 from icon_nephi.itk_images import resample_to
-from icon_nephi.measure import mean_dice_at, measure_points
+from icon_nephi.measure import flips_on_grid, mean_dice_at, measure_points
 from icon_nephi.methods import Method, Options, now, peak_gib
-from icon_nephi.metrics import flips_percentage, target_registration_error
-from icon_nephi.physical import Array, over_grid
+from icon_nephi.metrics import target_registration_error
+from icon_nephi.physical import over_grid
 from icon_nephi.two_way import TwoWay
 
 COLUMNS = (
@@ -77,20 +77,6 @@ def measure(case: Case, method: Method, options: Options) -> Row:
             for at in (still, moved)
         )
     return row
-
-
-def flips_on_grid(moved: Array, place: Geometry) -> float:
-    """Return ICON's percentage of flips of a map known at the voxels of a grid.
-
-    Args:
-        moved: ``[*grid, d]``, where they go, LPS mm.
-        place: the grid.
-    """
-    d = place.dimension
-    rows = torch.from_numpy(moved).double().reshape(-1, d)
-    voxels = torch.tensor(place.size) - 1
-    index = apply_affine(place.physical_to_unit(), rows) * voxels
-    return flips_percentage(index.reshape(*place.size, d).movedim(-1, 0)[None])
 
 
 def compare_cases(

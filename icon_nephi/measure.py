@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from icon_nephi._check import check_labels
-from icon_nephi.coordinates import Geometry, other_order
+from icon_nephi.coordinates import Geometry, apply_affine, other_order
 from icon_nephi.inputs import check_points, voxels_of
 from icon_nephi.layers import Scene, spread_out
 from icon_nephi.metrics import (
     count_folds,
     dice,
+    flips_percentage,
     mean_dice,
     summarize,
     target_registration_error,
@@ -192,6 +194,20 @@ def summary(
     if losses:
         numbers |= {"steps": len(losses), "last_losses": losses[-1]}
     return numbers
+
+
+def flips_on_grid(moved: Array, place: Geometry) -> float:
+    """Return ICON's percentage of flips of a map known at the voxels of a grid.
+
+    Args:
+        moved: ``[*grid, d]``, where they go, LPS mm.
+        place: the grid.
+    """
+    d = place.dimension
+    rows = torch.from_numpy(moved).double().reshape(-1, d)
+    voxels = torch.tensor(place.size) - 1
+    index = apply_affine(place.physical_to_unit(), rows) * voxels
+    return flips_percentage(index.reshape(*place.size, d).movedim(-1, 0)[None])
 
 
 def spread_of(determinants: Array) -> dict[str, float]:
