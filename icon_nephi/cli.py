@@ -162,19 +162,34 @@ def warp(argv: Sequence[str] | None = None) -> None:
 
     from icon_nephi import warps
     from icon_nephi.atomic import written_whole
+    from icon_nephi.two_way import direction_of, reverse
 
-    transform = warps.read_map(given.transform)
+    mapping, direction = warps.read_map(given.transform), direction_of(inverse=inverse)
     if given.points:
-        way, odd = warps.move_points(given, transform, out, own=own, inverse=inverse)
+        way, odd = warps.move_points(
+            mapping,
+            given.points,
+            out,
+            direction=direction,
+            reference=given.reference,
+            errors=given.errors,
+        )
         for warning in odd:
             print(f"nephi-warp: warning: {warning}", file=sys.stderr)
     else:
         from icon_nephi.itk_maps import write_image
 
-        result = warps.warp_image(given, transform, kind, own=own, inverse=inverse)
+        result = warps.warp_image(
+            mapping,
+            getattr(given, kind),
+            labels=kind == "labels",
+            mode=given.interpolation,
+            reference=given.reference,
+            inverse=inverse,
+        )
         with written_whole(out) as (part,):
             write_image(result, part)
-        way = "fixed -> moving" if inverse else "moving -> fixed"
+        way = warps.in_words(reverse(direction))
         way = way if own else "to the reference's grid, as the transform says"
     if not given.quiet:
         print(f"{kind}: {way}\nout: {out}")
@@ -198,19 +213,18 @@ def jacobian(argv: Sequence[str] | None = None) -> None:
     from icon_nephi.itk_images import array_of, geometry_of, image_of
     from icon_nephi.itk_maps import write_image
     from icon_nephi.metrics import count_folds
+    from icon_nephi.two_way import direction_of
 
-    transform = warps.read_map(given.transform)
-    reference = warps.reference_of(given, needed=not own)
-    way: dict[str, Any] = {}
-    if own:
-        way["direction"] = "moving_to_fixed" if given.inverse else "fixed_to_moving"
+    mapping = warps.read_map(given.transform)
+    direction = direction_of(inverse=given.inverse)
+    reference = warps.read_reference(given.reference, mapping)
     if given.tensor:
-        result = transform.jacobian(reference, **way)
+        result = mapping.jacobian(reference, direction)
         numbers = array_of(result).astype(float)
         d = result.GetImageDimension()
         values = np.linalg.det(numbers.reshape(*numbers.shape[:-1], d, d))
     else:
-        result = transform.jacobian_determinant(reference, **way)
+        result = mapping.jacobian_determinant(reference, direction)
         values = array_of(result)
     folds = count_folds(values)
     if given.log:
@@ -225,8 +239,7 @@ def jacobian(argv: Sequence[str] | None = None) -> None:
             file=sys.stderr,
         )
     if not given.quiet:
-        said = "moving -> fixed" if given.inverse else "fixed -> moving"
-        said = said if own else "as the transform says"
+        said = warps.in_words(direction) if own else "as the transform says"
         print(
             f"jacobian: {said}, mm by mm\n"
             f"determinant: min {values.min():.4f}, median {np.median(values):.4f}, max "
