@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from evaluation import csv_file, machine, write_csv
+from evaluation import csv_file, machine
 from evaluation.dirlab import (
     find_dirlab,
     find_external,
@@ -32,6 +32,7 @@ from evaluation.dirlab import (
 )
 from evaluation.peers import voxel_centres
 from icon_nephi import compare, methods
+from icon_nephi.atomic import write_csv
 from icon_nephi.compare import alone
 from icon_nephi.inputs import choose_device
 from icon_nephi.itk_images import geometry_of, resample_to

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -274,6 +272,7 @@ def compare(argv: Sequence[str] | None = None) -> None:
     from tqdm import tqdm
 
     from icon_nephi import compare as tools
+    from icon_nephi.atomic import write_csv
     from icon_nephi.cases import find_cases, read_case
     from icon_nephi.inputs import choose_device
     from icon_nephi.methods import METHODS, Options
@@ -291,25 +290,13 @@ def compare(argv: Sequence[str] | None = None) -> None:
     for row in tqdm(found, "registering", total, disable=given.quiet, leave=False):
         rows.append(row)
         if out is not None:
-            _write_rows(out, tools.COLUMNS, rows)
+            write_csv(out, tools.COLUMNS, rows)
     if not given.quiet:
         print(comparison_table(rows))
     failed = sum("error" in row for row in rows)
     if failed:
         print(f"nephi-compare: {failed} of {total} failed", file=sys.stderr)
         raise SystemExit(1)
-
-
-def _write_rows(path: Path, columns: Sequence[str], rows: list[dict[str, Any]]) -> None:
-    from icon_nephi.atomic import written_whole
-
-    with (
-        written_whole(path) as (part,),
-        part.open("w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
