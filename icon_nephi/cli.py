@@ -210,6 +210,7 @@ def jacobian(argv: Sequence[str] | None = None) -> None:
     from icon_nephi.atomic import written_whole
     from icon_nephi.itk_images import array_of, geometry_of, image_of
     from icon_nephi.itk_maps import write_image
+    from icon_nephi.measure import spread_of
     from icon_nephi.metrics import count_folds
     from icon_nephi.two_way import direction_of
 
@@ -238,10 +239,10 @@ def jacobian(argv: Sequence[str] | None = None) -> None:
         )
     if not given.quiet:
         said = warps.in_words(direction) if own else "as the transform says"
+        ends = ", ".join(f"{k} {v:.4f}" for k, v in spread_of(values).items())
         print(
-            f"jacobian: {said}, mm by mm\n"
-            f"determinant: min {values.min():.4f}, median {np.median(values):.4f}, max "
-            f"{values.max():.4f}\nfolds: {folds} of {values.size} voxels\nout: {out}"
+            f"jacobian: {said}, mm by mm\ndeterminant: {ends}\n"
+            f"folds: {folds} of {values.size} voxels\nout: {out}"
         )
 
 
