@@ -11,10 +11,9 @@ process of its own, on one core; memory is beside the images and the result.
 import argparse
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from evaluation import bench
+from evaluation import bench, csv_file
 from icon_nephi.compare import alone
 from icon_nephi.memory import held_memory, peak_memory
 
@@ -89,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--side", type=int, default=175)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--out", type=Path, help="CSV file")
+    parser.add_argument("--out", type=csv_file, help="CSV file")
     args = parser.parse_args(argv)
     rows: list[dict[str, Any]] = []
     print(f"{args.side}^3, one core: CPU s, MiB beside the output, tallUNet2 / it")

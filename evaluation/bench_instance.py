@@ -7,16 +7,17 @@ and with a learned code instead of the encoder; each in its own process.
 """
 
 import argparse
-import subprocess
-import sys
 import time
 
 from evaluation.demo import chest
+from icon_nephi.compare import alone
 from icon_nephi.memory import peak_memory
 
 
-def run(kind: str, shape: tuple[int, ...], steps: int, threads: int) -> None:
-    """Print one row."""
+def run(
+    kind: str, shape: tuple[int, ...], steps: int, threads: int
+) -> dict[str, float]:
+    """Return what it cost; for a fresh process."""
     import torch
 
     import icon_nephi
@@ -51,11 +52,8 @@ def run(kind: str, shape: tuple[int, ...], steps: int, threads: int) -> None:
         model, A, B, finetune_steps=steps, progress=False
     )
     peak = peak_memory() / 2**30
-    print(
-        f"{kind:8s} {time.perf_counter() - start:6.1f} s "
-        f"{time.process_time() - cpu:6.1f} CPU s   peak {peak:.2f} GiB "
-        f"({ready:.2f} GiB before)"
-    )
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    return {"seconds": seconds, "cpu": cpu, "peak": peak, "ready": ready}
 
 
 if __name__ == "__main__":
@@ -63,13 +61,11 @@ if __name__ == "__main__":
     parser.add_argument("--shape", type=int, nargs="+", default=[175, 175, 175])
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--kind", choices=("encoder", "table"))
-    given = parser.parse_args()
-    if given.kind:
-        run(given.kind, tuple(given.shape), given.steps, given.threads)
-    else:
-        for kind in ("encoder", "table"):
-            subprocess.run(
-                [sys.executable, "-m", __spec__.name, *sys.argv[1:], "--kind", kind],
-                check=True,
-            )
+    args = parser.parse_args()
+    for kind in ("encoder", "table"):
+        row = alone(run, kind, tuple(args.shape), args.steps, args.threads)
+        print(
+            row.get("error")
+            or f"{kind:8s} {row['seconds']:6.1f} s {row['cpu']:6.1f} CPU s   "
+            f"peak {row['peak']:.2f} GiB ({row['ready']:.2f} GiB before)"
+        )

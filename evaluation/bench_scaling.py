@@ -14,10 +14,9 @@ import math
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from evaluation import bench
+from evaluation import bench, csv_file
 from icon_nephi.compare import alone
 from icon_nephi.memory import held_memory, peak_memory
 
@@ -85,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     """Print a table; also write it as CSV if asked for."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="CSV file")
+    parser.add_argument("--out", type=csv_file, help="CSV file")
     args = parser.parse_args(argv)
     rows: list[dict[str, Any]] = []
     print(f"{'grows':14s}{'size':>6s}{'CPU s':>9s}{'MiB':>8s}   power of time, memory")

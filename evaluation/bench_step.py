@@ -14,10 +14,9 @@ sizes for ours alone.
 import argparse
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from evaluation import bench
+from evaluation import bench, csv_file
 from icon_nephi.compare import alone
 from icon_nephi.memory import held_memory, peak_memory
 
@@ -105,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--multi", action="store_true", help="the nest of networks too")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="CSV file")
+    parser.add_argument("--out", type=csv_file, help="CSV file")
     args = parser.parse_args(argv)
     rows: list[dict[str, Any]] = []
     print(f"{'side':>5s} {'method':16s}{'s':>9s}{'CPU s':>9s}{'MiB':>8s}   voxel / it")

@@ -17,7 +17,7 @@ import numpy as np
 
 from evaluation import geometry, image_from, to_index, to_physical
 from icon_nephi.cases import Case
-from icon_nephi.itk_images import array_of
+from icon_nephi.itk_images import array_of, geometry_of
 from icon_nephi.versions import version
 
 # Each function below that is a method, and the distribution it needs.
@@ -156,13 +156,9 @@ class DenseMap:
         """
         if points is not None:
             raise NotImplementedError
-        import torch
+        from icon_nephi.measure import flips_on_grid
 
-        from icon_nephi.metrics import flips_percentage
-
-        phi = to_index(self.fixed, self.phi())[..., ::-1]  # frame of the array's axes
-        batch = torch.from_numpy(np.moveaxis(phi, -1, 0)[None].copy())
-        return flips_percentage(batch) / 100
+        return flips_on_grid(self.phi(), geometry_of(self.fixed)) / 100
 
     def inverse_consistency_error(self) -> np.ndarray:
         """Return the distance in mm of 20,000 fixed voxels to where they come back."""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -162,19 +160,34 @@ def warp(argv: Sequence[str] | None = None) -> None:
 
     from icon_nephi import warps
     from icon_nephi.atomic import written_whole
+    from icon_nephi.two_way import direction_of, reverse
 
-    transform = warps.read_map(given.transform)
+    mapping, direction = warps.read_map(given.transform), direction_of(inverse=inverse)
     if given.points:
-        way, odd = warps.move_points(given, transform, out, own=own, inverse=inverse)
+        way, odd = warps.move_points(
+            mapping,
+            given.points,
+            out,
+            direction=direction,
+            reference=given.reference,
+            errors=given.errors,
+        )
         for warning in odd:
             print(f"nephi-warp: warning: {warning}", file=sys.stderr)
     else:
         from icon_nephi.itk_maps import write_image
 
-        result = warps.warp_image(given, transform, kind, own=own, inverse=inverse)
+        result = warps.warp_image(
+            mapping,
+            getattr(given, kind),
+            labels=kind == "labels",
+            mode=given.interpolation,
+            reference=given.reference,
+            inverse=inverse,
+        )
         with written_whole(out) as (part,):
             write_image(result, part)
-        way = "fixed -> moving" if inverse else "moving -> fixed"
+        way = warps.in_words(reverse(direction))
         way = way if own else "to the reference's grid, as the transform says"
     if not given.quiet:
         print(f"{kind}: {way}\nout: {out}")
@@ -197,20 +210,20 @@ def jacobian(argv: Sequence[str] | None = None) -> None:
     from icon_nephi.atomic import written_whole
     from icon_nephi.itk_images import array_of, geometry_of, image_of
     from icon_nephi.itk_maps import write_image
+    from icon_nephi.measure import spread_of
     from icon_nephi.metrics import count_folds
+    from icon_nephi.two_way import direction_of
 
-    transform = warps.read_map(given.transform)
-    reference = warps.reference_of(given, needed=not own)
-    way: dict[str, Any] = {}
-    if own:
-        way["direction"] = "moving_to_fixed" if given.inverse else "fixed_to_moving"
+    mapping = warps.read_map(given.transform)
+    direction = direction_of(inverse=given.inverse)
+    reference = warps.read_reference(given.reference, mapping)
     if given.tensor:
-        result = transform.jacobian(reference, **way)
+        result = mapping.jacobian(reference, direction)
         numbers = array_of(result).astype(float)
         d = result.GetImageDimension()
         values = np.linalg.det(numbers.reshape(*numbers.shape[:-1], d, d))
     else:
-        result = transform.jacobian_determinant(reference, **way)
+        result = mapping.jacobian_determinant(reference, direction)
         values = array_of(result)
     folds = count_folds(values)
     if given.log:
@@ -225,12 +238,11 @@ def jacobian(argv: Sequence[str] | None = None) -> None:
             file=sys.stderr,
         )
     if not given.quiet:
-        said = "moving -> fixed" if given.inverse else "fixed -> moving"
-        said = said if own else "as the transform says"
+        said = warps.in_words(direction) if own else "as the transform says"
+        ends = ", ".join(f"{k} {v:.4f}" for k, v in spread_of(values).items())
         print(
-            f"jacobian: {said}, mm by mm\n"
-            f"determinant: min {values.min():.4f}, median {np.median(values):.4f}, max "
-            f"{values.max():.4f}\nfolds: {folds} of {values.size} voxels\nout: {out}"
+            f"jacobian: {said}, mm by mm\ndeterminant: {ends}\n"
+            f"folds: {folds} of {values.size} voxels\nout: {out}"
         )
 
 
@@ -261,6 +273,7 @@ def compare(argv: Sequence[str] | None = None) -> None:
     from tqdm import tqdm
 
     from icon_nephi import compare as tools
+    from icon_nephi.atomic import write_csv
     from icon_nephi.cases import find_cases, read_case
     from icon_nephi.inputs import choose_device
     from icon_nephi.methods import METHODS, Options
@@ -278,25 +291,13 @@ def compare(argv: Sequence[str] | None = None) -> None:
     for row in tqdm(found, "registering", total, disable=given.quiet, leave=False):
         rows.append(row)
         if out is not None:
-            _write_rows(out, tools.COLUMNS, rows)
+            write_csv(out, tools.COLUMNS, rows)
     if not given.quiet:
         print(comparison_table(rows))
     failed = sum("error" in row for row in rows)
     if failed:
         print(f"nephi-compare: {failed} of {total} failed", file=sys.stderr)
         raise SystemExit(1)
-
-
-def _write_rows(path: Path, columns: Sequence[str], rows: list[dict[str, Any]]) -> None:
-    from icon_nephi.atomic import written_whole
-
-    with (
-        written_whole(path) as (part,),
-        part.open("w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def comparison_table(rows: Sequence[dict[str, Any]]) -> str:

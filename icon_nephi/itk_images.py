@@ -205,15 +205,17 @@ def resample_to(image: Any, reference: Any) -> Any:
     return resample(image, reference, None, "nearest")
 
 
-def resample(image: Any, reference: Any, transform: Any, mode: str) -> Any:
+def resample(
+    image: Any, reference: Any, transform: Any, mode: str, outside: float = 0
+) -> Any:
     """An image through an ITK transform on a reference grid, by ITK.
 
     Args:
         image: of the space that the transform maps to.
         reference: its grid is the result's.
         transform: reference points -> image points, None for the identity.
-        mode: ``"linear"`` (float32 comes out, outside the image's least value) or
-            ``"nearest"`` (the pixel type stays, 0 outside).
+        mode: ``"linear"`` (float32 comes out) or ``"nearest"`` (the pixel type stays).
+        outside: the value where there is no image.
 
     Raises:
         ValueError: image, reference and transform of different dimensions.
@@ -240,7 +242,7 @@ def resample(image: Any, reference: Any, transform: Any, mode: str) -> Any:
         interpolator=interpolate.New(moving),
         use_reference_image=True,
         reference_image=reference,
-        default_pixel_value=float(values.min()) if mode == "linear" else 0.0,
+        default_pixel_value=float(outside),
         **({} if transform is None else {"transform": transform}),
     )
     if mode == "linear":

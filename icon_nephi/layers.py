@@ -18,7 +18,7 @@ from icon_nephi import views
 from icon_nephi.coordinates import Geometry, apply_affine
 from icon_nephi.inputs import place_of, read_input, voxels_of
 from icon_nephi.pairs import as_volume, is_volume
-from icon_nephi.physical import Array, FramedMap
+from icon_nephi.physical import Array
 from icon_nephi.preprocess import prepare
 from icon_nephi.resampling import reader
 from icon_nephi.trust import estimate, scatter, voxel_side
@@ -49,10 +49,10 @@ class Scene:
         self.unit = "mm" if result.itk else "voxels"
         self.A: Geometry = result.geometry_A
         self.B: Geometry = result.geometry_B
+        two_way = result.two_way.physical()
+        self.forward, self.backward = two_way.forward, two_way.backward
+        self.others = [r.two_way.physical().forward for r in others]
         out, into = self.A.unit_to_physical(), self.B.unit_to_physical()
-        self.forward = FramedMap(result.map_AB, into, out, result.device)
-        self.backward = FramedMap(result.map_BA, out, into, result.device)
-        self.others = [FramedMap(r.map_AB, into, out, r.device) for r in others]
         eye = torch.eye(self.B.dimension + 1, dtype=torch.float64)
         self.start = eye if self.itk else out @ torch.linalg.inv(into)
         self.apart = self._overlap() < 0.1

@@ -10,14 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from icon_nephi._check import check_labels
-from icon_nephi.coordinates import Geometry, other_order
+from icon_nephi.coordinates import Geometry, apply_affine, other_order
 from icon_nephi.inputs import check_points, voxels_of
 from icon_nephi.layers import Scene, spread_out
 from icon_nephi.metrics import (
     count_folds,
     dice,
+    flips_percentage,
+    landmark_summary,
     mean_dice,
     summarize,
     target_registration_error,
@@ -194,6 +197,20 @@ def summary(
     return numbers
 
 
+def flips_on_grid(moved: Array, place: Geometry) -> float:
+    """Return ICON's percentage of flips of a map known at the voxels of a grid.
+
+    Args:
+        moved: ``[*grid, d]``, where they go, LPS mm.
+        place: the grid.
+    """
+    d = place.dimension
+    rows = torch.from_numpy(moved).double().reshape(-1, d)
+    voxels = torch.tensor(place.size) - 1
+    index = apply_affine(place.physical_to_unit(), rows) * voxels
+    return flips_percentage(index.reshape(*place.size, d).movedim(-1, 0)[None])
+
+
 def spread_of(determinants: Array) -> dict[str, float]:
     """Return the least, the median and the largest determinant."""
     return {
@@ -217,8 +234,8 @@ def landmark_scores(result: Mapping, fixed: Array, moving: Array) -> dict[str, A
     moved = result.transform_points(fixed)
     return {
         "count": len(fixed),
-        "before": summarize(target_registration_error(fixed, moving)),
-        "after": summarize(target_registration_error(moved, moving)),
+        "before": landmark_summary(fixed, moving),
+        "after": landmark_summary(moved, moving),
     }
 
 

@@ -25,7 +25,7 @@ from icon_nephi.optimize import FitOptions
 from icon_nephi.pairs import read_pair
 from icon_nephi.physical import Array, FramedMap, over_grid
 from icon_nephi.report import write_report
-from icon_nephi.resampling import MODES, reader
+from icon_nephi.resampling import MODES, least_value, reader
 from icon_nephi.transforms import Composition, MatrixTransform, NeuralTransform
 from icon_nephi.trust import error_estimate, inverse_consistency
 from icon_nephi.two_way import FIXED_TO_MOVING, MOVING_TO_FIXED, TwoWay, direction_of
@@ -162,7 +162,7 @@ class Registration:
             self.map_AB = Composition(MatrixTransform(fit.matrix[None]), forward)
             self.map_BA = Composition(backward, MatrixTransform(self._inverse[None]))
         ways = (self.map_AB, self.map_BA, geometry_A, geometry_B, self.device)
-        self.two_way = TwoWay(*ways, frame="physical" if itk else "unit")
+        self.two_way = TwoWay(*ways, "physical" if itk else "unit", fit.matrix)
 
     @property
     def losses(self) -> list[dict[str, float]]:
@@ -202,7 +202,8 @@ class Registration:
                 ``"onehot"`` (same pixel type): see `icon_nephi.resampling`.
             reference: another grid to warp to: an ITK image, or a tensor.
             inverse: take a fixed-space image to the moving image's grid instead.
-            outside: the value where there is no image; default: the nearest border's.
+            outside: the value where there is no image; default: the image's least (0
+                is what label maps need, see `warp_labels`).
 
         Raises:
             ValueError: unknown mode, or an image that `register` would refuse.
@@ -212,7 +213,8 @@ class Registration:
         direction = direction_of(inverse=inverse)
         place, values = self._place_of("image", image), voxels_of(image)
         into = torch.linalg.inv(self.two_way.frame_of(place))
-        read = reader(values, into, mode, outside)
+        beyond = least_value(values) if outside is None else outside
+        read = reader(values, into, mode, beyond)
         warped = self._on_grid(
             lambda _, moved: read(moved)[:, 0] if self.itk else read(moved),
             reference,
@@ -276,12 +278,9 @@ class Registration:
         For ITK images ``d * d`` numbers a voxel, millimetres by millimetres, LPS axes;
         for tensors ``[1, d, d, *grid]``, ICON frame. Grids as in `displacement_field`.
         """
-        d, jacobians = (
-            self.geometry_B.dimension,
-            self.two_way.framed(direction).jacobians,
-        )
+        mapped, d = self.two_way.framed(direction), self.geometry_B.dimension
         matrices = self._on_grid(
-            lambda p: jacobians(p).reshape(-1, d**2), reference, direction, d**2
+            lambda p: mapped.jacobians(p).reshape(-1, d**2), reference, direction, d**2
         )
         return matrices if self.itk else matrices.unflatten(1, (d, d))
 
@@ -348,10 +347,10 @@ class Registration:
     def _exported(self, direction: str) -> Any:
         from icon_nephi.itk_images import composite_transform
 
-        places = self.geometry_B, self.geometry_A
-        way = (self.map_AB, *places, self.fit.matrix)
+        A, B = self.geometry_A, self.geometry_B
+        way = (self.map_AB, B, A, self.fit.matrix)
         if direction == MOVING_TO_FIXED:
-            way = (self.map_BA, *places[::-1], self._inverse)
+            way = (self.map_BA, A, B, self._inverse)
         return composite_transform(*way, device=self.device)
 
     def _points(self, points: Any) -> Array:

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from icon_nephi.block_files import BLOCK, written_blocks
-from icon_nephi.chunks import Array, Box, ChunkCache
+from icon_nephi.chunks import Array, Box, ChunkCache, Level
 from icon_nephi.coordinates import (
     Geometry,
     apply_affine,
@@ -36,7 +36,8 @@ from icon_nephi.memory import in_smaller_parts, plan, to_bytes
 from icon_nephi.pairs import as_volume
 from icon_nephi.physical import FramedMap, over_grid
 from icon_nephi.registration import Registration
-from icon_nephi.two_way import DIRECTIONS
+from icon_nephi.resampling import least_value
+from icon_nephi.two_way import FIXED_TO_MOVING, direction_of
 from icon_nephi.volumes import WORKING
 
 #: Voxels by which a place may be off; determinants: the number itself.
@@ -73,7 +74,8 @@ def warp_to(
         reference: a `Volume` or the like whose grid is written; default: the fixed.
         mode: ``"linear"`` or ``"nearest"``.
         inverse: take a fixed-space image to the moving grid instead.
-        outside: the value where there is no image; default: the nearest border's.
+        outside: the value where there is no image; default: the image's least, for
+            which it is read once more.
         memory_limit: bytes, or as "4GiB"; default: that of the image.
         tolerance: voxels of the image by which a place may be off.
         progress: show a bar.
@@ -84,11 +86,15 @@ def warp_to(
     if mode not in ("linear", "nearest"):
         raise ValueError(f"mode must be 'linear' or 'nearest', got {mode!r}")
     volume = as_volume("image", image, memory_limit)
-    place = _place(registration, reference, inverse)
+    direction = direction_of(inverse=inverse)
+    place = _place(registration, reference, direction)
     level, limit = volume.levels[0], to_bytes(memory_limit or volume.memory_limit)
     cache = level.cache(0 if level.array is not None else 2 * plan(limit, WORKING)[1])
-    mapped, into = _framed(registration, inverse), volume.geometry.physical_to_unit()
+    mapped = _framed(registration, direction)
+    into = volume.geometry.physical_to_unit()
     last = np.array(volume.geometry.size) - 1.0
+
+    beyond = _least(level) if outside is None else outside
 
     def index(_: Array, moved: Array) -> Array:
         unit = apply_affine(into, torch.from_numpy(moved)).numpy()
@@ -96,10 +102,10 @@ def warp_to(
         return voxels
 
     def values(at: Array) -> Array:
-        return _read(cache, at, mode, outside)
+        return _read(cache, at, mode, beyond)
 
     try:
-        border = _field(registration, inverse)
+        border = _field(registration, direction)
         task = _Task(place, mapped, index, tolerance, border, 2)
         return _stream(path, task, values, (), level.dtype, progress, "warping")
     finally:
@@ -111,7 +117,7 @@ def displacement_to(
     path: str | os.PathLike[str],
     *,
     reference: Any = None,
-    direction: str = DIRECTIONS[0],
+    direction: str = FIXED_TO_MOVING,
     tolerance: float = TOLERANCE,
     progress: bool = True,
 ) -> float:
@@ -123,9 +129,8 @@ def displacement_to(
     Raises:
         ValueError: unknown direction, or a path that cannot be used.
     """
-    inverse = _inverse(direction)
-    place = _place(registration, reference, inverse)
-    mapped = _framed(registration, inverse)
+    place = _place(registration, reference, direction)
+    mapped = _framed(registration, direction)
     width = min(place.spacing)
 
     def moves(points: Array, moved: Array) -> Array:
@@ -134,7 +139,7 @@ def displacement_to(
 
     return _stream(
         path,
-        _Task(place, mapped, moves, tolerance, _field(registration, inverse), 2),
+        _Task(place, mapped, moves, tolerance, _field(registration, direction), 2),
         lambda found: found * np.float32(width),
         (place.dimension,),
         np.dtype(np.float32),
@@ -148,7 +153,7 @@ def jacobian_to(
     path: str | os.PathLike[str],
     *,
     reference: Any = None,
-    direction: str = DIRECTIONS[0],
+    direction: str = FIXED_TO_MOVING,
     tolerance: float = TOLERANCE_DETERMINANT,
     progress: bool = True,
 ) -> float:
@@ -159,12 +164,11 @@ def jacobian_to(
     Raises:
         ValueError: unknown direction, or a path that cannot be used.
     """
-    inverse = _inverse(direction)
-    place = _place(registration, reference, inverse)
-    determinants = _framed(registration, inverse).determinants
+    place = _place(registration, reference, direction)
+    determinants = _framed(registration, direction).determinants
     return _stream(
         path,
-        _Task(place, None, determinants, tolerance, _field(registration, inverse), 1),
+        _Task(place, None, determinants, tolerance, _field(registration, direction), 1),
         lambda found: found[..., 0],
         (),
         np.dtype(np.float32),
@@ -173,32 +177,21 @@ def jacobian_to(
     )
 
 
-def _inverse(direction: str) -> bool:
-    if direction not in DIRECTIONS:
-        raise ValueError(f"direction must be one of {DIRECTIONS}, got {direction!r}")
-    return direction == DIRECTIONS[1]
-
-
-def _framed(registration: Registration, inverse: bool) -> FramedMap:
+def _framed(registration: Registration, direction: str) -> FramedMap:
     """The map between the millimetres (tensors: voxels) of the two images."""
-    A = registration.geometry_A.unit_to_physical()
-    B = registration.geometry_B.unit_to_physical()
-    if inverse:
-        return FramedMap(registration.map_BA, A, B, registration.device)
-    return FramedMap(registration.map_AB, B, A, registration.device)
+    return registration.two_way.physical().framed(direction)
 
 
-def _field(registration: Registration, inverse: bool) -> Tensor:
+def _field(registration: Registration, direction: str) -> Tensor:
     """Millimetres of the source -> the unit box in which the field is evaluated."""
-    if not inverse:
-        return registration.geometry_B.physical_to_unit()
-    back: Tensor = torch.linalg.inv(registration.fit.matrix.cpu())
-    return back @ registration.geometry_A.physical_to_unit()
+    into = registration.two_way.place(direction).physical_to_unit()
+    back: Tensor = torch.linalg.inv(registration.two_way.from_fixed(direction))
+    return back @ into
 
 
-def _place(registration: Registration, reference: Any, inverse: bool) -> Geometry:
+def _place(registration: Registration, reference: Any, direction: str) -> Geometry:
     if reference is None:
-        return registration.geometry_A if inverse else registration.geometry_B
+        return registration.two_way.place(direction)
     if isinstance(reference, Geometry):
         return reference
     return as_volume("reference", reference).geometry
@@ -277,7 +270,7 @@ def _stream(
 
         def work(block: Box, side: int) -> float:
             error = 0.0
-            for box in _parts(block, side):
+            for box in _parts(block, [side] * len(block)):
                 found, missed = _in_block(task, box, generator)
                 error, values = max(error, missed), finish(found)
                 if dtype.kind in "iu":
@@ -294,12 +287,21 @@ def _stream(
     return worst
 
 
-def _parts(block: Box, side: int) -> Iterator[Box]:
-    """A box in boxes of at most so many voxels a side."""
-    for starts in product(*(range(b.start, b.stop, side) for b in block)):
+def _parts(block: Box, sides: Sequence[int]) -> Iterator[Box]:
+    """A box in boxes of at most so many voxels along each axis."""
+    axes = [range(b.start, b.stop, n) for b, n in zip(block, sides, strict=True)]
+    for starts in product(*axes):
         yield tuple(
-            slice(s, min(s + side, b.stop)) for s, b in zip(starts, block, strict=True)
+            slice(s, min(s + n, b.stop))
+            for s, n, b in zip(starts, sides, block, strict=True)
         )
+
+
+def _least(level: Level) -> float:
+    """The least voxel of a level, see `least_value`."""
+    whole = tuple(slice(0, n) for n in level.geometry.size)
+    parts = _parts(whole, [-(-BLOCK // c) * c for c in level.chunk])
+    return least_value(np.array([least_value(level.read(part)) for part in parts]))
 
 
 def _in_block(
@@ -354,7 +356,7 @@ def _cubic(count: int, nodes: int) -> Array:
     return weights
 
 
-def _read(cache: ChunkCache, at: Array, mode: str, outside: float | None) -> Array:
+def _read(cache: ChunkCache, at: Array, mode: str, outside: float) -> Array:
     """Values ``[*block]`` of an image at voxel indices ``[*block, d]`` float32."""
     rows = torch.from_numpy(at).flatten(0, -2)
     box = []
@@ -372,8 +374,7 @@ def _read(cache: ChunkCache, at: Array, mode: str, outside: float | None) -> Arr
         tensor = torch.from_numpy(values.astype(np.float32))[None, None]
         unit = points_as_grid((index / last)[None])
         read = sample_image(tensor, unit).flatten().numpy()
-    if outside is not None:
-        far = outside_grid(rows.numpy(), cache.shape)
-        read = np.where(far, np.asarray(outside, read.dtype), read)
+    far = outside_grid(rows.numpy(), cache.shape)
+    read = np.where(far, np.asarray(outside, read.dtype), read)
     result: Array = read.reshape(at.shape[:-1])
     return result

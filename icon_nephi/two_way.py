@@ -129,6 +129,8 @@ class TwoWay:
         device: where the maps are evaluated.
         frame: of points: ``"physical"``, those of the geometries (LPS millimetres; of
             tensors voxels, x first), or ``"unit"``, each image's unit box.
+        matrix: the affine part of map_AB, homogeneous, between the unit boxes; None:
+            none is known.
     """
 
     map_AB: Map
@@ -137,6 +139,7 @@ class TwoWay:
     geometry_B: Geometry
     device: torch.device | str = "cpu"
     frame: Literal["physical", "unit"] = "physical"
+    matrix: Tensor | None = None
 
     def physical(self) -> TwoWay:
         """Return the same maps with points in the physical frame."""
@@ -192,6 +195,20 @@ class TwoWay:
         if self.frame == "physical":
             return place.unit_to_physical()
         return torch.eye(place.dimension + 1, dtype=torch.float64)
+
+    def from_fixed(self, direction: str) -> Tensor:
+        """Return ``[d + 1, d + 1]`` float64: the fixed unit box -> that of the start.
+
+        By the affine part: the fields are evaluated in the fixed image's unit box,
+        a direction starts in its own image's.
+
+        Raises:
+            ValueError: not a direction.
+        """
+        place = self.place(direction)
+        if direction == FIXED_TO_MOVING or self.matrix is None:
+            return torch.eye(place.dimension + 1, dtype=torch.float64)
+        return self.matrix.detach().cpu().double()
 
     def grid(
         self, direction: str, reference: Geometry | None = None

@@ -218,7 +218,6 @@ OTHER_REVERSALS = {
     "describe": (1, "transforms, of which ITK applies the last first"),
     "encoders": (2, "levels, from the coarsest up"),
     "phantoms": (1, "bends undone in the other order"),
-    "scores": (2, "x, y, z: to be written with other_order"),
     "starts": (2, "x, y, z: to be written with other_order"),
     "views": (3, "a picture turned to be seen from its usual side"),
     "volumes": (1, "levels, from the coarsest up"),
@@ -231,7 +230,7 @@ def reversals(source):
     for node in nodes(ast.parse(source)):
         if isinstance(node, ast.Call):
             name = getattr(node.func, "id", getattr(node.func, "attr", ""))
-            found = name in ("reversed", "reverse", "flip", "flipud", "fliplr")
+            found = name in ("reversed", "flip", "flipud", "fliplr")
         else:
             step = node.step if isinstance(node, ast.Slice) else None
             found = step is not None and ast.unparse(step) == "-1"
