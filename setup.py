@@ -25,7 +25,6 @@ setup(
         "scipy",
         "safetensors",
         "tqdm",
-        "matplotlib",
         "jinja2",
         "pooch",
     ],
@@ -35,7 +34,15 @@ setup(
         "zarr": ["zarr>=3"],
         "dev": [
             *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "playwright"),
-            *("nibabel", "zarr", "SimpleITK", "sphinx", "myst-parser", "furo"),
+            *(
+                "nibabel",
+                "zarr",
+                "matplotlib",
+                "SimpleITK",
+                "sphinx",
+                "myst-parser",
+                "furo",
+            ),
         ],
     },
     entry_points={

@@ -13,13 +13,12 @@ ours' products of matrices alone, in the same turns.
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import icon_nephi
-from evaluation import bench
+from evaluation import bench, csv_file
 from icon_nephi.compare import alone
 from icon_nephi.coordinates import points_as_grid
 from icon_nephi.transforms import NeuralTransform
@@ -234,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--fields", nargs="+", choices=FIELDS, default=list(FIELDS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="CSV file")
+    parser.add_argument("--out", type=csv_file, help="CSV file")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     names = list(dict.fromkeys(["ours", *args.methods]))

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation import DIRECTIONS, landmark_errors, peak_memory
+from evaluation import DIRECTIONS, landmark_errors
+from icon_nephi.memory import peak_memory
 
 
 def main(out: Path, shape: tuple[int, ...] = (96, 80, 96), seed: int = 0) -> None:
@@ -56,8 +57,8 @@ def main(out: Path, shape: tuple[int, ...] = (96, 80, 96), seed: int = 0) -> Non
     result.report(report, **landmarks)
     draw(result, moving, fixed, image, picture)
     memory = peak_memory()
-    if memory is not None:
-        print(f"peak memory             {1024 * memory:.0f} MB, everything together")
+    if memory:
+        print(f"peak memory             {memory / 2**20:.0f} MB, everything together")
     for name in names:
         print(f"wrote                   {out / name}")
 

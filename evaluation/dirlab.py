@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from evaluation import geometry, image_from, read_image, read_labels, to_index
-from evaluation.pairs import Pair
+from icon_nephi.cases import Case
 
 # Voxels (x, y, z) and the spacing in x and y; in z it is 2.5 mm everywhere.
 THICKNESS = 2.5
@@ -111,7 +111,7 @@ def find_file(root: Path, names: Iterable[str], number: int) -> Path:
 
 def find_dirlab(
     root: Path, kind: str, numbers: Iterable[int] | None = None, fixed: str = "exhale"
-) -> dict[str, Callable[[], Pair]]:
+) -> dict[str, Callable[[], Case]]:
     """Return the reader of each case by name; ValueError where files are missing.
 
     Args:
@@ -147,10 +147,10 @@ def read_dirlab(
     spacing: float,
     fixed: str,
     moving: str,
-) -> Pair:
+) -> Case:
     images = {phase: read_raw(paths[phase], size, spacing) for phase in (fixed, moving)}
     points = {p: read_points(paths[f"{p} points"], i) for p, i in images.items()}
-    return Pair(
+    return Case(
         name,
         images[fixed],
         images[moving],
@@ -165,7 +165,7 @@ def read_dirlab(
 
 def find_people(
     root: Path, pairs: int | None = None, labels: Iterable[int] | None = None
-) -> dict[str, Callable[[], Pair]]:
+) -> dict[str, Callable[[], Case]]:
     """Return readers of pairs of people: each with the next, the last with the first.
 
     The folder has ``images/NAME.nii.gz`` and ``labels/NAME.nii.gz`` (HCP and OASIS as
@@ -206,11 +206,11 @@ def read_people(
     moving: tuple[Path, Path],
     fixed: tuple[Path, Path],
     labels: tuple[int, ...] | None,
-) -> Pair:
+) -> Case:
     maps = {s: read_labels(p[1]) for s, p in (("moving", moving), ("fixed", fixed))}
     both = np.intersect1d(*(np.unique(np.asarray(image)) for image in maps.values()))
     ids = tuple(int(i) for i in both if i > 0)
-    return Pair(
+    return Case(
         name,
         read_image(fixed[0]),
         read_image(moving[0]),

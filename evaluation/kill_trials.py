@@ -77,8 +77,9 @@ def _fit(seed: int) -> Any:
 
 
 def _save_pair(folder: Path, seed: int) -> None:
+    from icon_nephi.atomic import written_whole
     from icon_nephi.coordinates import Geometry
-    from icon_nephi.files import save_fit, written_whole
+    from icon_nephi.files import save_fit
 
     place = Geometry.unit((64, 64, 64))
     save_fit(folder / "pair.nephi", _fit(seed), place, place, itk=False)

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evaluation import landmark_errors
-from evaluation.pairs import Pair, find_cases
+from evaluation import landmark_errors, register
+from evaluation.pairs import find_cases
+from icon_nephi.cases import Case
 
 HALVINGS = 4  # of the grid to that of the voxel field
 COARSE = (10.0, 6.0)  # strides of the blocks of the voxel stage, in voxels
@@ -46,7 +47,7 @@ class VoxelPair(icon.RegistrationModule):
         return transform(self.fields[0]), transform(self.fields[1])
 
 
-def coarse_voxels(pair: Pair, shape: tuple[int, ...], spread: float) -> nn.Module:
+def coarse_voxels(pair: Case, shape: tuple[int, ...], spread: float) -> nn.Module:
     """Return HALVINGS of the grid around two voxel fields."""
     net: nn.Module = VoxelPair(tuple(-(-n // 2**HALVINGS) for n in shape), spread)
     for _ in range(HALVINGS):
@@ -70,7 +71,7 @@ def optimise(net: nn.Module, images: list[Tensor], masks: list[Tensor | None]) -
     optimize(loss, *images, stages, parameters, mask_A=masks[0], mask_B=masks[1])
 
 
-def errors(pair: Pair, transforms: Any) -> str:
+def errors(pair: Case, transforms: Any) -> str:
     """Return mean TRE fixed to moving / moving to fixed."""
     points = [pair.fixed_points, pair.moving_points]
     means = []
@@ -154,14 +155,7 @@ def main(data: Path, case: str, random: bool, threads: int) -> None:
     if random:
         return
     lap = time.process_time()
-    scratch = icon_nephi.register(
-        pair.moving,
-        pair.fixed,
-        modality=pair.modality,
-        mask_A=both[0],
-        mask_B=both[1],
-        progress=False,
-    )
+    scratch = register(pair)
     seconds = time.process_time() - lap
     print(
         f"from scratch: {errors(pair, (scratch.phi_AB, scratch.phi_BA))}, "

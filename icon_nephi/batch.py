@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from icon_nephi.files import written_whole
+from icon_nephi.atomic import written_whole
 from icon_nephi.memory import memory_for
 from icon_nephi.runs import flags_of
 

@@ -64,7 +64,8 @@ def register(argv: Sequence[str] | None = None) -> None:
         _register_pairs(given, command)
         return
 
-    from icon_nephi import runs, scores
+    from icon_nephi import runs
+    from icon_nephi.describe import summary_lines
 
     runs.check_flags(given)
     found = runs.run(given, command)
@@ -73,7 +74,7 @@ def register(argv: Sequence[str] | None = None) -> None:
     if str(given.json) == "-":
         print(json.dumps(found, indent=2))
     elif not given.quiet:
-        print("\n".join(scores.as_text(found)))
+        print("\n".join(summary_lines(found)))
 
 
 def _register_pairs(given: argparse.Namespace, command: list[str]) -> None:
@@ -160,7 +161,7 @@ def warp(argv: Sequence[str] | None = None) -> None:
         raise ValueError("--errors needs a .nephi file and --points in a .csv")
 
     from icon_nephi import warps
-    from icon_nephi.files import written_whole
+    from icon_nephi.atomic import written_whole
     from icon_nephi.two_way import direction_of, reverse
 
     mapping, direction = warps.read_map(given.transform), direction_of(inverse=inverse)
@@ -208,9 +209,10 @@ def jacobian(argv: Sequence[str] | None = None) -> None:
         )
 
     from icon_nephi import warps
-    from icon_nephi.files import written_whole
+    from icon_nephi.atomic import written_whole
     from icon_nephi.itk_images import array_of, geometry_of, image_of
     from icon_nephi.itk_maps import write_image
+    from icon_nephi.metrics import count_folds
     from icon_nephi.two_way import direction_of
 
     mapping = warps.read_map(given.transform)
@@ -224,7 +226,7 @@ def jacobian(argv: Sequence[str] | None = None) -> None:
     else:
         result = mapping.jacobian_determinant(reference, direction)
         values = array_of(result)
-    folds = int((~(values > 0)).sum())
+    folds = count_folds(values)
     if given.log:
         logs = np.log(np.where(values > 0, values, np.nan)).astype(np.float32)
         result = image_of(logs, geometry_of(result))
@@ -272,18 +274,20 @@ def compare(argv: Sequence[str] | None = None) -> None:
     from tqdm import tqdm
 
     from icon_nephi import compare as tools
+    from icon_nephi.cases import find_cases, read_case
     from icon_nephi.inputs import choose_device
+    from icon_nephi.methods import METHODS, Options
 
     choose_device(given.device, None)
-    folders = tools.find_cases(given.data, given.cases)
-    readers = {n: partial(tools.read_case, home, n) for n, home in folders.items()}
+    folders = find_cases(given.data, given.cases)
+    readers = {n: partial(read_case, home, n) for n, home in folders.items()}
     for read in readers.values():
         read()  # complains now, not after an hour
     names = ("seconds", "seed", "device", "threads", "side")
-    options = tools.Options(**{name: getattr(given, name) for name in names})
+    options = Options(**{name: getattr(given, name) for name in names})
     rows: list[dict[str, Any]] = []
-    total = len(readers) * len(tools.METHODS)
-    found = tools.compare_cases(readers, tools.METHODS, options)
+    total = len(readers) * len(METHODS)
+    found = tools.compare_cases(readers, METHODS, options)
     for row in tqdm(found, "registering", total, disable=given.quiet, leave=False):
         rows.append(row)
         if out is not None:
@@ -297,7 +301,7 @@ def compare(argv: Sequence[str] | None = None) -> None:
 
 
 def _write_rows(path: Path, columns: Sequence[str], rows: list[dict[str, Any]]) -> None:
-    from icon_nephi.files import written_whole
+    from icon_nephi.atomic import written_whole
 
     with (
         written_whole(path) as (part,),

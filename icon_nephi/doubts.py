@@ -164,7 +164,7 @@ def _correlations(
 ) -> Tensor:
     """``[C, blocks]`` of image_A at where phi takes blocks of image_B."""
     unit = max(geometry.extent) / 160
-    stride = tuple(max(1.0, STRIDE * unit / s) for s in reversed(geometry.spacing))
+    stride = tuple(max(1.0, STRIDE * unit / s) for s in geometry.tensor_spacing)
     patches = Patches(rows.shape[1], SIZE, stride)
     at, moved = patch_maps(phi, patches, rows, image_B.shape[2:])
     tag = (inside(moved) & inside(at)).to(image_B.dtype)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from icon_nephi.coordinates import Geometry
+from icon_nephi.coordinates import Geometry, other_order
 
 # Voxels between a place and those beside it, and of the blocks compared around them.
 REACH, RADIUS = 2, 1
@@ -40,7 +40,7 @@ def coarser(
         mask = F.interpolate(mask, size, mode=mode, align_corners=True)
         mask = (mask > 0).to(mask)
     spacing = [e / (n - 1) for e, n in zip(geometry.extent, size, strict=True)]
-    place = replace(geometry, size=tuple(size), spacing=tuple(reversed(spacing)))
+    place = replace(geometry, size=tuple(size), spacing=other_order(spacing))
     return image, mask, place
 
 

@@ -12,14 +12,7 @@ import hashlib
 import json
 import math
 import os
-import re
-import shutil
-import socket
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,17 +21,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from icon_nephi.atomic import written_whole
 from icon_nephi.codes import LatentCode
 from icon_nephi.coordinates import Geometry
 from icon_nephi.models import Fit, make_field
+from icon_nephi.versions import versions
 
 #: Raised when a file's meaning changes; older files stay readable.
 FORMAT = 1
-_PACKAGES = ("icon_nephi", "icon_registration", "torch", "itk")
 _FIELDS = ("field_AB", "field_BA")
 _SUM = "sha256"
-# In the names of unfinished files: processes are numbered by each machine.
-_HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
 
 
 class Saved(NamedTuple):
@@ -89,7 +81,7 @@ def save_fit(
         "losses": names,
         "warnings": fit.warnings,
         "evidence": fit.evidence,
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": versions(),
     }
     # A tensor that shares memory with another is refused, hence the copies.
     owned = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
@@ -235,61 +227,3 @@ def _geometry(numbers: dict[str, Any]) -> Geometry:
     ):
         raise ValueError(f"an image cannot lie at {numbers}")
     return place
-
-
-@contextmanager
-def written_whole(*paths: str | os.PathLike[str]) -> Iterator[list[Path]]:
-    """Paths to write to, in the same folders; they replace the real ones at the end.
-
-    After an error nothing is left and earlier files are as they were. The ending stays
-    the same, because ITK chooses the format by it.
-    """
-    wanted = [Path(path) for path in paths]
-    parts = [part_of(path, i) for i, path in enumerate(wanted)]
-    try:
-        yield parts
-        for part, path in zip(parts, wanted, strict=True):
-            os.replace(part, path)
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
-
-
-def part_of(path: Path, number: int = 0, kind: str = "part") -> Path:
-    """A name beside a path, of this process; those of dead processes are removed.
-
-    Args:
-        path: what is to be written.
-        number: of this process's parts.
-        kind: ``"part"``, or ``"old"``: what a path held before, which may be all there
-            is of it.
-    """
-    name = re.compile(rf"\.(part|old)-{_HOST}-(\d+)-\d+-{re.escape(path.name)}")
-    with suppress(OSError):  # the folder is missing, or the file another user's
-        for left in path.parent.iterdir():
-            match = name.fullmatch(left.name)
-            if match is None or _lives(int(match[2])):
-                continue
-            if match[1] == "part" or path.exists():
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-    return path.with_name(f".{kind}-{_HOST}-{os.getpid()}-{number}-{path.name}")
-
-
-def _lives(process: int) -> bool:
-    """Whether a process of this machine may still be there."""
-    if os.name != "posix":  # where asking would end it
-        return True
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # another user's
-        pass
-    return True
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

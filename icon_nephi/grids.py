@@ -41,8 +41,8 @@ def sampling_grid(
         ValueError: of another dimension, or an unknown direction.
     """
     target = _place("image", image, result, reverse(direction))
-    edge = [1.0 if align_corners else 1 - 1 / n for n in target.size[::-1]]
-    steps = zip(edge, target.size[::-1], strict=True)
+    edge = [1.0 if align_corners else 1 - 1 / n for n in target.itk_size]
+    steps = zip(edge, target.itk_size, strict=True)
     eye = torch.eye(target.dimension).tolist()
     square = Geometry(  # grid_sample's frame is a place like any other
         size=target.size,

@@ -243,7 +243,7 @@ def _displacements(transform: Any, place: Geometry) -> Array:
         itk.Image[itk.Vector[itk.F, d], d], itk.D
     ].New()
     field.SetTransform(transform)
-    field.SetSize([int(n) for n in reversed(place.size)])
+    field.SetSize(place.itk_size)
     field.SetOutputSpacing(place.spacing)
     field.SetOutputOrigin(place.origin)
     field.SetOutputDirection(itk.matrix_from_array(np.array(place.direction)))

@@ -18,8 +18,9 @@ from icon_nephi import views
 from icon_nephi.coordinates import Geometry, apply_affine
 from icon_nephi.inputs import place_of, read_input, voxels_of
 from icon_nephi.pairs import as_volume, is_volume
-from icon_nephi.physical import Array, reader
+from icon_nephi.physical import Array
 from icon_nephi.preprocess import prepare
+from icon_nephi.resampling import reader
 from icon_nephi.trust import estimate, scatter, voxel_side
 from icon_nephi.views import View
 
@@ -73,11 +74,7 @@ class Scene:
 
     def outside(self, moved: Array) -> Array:
         """Boolean ``[N]``: points that lie outside the moving image."""
-        into = self.A.physical_to_unit()
-        unit = apply_affine(into, torch.from_numpy(moved)).numpy()
-        half = 0.5 / (np.array(self.A.size) - 1.0)
-        far: Array = np.any((unit < -half) | (unit > 1 + half), axis=1)
-        return far
+        return self.A.outside(moved)
 
     def errors(self, points: Array, moved: Array) -> tuple[Array, Array]:
         """Inverse consistency and expected error of points and where they go."""

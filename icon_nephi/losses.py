@@ -10,7 +10,7 @@ from icon_registration import RegistrationModule
 from icon_registration.losses import ICONLoss
 from torch import Tensor, nn
 
-from icon_nephi._check import check_image, check_mask
+from icon_nephi._check import check_grid, check_image
 from icon_nephi.blocks import as_blocks, block_determinants, determinants, patch_maps
 from icon_nephi.chunks import ChunkedImage, Image
 from icon_nephi.codes import LatentCode
@@ -229,10 +229,9 @@ class GradientICONPoints(RegistrationModule):
         self, side: str, image: Image, mask: Tensor | None, labels: Tensor | None
     ) -> None:
         """What comes with an image lies on its grid."""
-        whole = isinstance(image, Tensor)
         for name, extra in (("mask", mask), ("segmentation", labels)):
-            if whole and extra is not None and extra.shape[2:] != image.shape[2:]:
-                check_mask(f"{name}_{side}", extra, image.shape[2:])
+            if isinstance(image, Tensor) and extra is not None:
+                check_grid(f"{name}_{side}", extra, image.shape[2:])
         if self.dice_loss_weight and labels is None:
             raise ValueError(
                 f"segmentation_{side} is missing: dice_loss_weight is "

@@ -76,21 +76,23 @@ def machine_memory() -> float:
 
 
 def held_memory() -> int:
-    """The bytes of memory this process holds now."""
+    """Return the bytes of memory this process holds now, 0 where nobody says."""
     return _status("VmRSS")
 
 
 def peak_memory() -> int:
-    """The most bytes of memory this process has held."""
+    """Return the most bytes of memory this process has held, 0 where nobody says."""
     return _status("VmHWM")
 
 
 def _status(name: str) -> int:
     status = Path("/proc/self/status")
-    if status.exists():
+    if status.exists():  # ru_maxrss would begin with the memory of the parent process
         return int(status.read_text().split(f"{name}:")[1].split()[0]) * 1024
-    import resource  # not on Windows
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 

@@ -10,7 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from icon_nephi._check import check_both, check_intensities
+from icon_nephi._check import (
+    check_both,
+    check_dimension,
+    check_grid,
+    check_intensities,
+    check_mask,
+)
 from icon_nephi.chunks import ChunkCache, ChunkedImage, Level
 from icon_nephi.coordinates import (
     Geometry,
@@ -124,11 +130,7 @@ def read_pair(
             prepared = prepare(values.to(where), kind)
             found.append(Input(prepared, looked_at, place, place, is_itk(image)))
         A, B = found
-    if A.place.dimension != B.place.dimension:
-        raise ValueError(
-            f"image_A is {A.place.dimension}D but image_B is "
-            f"{B.place.dimension}D; pass two 2D or two 3D images"
-        )
+    check_dimension("image_A", A.place.dimension, "image_B is", B.place.dimension)
     if A.values.shape[1] != B.values.shape[1]:
         raise ValueError(
             f"image_A has {A.values.shape[1]} channels but image_B has "
@@ -145,11 +147,8 @@ def read_pair(
 
 
 def _label_map(name: str, labels: Any, image: Input) -> Tensor:
-    if isinstance(labels, Tensor) and labels.shape[2:] != image.whole.size:
-        raise ValueError(
-            f"{name} has grid {tuple(labels.shape[2:])} but its image has "
-            f"{image.whole.size}; resample the labels to the image"
-        )
+    if isinstance(labels, Tensor):
+        check_grid(name, labels, image.whole.size)
     return read_label_map(name, labels, image.place, itk=image.placed)
 
 
@@ -245,18 +244,10 @@ def _mask_on(name: str, mask: Any, place: Geometry, voxels: int) -> Tensor:
     """A mask, read in parts, on the grid of a working level: 0 or 1."""
     volume = as_volume(name, mask)
     values, own = volume.whole(volume.working(voxels))
-    if own.dimension != place.dimension:
-        raise ValueError(
-            f"{name} is {own.dimension}D but its image is {place.dimension}D; pass a "
-            "mask of that image"
-        )
+    check_dimension(name, own.dimension, "its image is", place.dimension)
     between = own.physical_to_unit() @ place.unit_to_physical()
     rows = apply_affine(between, to_rows(identity_map(place.size).double()))
     at = points_as_grid(rows.float())
     inside = (sample_image(values, at) > 0).float().reshape(1, 1, *place.size)
-    if not bool(inside.any()):
-        raise ValueError(
-            f"{name} is empty: no voxel of it above zero lies in its image; leave it "
-            "out to use all of the image"
-        )
+    check_mask(name, inside, place.size)
     return inside

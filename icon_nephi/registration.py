@@ -348,10 +348,10 @@ class Registration:
     def _exported(self, direction: str) -> Any:
         from icon_nephi.itk_images import composite_transform
 
-        places = self.geometry_B, self.geometry_A
-        way = (self.map_AB, *places, self.fit.matrix)
+        A, B = self.geometry_A, self.geometry_B
+        way = (self.map_AB, B, A, self.fit.matrix)
         if direction == MOVING_TO_FIXED:
-            way = (self.map_BA, *places[::-1], self._inverse)
+            way = (self.map_BA, A, B, self._inverse)
         return composite_transform(*way, device=self.device)
 
     def _points(self, points: Any) -> Array:

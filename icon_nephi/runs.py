@@ -12,11 +12,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from icon_nephi import itk_images, scores
-from icon_nephi.files import written_whole
+from icon_nephi import itk_images
+from icon_nephi.atomic import written_whole
 from icon_nephi.itk_maps import ItkPair, write_image, write_transform
+from icon_nephi.measure import label_scores, landmark_scores, summary
 from icon_nephi.parsers import IMAGES, TRANSFORMS, VECTORS, check_output
 from icon_nephi.run_inputs import Inputs
+from icon_nephi.versions import versions
 
 OUTPUTS = {
     "transform_out": TRANSFORMS,
@@ -137,7 +139,7 @@ def find_outputs(given: argparse.Namespace) -> dict[str, Path]:
 
 
 def run(given: argparse.Namespace, command: list[str]) -> dict[str, Any]:
-    """Register, write every output, and the summary of it (see `scores.summary`).
+    """Register, write every output, and return the summary (see `measure.summary`).
 
     Args:
         given: the flags, checked.
@@ -164,14 +166,14 @@ def run(given: argparse.Namespace, command: list[str]) -> dict[str, Any]:
         "flags": flags_of(given),
     }
     if not given.quiet or given.json is not None:
-        found |= scores.summary(result, others)
+        found |= summary(result, others)
     found["warnings"] = [in_flags(w) for w in (*result.warnings, *read.warnings)]
     if read.landmarks is not None:
-        found["landmarks_mm"] = scores.landmark_scores(result, *read.landmarks)
+        found["landmarks_mm"] = landmark_scores(result, *read.landmarks)
     if read.labels is not None:
-        found["dice"] = scores.label_scores(result, *read.labels)
+        found["dice"] = label_scores(result, *read.labels)
     found["outputs"] = {name: str(path) for name, path in outputs.items()}
-    found["versions"] = scores.versions()
+    found["versions"] = versions()
     with written_whole(*outputs.values()) as parts:
         each = zip(outputs, parts, strict=True)
         bar = tqdm(each, "writing", len(outputs), disable=given.quiet, leave=False)

@@ -25,7 +25,13 @@ from tqdm import tqdm
 
 from icon_nephi.block_files import BLOCK, written_blocks
 from icon_nephi.chunks import Array, Box, ChunkCache, Level
-from icon_nephi.coordinates import Geometry, apply_affine, points_as_grid, sample_image
+from icon_nephi.coordinates import (
+    Geometry,
+    apply_affine,
+    outside_grid,
+    points_as_grid,
+    sample_image,
+)
 from icon_nephi.memory import in_smaller_parts, plan, to_bytes
 from icon_nephi.pairs import as_volume
 from icon_nephi.physical import FramedMap, over_grid
@@ -368,7 +374,7 @@ def _read(cache: ChunkCache, at: Array, mode: str, outside: float) -> Array:
         tensor = torch.from_numpy(values.astype(np.float32))[None, None]
         unit = points_as_grid((index / last)[None])
         read = sample_image(tensor, unit).flatten().numpy()
-    far = (rows < -0.5) | (rows > rows.new_tensor(cache.shape) - 0.5)
-    read = np.where(far.any(1).numpy(), np.asarray(outside, read.dtype), read)
+    far = outside_grid(rows.numpy(), cache.shape)
+    read = np.where(far, np.asarray(outside, read.dtype), read)
     result: Array = read.reshape(at.shape[:-1])
     return result

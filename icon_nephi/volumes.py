@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from icon_nephi.chunks import CHUNK, ChunkedImage, Level
-from icon_nephi.coordinates import Geometry, identity_map
+from icon_nephi.coordinates import Geometry, identity_map, other_components, other_order
 from icon_nephi.memory import MEMORY_LIMIT, to_bytes
 from icon_nephi.raw_files import SUFFIXES, find_voxels, geometry_in
 from icon_nephi.zarr_files import zarr_levels
@@ -77,9 +77,10 @@ class Volume:
             device: see `ChunkedImage`.
         """
         ours, its = self.geometry, level.geometry
-        steps = np.array(its.spacing)[::-1]
+        steps = np.array(its.tensor_spacing)
         between = np.array(ours.origin) - np.array(its.origin)
-        shift = (np.linalg.inv(np.array(its.direction)) @ between)[::-1] / steps
+        along = np.linalg.inv(np.array(its.direction)) @ between
+        shift = other_components(along) / steps
         scale = np.array(ours.extent) / steps
         cache = level.cache(limit)
         return ChunkedImage(cache, scale.tolist(), shift.tolist(), intensities, device)
@@ -134,7 +135,7 @@ class Volume:
         for rows in identity_map(size).split(8, dim=2):
             parts.append(read.sample(rows.contiguous()))
         steps = [e / (n - 1) for e, n in zip(self.geometry.extent, size, strict=True)]
-        place = replace(self.geometry, size=size, spacing=tuple(reversed(steps)))
+        place = replace(self.geometry, size=size, spacing=other_order(steps))
         return torch.cat(parts, 2), place
 
 
@@ -178,7 +179,7 @@ def _averaged(level: Level, goal: int, name: str, progress: bool) -> Level:
     place = level.geometry
     factors = np.ones(place.dimension, np.int64)
     while np.prod(np.array(place.size) // factors) > goal:
-        width = np.array(place.spacing)[::-1] * factors
+        width = np.array(place.tensor_spacing) * factors
         factors[width <= 1.5 * width.min()] *= 2
     size = [n // int(f) for n, f in zip(place.size, factors, strict=True)]
     # Of whole chunks, in voxels of the result.
@@ -200,7 +201,7 @@ def _averaged(level: Level, goal: int, name: str, progress: bool) -> Level:
         values = level.read(tuple(box)).astype(np.float32).reshape(shape)
         into = tuple(slice(int(a), int(b)) for a, b in zip(first, last, strict=True))
         result[into] = values.mean(axis=tuple(range(1, 2 * len(size), 2)))
-    spacing, stretch = np.array(place.spacing), factors[::-1]
+    spacing, stretch = np.array(place.spacing), other_components(factors)
     shift = np.array(place.direction) @ (spacing * (stretch - 1) / 2)
     coarse = Geometry(
         size=tuple(size),

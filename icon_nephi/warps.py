@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from icon_nephi import itk_images, scores
-from icon_nephi.files import written_whole
+from icon_nephi import itk_images
+from icon_nephi.atomic import written_whole
 from icon_nephi.itk_maps import ItkPair
 from icon_nephi.parsers import is_own
 from icon_nephi.point_files import read_points, with_column
 from icon_nephi.registration import Registration, load
-from icon_nephi.run_inputs import outside
 from icon_nephi.trust import error_estimate
 from icon_nephi.two_way import Mapping, check_direction
 
@@ -79,7 +78,7 @@ def warp_image(
     flag = "--labels" if labels else "--image"
     image = itk_images.read_image(flag, path)
     if labels:
-        image = scores.check_label_map(f"{flag}: {path}", image)
+        image = itk_images.check_label_map(f"{flag}: {path}", image)
     return mapping.warp(
         image,
         mode or ("nearest" if labels else "linear"),
@@ -137,7 +136,7 @@ def move_points(
         content = with_column(content, "expected_error_mm", expected)
     with written_whole(out) as (part,):
         part.write_bytes(content)
-    far = outside(points, place) if place is not None and len(points) else 0
+    far = 0 if place is None else int(place.outside(points).sum())
     odd = (
         f"{far} of {len(points)} points lie outside the {side} image, where nothing "
         "was registered; they must be LPS mm"

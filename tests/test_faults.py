@@ -19,11 +19,11 @@ from test_fitting import PLACE, SMALL
 from test_optimize import run
 
 from icon_nephi import (
+    atomic,
     block_files,
     cli,
     compare,
     describe,
-    files,
     itk_images,
     itk_maps,
     load,
@@ -488,7 +488,7 @@ from pathlib import Path
 import numpy as np
 from icon_nephi.block_files import written_blocks
 from icon_nephi.coordinates import Geometry
-from icon_nephi.files import written_whole
+from icon_nephi.atomic import written_whole
 
 place = Geometry((9, 8), (1.0, 1.0), (0.0, 0.0), ((1.0, 0.0), (0.0, 1.0)))
 with (
@@ -531,12 +531,12 @@ def test_what_was_there_before_stays_while_it_is_all_there_is(tmp_path, monkeypa
     path = tmp_path / "a.zarr"
     with monkeypatch.context() as patch:
         patch.setattr(os, "getpid", lambda: 2**22 + 1)  # no process has this number
-        old = files.part_of(path, kind="old")
+        old = atomic.part_of(path, kind="old")
     old.mkdir()
-    files.part_of(path)
+    atomic.part_of(path)
     assert old.exists()
     path.mkdir()
-    files.part_of(path)
+    atomic.part_of(path)
     assert not old.exists()
 
 

@@ -307,7 +307,7 @@ BAD_INPUT = {
     "no labels": (
         (GOOD, GOOD),
         {"segmentation_A": GOOD, "segmentation_B": GOOD},
-        "segmentation_A holds numbers that are negative or not whole",
+        "segmentation_A holds .* not whole or below 0",
     ),
     "other labels": (
         (GOOD, GOOD),

@@ -4,6 +4,7 @@ import itk
 import numpy as np
 import pytest
 import torch
+from small_fits import geometry, small_fit, unit_matrix
 
 from icon_nephi import block_files, streaming
 from icon_nephi.chunks import Level
@@ -11,7 +12,6 @@ from icon_nephi.coordinates import Geometry
 from icon_nephi.registration import Registration
 from icon_nephi.streaming import displacement_to, jacobian_to, warp_to
 from icon_nephi.volumes import Volume, open_volume
-from tests import small_fits
 
 SIZE_A, SIZE_B = (24, 21, 26), (22, 27, 20)
 
@@ -23,8 +23,8 @@ def straight(size, spacing=(1.0, 1.5, 2.0)):
 
 
 def registration(place_A, place_B):
-    matrix = small_fits.unit_matrix(3)
-    fit = small_fits.small_fit(3, matrix, strength=0.02)
+    matrix = unit_matrix(3)
+    fit = small_fit(3, matrix, strength=0.02)
     return Registration(fit, place_A, place_B, itk=True)
 
 
@@ -94,7 +94,7 @@ def test_a_looser_bound_is_kept_with_fewer_evaluations(tmp_path, monkeypatch):
 
 
 def test_oblique_grids_go_to_metaimage_files(tmp_path):
-    places = small_fits.geometry(SIZE_A, 1), small_fits.geometry(SIZE_B, 2)
+    places = geometry(SIZE_A, 1), geometry(SIZE_B, 2)
     result = registration(*places)
     array = smooth(SIZE_A, np.float32)
     path = tmp_path / "warped.mha"
@@ -196,7 +196,7 @@ def test_what_is_cut_off_leaves_nothing_and_changes_nothing(
         ("a.nii.gz", {}, "cannot be written in parts"),
         ("none/a.zarr", {}, "make the folder first"),
         ("a.zarr", {"mode": "cubic"}, "mode must be"),
-        ("a.zarr", {"reference": small_fits.geometry(SIZE_B, 2)}, "holds no direction"),
+        ("a.zarr", {"reference": geometry(SIZE_B, 2)}, "holds no direction"),
     ],
 )
 def test_bad_requests_get_one_sentence(tmp_path, name, keywords, says):
