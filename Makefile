@@ -7,16 +7,28 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench docs lint fuzz clean
+.PHONY: help demo test test-baseline matrix bench docs lint fuzz clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED) ## register a synthetic chest and write the results to demo_output
 	$(BIN)/python -m evaluation.demo --out $(DEMO_OUT)
 
 test: $(INSTALLED) ## run the tests that need neither a GPU nor minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+# Those whose numbers round differently on an older processor.
+NUMERICAL := $(patsubst %,tests/test_%.py,affine codes coordinates encoders \
+	features fields interpolation jets lattices losses metrics models optimize \
+	sampling similarities transforms)
+test-baseline: $(INSTALLED) ## run the numerical tests as on the oldest processor
+	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -n auto \
+		$(NUMERICAL)
+
+ONLY ?=
+matrix: $(INSTALLED) ## run the tests as on other processors and with other versions
+	.ci/matrix $(ONLY)
 
 bench: $(INSTALLED) ## measure the speed and memory of the core
 	$(BIN)/python -m evaluation.bench_field

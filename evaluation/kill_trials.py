@@ -65,7 +65,8 @@ def _fit(seed: int) -> Any:
     import torch
 
     from icon_nephi.codes import LatentCode
-    from icon_nephi.models import Fit, make_field
+    from icon_nephi.fields import make_field
+    from icon_nephi.models import Fit
 
     g = torch.Generator().manual_seed(seed)
     grids = tuple(torch.randn(1, 8, n, n, n, generator=g) for n in (8, 16, 32))

@@ -17,7 +17,7 @@ from torch import Tensor
 from icon_nephi import add_neural_residual, make_network, methods
 from icon_nephi.coordinates import resize_image
 from icon_nephi.folds import guarded_term
-from icon_nephi.instance import Given, neural_parts, refine_pair, unrefined_maps
+from icon_nephi.instance import Given, refine_pair, unrefined_maps
 from icon_nephi.methods import (
     Found,
     Options,
@@ -26,6 +26,7 @@ from icon_nephi.methods import (
     voxel_loss,
     voxel_step,
 )
+from icon_nephi.parts import neural_parts
 
 LEVELS = 2  # of ICON's published networks
 TRIAL = 5  # steps of instance optimisation that are timed

@@ -1,7 +1,8 @@
 """Images too large to hold, read at samples: only the chunks around them are in memory.
 
-A `ChunkedImage` stands where the losses take an image ``[1, 1, *grid]``: it has a shape
-and is read at ICON-frame coordinates of the whole image, whichever level it is of.
+A `ChunkedImage` is a `icon_nephi.images.Readable`: it stands where the losses take an
+image ``[1, 1, *grid]``, and is read at ICON-frame coordinates of the whole image,
+whichever level it is of.
 """
 
 from __future__ import annotations
@@ -278,9 +279,12 @@ class ChunkedImage:
         self.focus: Tensor | None = None
         self.cell = torch.zeros(len(cache.shape))
 
-    def dim(self) -> int:
-        """The number of axes of ``shape``."""
-        return len(self.shape)
+    @classmethod
+    def of(cls, values: Tensor) -> ChunkedImage:
+        """An image ``[1, 1, *grid]`` in memory, all of it one chunk."""
+        array = np.ascontiguousarray(values[0, 0].cpu().numpy())
+        scale, shift = [n - 1.0 for n in array.shape], [0.0] * array.ndim
+        return cls(ChunkCache.of(array), scale, shift, lambda v: v, values.device)
 
     def sample(self, coordinates: Tensor) -> Tensor:
         """Intensities ``[1, 1, *any]`` at ICON-frame coordinates ``[1, d, *any]``.
@@ -336,6 +340,3 @@ class ChunkedImage:
             )
             for (a, b), n in zip(ends.T.tolist(), self.cache.shape, strict=True)
         )
-
-
-Image: TypeAlias = Tensor | ChunkedImage

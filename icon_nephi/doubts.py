@@ -10,7 +10,7 @@ from torch import Tensor
 from icon_nephi.blocks import as_blocks, patch_maps
 from icon_nephi.coordinates import Geometry, inside, points_as_grid, sample_image
 from icon_nephi.folds import relative_determinant
-from icon_nephi.preprocess import missing_slices
+from icon_nephi.preprocess import PreparedImage
 from icon_nephi.sampling import Patches, draw_points
 from icon_nephi.transforms import AffinePair, Map, MatrixTransform
 
@@ -28,23 +28,17 @@ OPPOSED = 0.25  # share
 COARSE = 8.0  # 1/160 of the box
 
 
-def of_images(
-    image_A: Tensor, image_B: Tensor, geometry_A: Geometry, geometry_B: Geometry
-) -> dict[str, float]:
-    """What is doubtful before anything is done, of images ``[1, C, *grid]``.
+def of_images(image_A: PreparedImage, image_B: PreparedImage) -> dict[str, float]:
+    """What is doubtful before anything is done.
 
     ``coarse``: the longest side of a voxel of either, in 1/160 of image_B's box.
     ``gaps``: slices of either that are empty between some that are not.
     """
-    spacings = [*geometry_A.spacing, *geometry_B.spacing]
+    spacings = [*image_A.place.spacing, *image_B.place.spacing]
     return {
-        "coarse": 160 * max(spacings) / max(geometry_B.extent),
-        "gaps": float(_gaps(image_A) + _gaps(image_B)),
+        "coarse": 160 * max(spacings) / max(image_B.place.extent),
+        "gaps": float(image_A.gaps + image_B.gaps),
     }
-
-
-def _gaps(image: Tensor) -> int:
-    return sum(len(missing_slices(image, axis)) for axis in range(2, image.dim()))
 
 
 def evidence(

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from icon_nephi.atomic import written_whole
 from icon_nephi.codes import LatentCode
 from icon_nephi.coordinates import Geometry
-from icon_nephi.models import Fit, make_field
+from icon_nephi.fields import UnknownField, make_field, name_of_field
+from icon_nephi.models import Fit
 from icon_nephi.versions import versions
 
 #: Raised when a file's meaning changes; older files stay readable.
@@ -54,6 +55,7 @@ def save_fit(
 
     Raises:
         OSError: the file cannot be written.
+        ValueError: a field that is not registered, or has no ``arguments``.
     """
     code, names = fit.code, list(fit.losses[0]) if fit.losses else []
     tensors: dict[str, Tensor] = {
@@ -66,8 +68,8 @@ def save_fit(
     tensors |= {f"code.local.{i}": grid for i, grid in enumerate(code.local_codes)}
     fields = {}
     for name in _FIELDS:
-        field: Any = getattr(fit, name)
-        fields[name] = {"kind": type(field).__name__, "arguments": field.arguments}
+        field: nn.Module = getattr(fit, name)
+        fields[name] = {"kind": name_of_field(field), "arguments": _arguments(field)}
         for key, value in field.state_dict().items():
             tensors[f"{name}.{key}"] = value
     header = {
@@ -91,11 +93,23 @@ def save_fit(
         part.write_bytes(save(owned, metadata={"nephi": json.dumps(header)}))
 
 
+def _arguments(field: nn.Module) -> dict[str, float]:
+    """What a field is made again from; see `icon_nephi.fields`."""
+    arguments = getattr(field, "arguments", None)
+    if not isinstance(arguments, dict):
+        raise ValueError(
+            f"a {type(field).__name__} cannot be saved without its attribute "
+            "`arguments`, the numbers to make it again from; see icon_nephi.fields"
+        )
+    return arguments
+
+
 def load_fit(path: str | os.PathLike[str]) -> Saved:
     """The fit of a file written by `save_fit`, on the CPU.
 
     Raises:
-        ValueError: missing, not such a file, truncated, or of a newer format.
+        ValueError: missing, not such a file, truncated, of a newer format, or with a
+            field that is not registered.
     """
     path = Path(path)
     if not path.is_file():
@@ -123,6 +137,8 @@ def load_fit(path: str | os.PathLike[str]) -> Saved:
         )
     try:
         return _assemble(header, tensors)
+    except UnknownField as error:
+        raise ValueError(f"{path} cannot be read here: {error}") from error
     except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{path} is damaged: {error!r}; save it again") from error
     except (RuntimeError, ValueError) as error:
@@ -176,7 +192,7 @@ def _field(name: str, told: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Mo
     if told["arguments"].get("hidden_layers", 1) > len(state):
         raise ValueError(f"{name} has more layers than weights")
     with torch.device("meta"):
-        field = make_field(**told)
+        field = make_field(told["kind"], told["arguments"])
     field.load_state_dict(state, assign=True)
     if not all(v.is_floating_point() and v.isfinite().all() for v in state.values()):
         raise ValueError(f"{name} has weights that are not finite numbers")

@@ -7,16 +7,13 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import TypeVar
 
 #: What a registration may take where nothing is said.
 MEMORY_LIMIT = "4GiB"
 # Bytes that fitting a pair on a level takes for each of its voxels, and in any case.
 _WORKING_BYTES, _RESERVE, _LEAST = 120, 300 * 2**20, 64 * 2**20
-# Points that a map is evaluated at together at least, however little memory there is.
-_POINTS = 2**8
 # What torch (CPU, CUDA, cuBLAS, Metal), NumPy and ITK say when there is none.
 _NONE_LEFT = re.compile(
     "out of memory|(can't|unable to|failed to) allocate|not enough memory|alloc_failed",
@@ -24,7 +21,6 @@ _NONE_LEFT = re.compile(
 )
 _ASKED = re.compile(r"allocate ([\d.]+ ?(?:[KMGT]i?B|bytes))", re.IGNORECASE)
 
-_Given = ParamSpec("_Given")
 _Result = TypeVar("_Result")
 
 
@@ -160,27 +156,3 @@ def in_smaller_parts(
                 raise shortage(error, doing) from error
         # Not within `except`, where the error holds what was allocated.
         size //= 2
-
-
-def smaller_when_full(
-    work: Callable[Concatenate[Any, _Given], _Result],
-) -> Callable[Concatenate[Any, _Given], _Result]:
-    """The function, halving the ``chunk_size`` of a map while memory runs out.
-
-    It stays halved, as there will be no more memory next time.
-
-    Args:
-        work: its first argument is the map, or has it as ``phi``.
-    """
-
-    @wraps(work)
-    def run(owner: Any, /, *given: _Given.args, **named: _Given.kwargs) -> _Result:
-        phi = getattr(owner, "phi", owner)
-
-        def sized(size: int) -> _Result:
-            phi.chunk_size = size
-            return work(owner, *given, **named)
-
-        return in_smaller_parts(sized, phi.chunk_size, _POINTS, "the points of a map")
-
-    return run

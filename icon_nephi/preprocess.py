@@ -3,16 +3,67 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from icon_nephi.chunks import ChunkedImage
+from icon_nephi.coordinates import Geometry
 
 MODALITIES = (None, "ct", "mri")
 # Lung detail to soft tissue on one scale: a thousandth is one Hounsfield unit.
 _HOUNSFIELD = (-1000.0, 500.0)
 # Quantiles are read from at most this many voxels.
 _VOXELS = 500_000
+
+
+@dataclass(frozen=True)
+class PreparedImage:
+    """One image as the fit takes it, with all that is known of it; see `of`.
+
+    Attributes:
+        values: ``[1, C, *grid]``, about [0, 1]: `prepare`, then `fill_missing`.
+        place: where that grid lies.
+        noise: standard deviation of the noise, see `noise`.
+        gaps: slices between others that stayed empty.
+        whole: where the finest level lies; ``place`` unless it is read in parts.
+        finer: levels finer than ``values``, coarse to fine, over the same unit box.
+        mask: ``[1, 1, *grid]``, where it is to be matched; None: wherever it can be.
+        labels: label map ``[1, 1, *any]`` over its box, int64.
+        modality: one of `MODALITIES`.
+        placed: points are LPS millimetres, as they are of all but tensors.
+    """
+
+    values: Tensor
+    place: Geometry
+    noise: float
+    gaps: int
+    whole: Geometry
+    finer: Sequence[ChunkedImage] = ()
+    mask: Tensor | None = None
+    labels: Tensor | None = None
+    modality: str | None = None
+    placed: bool = False
+
+    @classmethod
+    def of(
+        cls, values: Tensor, place: Geometry, whole: Geometry | None = None, **rest: Any
+    ) -> PreparedImage:
+        """The image of scaled intensities; lost slices are filled in, see `prepare`.
+
+        Args:
+            values: ``[1, C, *grid]``, about [0, 1].
+            place: where that grid lies.
+            whole: see above (default: ``place``).
+            rest: the attributes after it.
+        """
+        values = fill_missing(values)
+        axes = range(2, values.dim())
+        gaps = sum(len(missing_slices(values, axis)) for axis in axes)
+        return cls(values, place, noise(values), gaps, whole or place, **rest)
 
 
 def prepare(image: Tensor, modality: str | None = None) -> Tensor:

@@ -7,7 +7,6 @@ the ICON frame: tensor axes, unit box). ITK is imported only where ITK images co
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -22,6 +21,7 @@ from icon_nephi.fitting import fit_pair
 from icon_nephi.inputs import check_points, place_of, voxels_of
 from icon_nephi.memory import peak_memory
 from icon_nephi.models import Fit, Settings
+from icon_nephi.optimize import FitOptions
 from icon_nephi.pairs import read_pair
 from icon_nephi.physical import Array, FramedMap, over_grid
 from icon_nephi.report import write_report
@@ -77,7 +77,8 @@ def register(
         seed: of every random number.
         device: default: the tensors' own; for ITK images a GPU if there is one.
         progress: show a bar.
-        time_limit: seconds after which the optimisation stops early.
+        time_limit: seconds after which the optimisation stops early; reading the
+            images and the search for a start count.
         memory_limit: bytes, or as "4GiB": what images on disk may take in all.
         keep_on_interrupt: Ctrl-C stops the optimisation early; `warnings` say so.
 
@@ -85,26 +86,21 @@ def register(
         TypeError: an argument of another kind than this.
         ValueError: images or masks that cannot be registered; one sentence says why.
     """
-    begin = time.perf_counter()
-    if time_limit is not None and not time_limit > 0:
-        raise ValueError(f"time_limit must be positive seconds, got {time_limit}")
+    options = FitOptions(seed, progress, time_limit, keep_on_interrupt)
     modalities = modality if isinstance(modality, tuple) else (modality, modality)
     images = (image_A, image_B, mask_A, mask_B)
     labels = (segmentation_A, segmentation_B)
     A, B = read_pair(*images, modalities, device, memory_limit, progress, labels)
-    choices: dict[str, Any] = {"similarity": similarity, "field": field, "seed": seed}
-    choices |= {"affine": affine, "keep_on_interrupt": keep_on_interrupt}
-    choices |= {"time_limit": time_limit, "mass_preserving": mass_preserving}
-    kind = modalities[0] if modalities[0] == modalities[1] else None
+    choices: dict[str, Any] = {"similarity": similarity, "field": field}
+    choices |= {"affine": affine, "mass_preserving": mass_preserving}
     with torch.enable_grad():
-        fit = fit_pair(**A.beside(B), **choices, modality=kind, progress=progress)
-    result = Registration(fit, A.whole, B.whole, itk=A.placed)
-    result.images = images
-    choices |= {"memory_limit": memory_limit, "peak_memory": peak_memory()}
-    result.made_with = {"modality": modality, **choices}
-    result.made_with["segmentations"] = A.labels is not None
-    result.made_with["seconds"] = time.perf_counter() - begin
-    return result
+        fit = fit_pair(A, B, **choices, options=options)
+    choices |= {"modality": modality, "seed": seed, "time_limit": time_limit}
+    choices |= {"memory_limit": memory_limit, "keep_on_interrupt": keep_on_interrupt}
+    numbers = {"peak_memory": peak_memory(), "seconds": options.seconds}
+    made_with = choices | numbers | {"segmentations": A.labels is not None}
+    placed: dict[str, Any] = {"itk": A.placed, "images": images}
+    return Registration(fit, A.whole, B.whole, **placed, made_with=made_with)
 
 
 def ensemble(
@@ -136,24 +132,27 @@ class Registration:
         geometry_A: where the moving image lies.
         geometry_B: where the fixed image lies.
         itk: whether the images were ITK images.
+        images: what was registered, (moving, fixed, moving mask, fixed mask), if kept.
+        made_with: the choices of `register` and the seconds it took.
 
     Attributes:
         map_AB: the map in ICON frames, fixed unit box -> moving unit box.
         map_BA: its counterpart, moving -> fixed.
         two_way: both with their grids, in the frame of the registration's points.
-        images: what was registered, (moving, fixed, moving mask, fixed mask); None
-            after loading.
-        made_with: the choices of `register` and the seconds it took; empty after
-            loading.
     """
 
     def __init__(
-        self, fit: Fit, geometry_A: Geometry, geometry_B: Geometry, *, itk: bool
+        self,
+        fit: Fit,
+        geometry_A: Geometry,
+        geometry_B: Geometry,
+        *,
+        itk: bool,
+        images: tuple[Any, ...] | None = None,
+        made_with: dict[str, Any] | None = None,
     ) -> None:
         self.fit, self.geometry_A, self.geometry_B = fit, geometry_A, geometry_B
-        self.itk = itk
-        self.images: tuple[Any, ...] | None = None
-        self.made_with: dict[str, Any] = {}
+        self.itk, self.images, self.made_with = itk, images, made_with or {}
         self.device = fit.code.global_code.device
         self._inverse = torch.linalg.inv(fit.matrix)
         with torch.no_grad():

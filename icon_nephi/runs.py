@@ -7,6 +7,7 @@ import json
 import shlex
 import time
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -203,29 +204,25 @@ def _from_scratch(given: argparse.Namespace, images: dict[str, Any]) -> list[Any
     ]
     size = itk_images.geometry_of(images["fixed"]).size
     modality = kinds[0] if kinds[0] == kinds[1] else None
-    # lncc is what the default compares, with all it does beside.
-    similarity = given.similarity or (None if given.io_sim == "lncc" else "lncc2")
+    # What `register` calls as its flag is called needs no line here.
+    known = signature(register).parameters
+    choices = {name: value for name, value in vars(given).items() if name in known}
+    choices |= {
+        "modality": (kinds[0], kinds[1]),
+        "mask_A": images.get("moving_mask"),
+        "mask_B": images.get("fixed_mask"),
+        "segmentation_A": images.get("moving_segmentation"),
+        "segmentation_B": images.get("fixed_segmentation"),
+        # lncc is what the default compares, with all it does beside.
+        "similarity": given.similarity or (None if given.io_sim == "lncc" else "lncc2"),
+        "field": "auto"
+        if given.preset == "default"
+        else find_effort(given.preset, size, modality),
+        "affine": not given.no_affine,
+        "progress": not given.quiet,
+    }
     return [
-        register(
-            images["moving"],
-            images["fixed"],
-            modality=(kinds[0], kinds[1]),
-            mask_A=images.get("moving_mask"),
-            mask_B=images.get("fixed_mask"),
-            segmentation_A=images.get("moving_segmentation"),
-            segmentation_B=images.get("fixed_segmentation"),
-            similarity=similarity,
-            field="auto"
-            if given.preset == "default"
-            else find_effort(given.preset, size, modality),
-            affine=not given.no_affine,
-            mass_preserving=given.mass_preserving,
-            seed=seed,
-            device=given.device,
-            progress=not given.quiet,
-            time_limit=given.time_limit,
-            keep_on_interrupt=given.keep_on_interrupt,
-        )
+        register(images["moving"], images["fixed"], **choices | {"seed": seed})
         for seed in range(given.seed, given.seed + given.seeds)
     ]
 
@@ -245,7 +242,7 @@ def _through_model(given: argparse.Namespace, images: dict[str, Any]) -> list[An
         given.model, neural="residual", weights=weights
     ).to(device)
     if given.io_sim == "lncc2":
-        model.similarity = PatchNCC(1e-3, squared=True)
+        model = model.changed(similarity=PatchNCC(1e-3, squared=True))
     moving, fixed = (_for_model(given, images, side) for side in ("moving", "fixed"))
     phi_AB, phi_BA = register_pair_with_mask(
         model,

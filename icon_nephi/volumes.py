@@ -44,6 +44,7 @@ class Volume:
     ) -> None:
         self.levels = sorted(levels, key=lambda level: -level.voxels)
         self.name = name
+        self._pyramids: dict[int, Sequence[Level]] = {}
         self.memory_limit = to_bytes(memory_limit or MEMORY_LIMIT)
         size = self.geometry.size
         if len(size) not in (2, 3) or min(size) < 2:
@@ -85,30 +86,39 @@ class Volume:
         cache = level.cache(limit)
         return ChunkedImage(cache, scale.tolist(), shift.tolist(), intensities, device)
 
-    def working(self, voxels: int = WORKING, progress: bool = False) -> Level:
-        """The finest level with at most that many voxels; made where there is none.
+    def pyramid(self, voxels: int = WORKING, progress: bool = False) -> Sequence[Level]:
+        """The levels down to the finest with at most that many voxels, fine to coarse.
 
-        What is made is kept in memory as a further level: means of blocks, read once
+        Where there is none it is made, and kept in memory: means of blocks, read once
         from the coarsest level there is, and one level between if the way is far.
         """
+        if voxels in self._pyramids:
+            return self._pyramids[voxels]
+        levels = list(self.levels)
         for goal in (max(BETWEEN, voxels), voxels):
-            last = self.levels[-1]
+            last = levels[-1]
             far = goal > voxels and last.voxels < 8 * voxels
             if last.voxels > goal and not far:
-                self.levels.append(_averaged(last, goal, self.name, progress))
-        return next(level for level in self.levels if level.voxels <= voxels)
+                levels.append(_averaged(last, goal, self.name, progress))
+        finer = [level for level in levels if level.voxels > voxels]
+        self._pyramids[voxels] = levels[: len(finer) + 1]
+        return self._pyramids[voxels]
+
+    def working(self, voxels: int = WORKING, progress: bool = False) -> Level:
+        """The coarsest level of the `pyramid`."""
+        return self.pyramid(voxels, progress)[-1]
 
     def finer(
         self,
-        than: Level,
+        voxels: int,
         limit: int,
         scale: Callable[[Tensor], Tensor],
         device: torch.device | str = "cpu",
     ) -> list[ChunkedImage]:
-        """The levels finer than one, coarse to fine.
+        """The levels of the `pyramid` finer than the working one, coarse to fine.
 
         Args:
-            than: one of ``levels``.
+            voxels: of the working level, at most.
             limit: bytes of chunks held of each, one after the other.
             scale: intensities of tensors ``[1, 1, *any]``, see `find_scale`.
             device: where intensities are given.
@@ -118,8 +128,8 @@ class Volume:
         def seen(values: Tensor) -> Tensor:
             return scale(values.reshape(*ones, -1)).reshape(values.shape)
 
-        found = [level for level in self.levels if level.voxels > than.voxels]
-        return [self.image(level, limit, seen, device) for level in reversed(found)]
+        levels = reversed(self.pyramid(voxels)[:-1])
+        return [self.image(level, limit, seen, device) for level in levels]
 
     def whole(self, level: Level) -> tuple[Tensor, Geometry]:
         """A level as ``[1, 1, *grid]`` float32 over the unit box of the finest one.

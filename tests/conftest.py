@@ -1,12 +1,13 @@
-"""What every test shares: two precisions, seeds, one thread, who may be skipped."""
+"""What every test shares: precisions, seeds, threads, the order, who is skipped."""
 
 import os
+import random
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,21 @@ def scans():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--shuffle", metavar="SEED", help="run the tests in another order")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """Shuffle the files, and the tests inside each; the same in every worker."""
+    seed = config.getoption("--shuffle")
+    if seed is not None:
+        draw = random.Random(seed).random
+        files = {path: draw() for path in sorted({item.path for item in items})}
+        place = {item: (files[item.path], draw()) for item in items}
+        items.sort(key=place.get)
 
 
 def pytest_runtest_setup(item):

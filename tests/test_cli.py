@@ -60,9 +60,9 @@ def test_register_writes_what_is_asked_for(folder, capsys):
     assert folder.options["time_limit"] == 9
     assert not folder.options["affine"]
     assert folder.options["mass_preserving"]
-    assert folder.options["mask_A"].shape == (1, 1, *SIZE_A)
-    assert folder.options["segmentation_A"].shape == (1, 1, *SIZE_A)
-    assert folder.options["segmentation_B"].max() > 0
+    assert folder.images[0].mask.shape == (1, 1, *SIZE_A)
+    assert folder.images[0].labels.shape == (1, 1, *SIZE_A)
+    assert folder.images[1].labels.max() > 0
     warped = itk.imread(str(out / "warped.nii.gz"))
     again = itk_images.geometry_of(warped)
     np.testing.assert_allclose(

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_fits import fit_tensors
 
 from icon_nephi.coordinates import Geometry, identity_map, sample_image
 from icon_nephi.features import FeatureDifference, coarser, with_features
-from icon_nephi.fitting import fit_pair
+from icon_nephi.images import gaussian_blur
 from icon_nephi.losses import PatchNCC
 from icon_nephi.models import GRID
-from icon_nephi.optimize import gaussian_blur
 from icon_nephi.phantoms import triangles_and_circles
 
 SHAPES = {2: (24, 30), 3: (14, 16, 15)}
@@ -104,6 +104,6 @@ def test_a_pair_is_registered_with_features():
     images = (drawn.images + 1) / 2
     settings = replace(GRID, features=20.0, steps=80, patches=150)
     place = Geometry.unit((48, 48))
-    fit = fit_pair(images[:1], images[1:], place, place, field=settings, progress=False)
+    fit = fit_tensors(images[:1], images[1:], place, place, field=settings)
     first, last = (x["similarity_loss"] for x in (fit.losses[0], fit.losses[-1]))
     assert last < 0.6 * first

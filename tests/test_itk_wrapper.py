@@ -90,6 +90,17 @@ def apart(first, second, image):
     )
 
 
+def rounding(transform, image):
+    """How far two ways to this map may be apart, in mm.
+
+    A map is computed in float32, so it rounds with the size of what it adds up: the
+    coordinates and the displacement. Ten roundings are allowed.
+    """
+    points = np.array(points_of(image))
+    reach = np.abs([transform.TransformPoint(p) for p in points]).max()
+    return 10 * np.finfo(np.float32).eps * max(reach, np.abs(points).max())
+
+
 @pytest.mark.parametrize("dimension", [2, 3])
 def test_without_tuning_it_is_icons_transform(dimension):
     model = sampled(moving(nephi(dimension, siren)), dimension)
@@ -111,7 +122,7 @@ def test_without_tuning_it_is_icons_transform(dimension):
     for mine, theirs, image in zip(found, expected, (B, A), strict=True):
         assert isinstance(mine, itk.CompositeTransform[itk.D, dimension])
         assert mine.GetNumberOfTransforms() == 3
-        assert apart(mine, theirs, image) < 1e-4
+        assert apart(mine, theirs, image) < rounding(theirs, image)
         identity = itk.TranslationTransform[itk.D, dimension].New()
         assert apart(mine, identity, image) > 0.1
 
@@ -119,7 +130,7 @@ def test_without_tuning_it_is_icons_transform(dimension):
 def test_a_fresh_residual_gives_the_voxel_models_transform():
     torch.manual_seed(1)
     net = voxels(3)
-    nn.init.normal_(net.net.last.weight, std=0.05)
+    nn.init.normal_(net.net.last.weight, std=2e-4)
     net = icon.losses.GradientICONSparse(net, icon.LNCC(sigma=2), 1.5)
     net.assign_identity_map([1, 1, *GRIDS[3]])
     A, B = scans(3)
@@ -128,7 +139,7 @@ def test_a_fresh_residual_gives_the_voxel_models_transform():
     for register in (itk_wrapper.register_pair, icon.itk_wrapper.register_pair):
         found = register(model, A, B)
         for mine, theirs, image in zip(found, expected, (B, A), strict=True):
-            assert apart(mine, theirs, image) < 1e-4
+            assert apart(mine, theirs, image) < rounding(theirs, image)
 
 
 def test_a_finer_field_is_nearer_to_the_map():
@@ -177,8 +188,8 @@ def test_what_is_returned_is_the_tuned_map():
         icon.itk_wrapper.create_itk_transform(phi(x), x, *places)
         for phi, places in zip(maps, ((A, B), (B, A)), strict=True)
     ]
-    assert apart(found, expected[0], B) < 1e-4
-    assert apart(back, expected[1], A) < 1e-4
+    assert apart(found, expected[0], B) < rounding(expected[0], B)
+    assert apart(back, expected[1], A) < rounding(expected[1], A)
 
 
 def mask_of(image, reach):

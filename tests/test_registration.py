@@ -336,10 +336,10 @@ def test_bad_input_is_refused_in_one_sentence(name, monkeypatch):
 @pytest.fixture
 def asked(monkeypatch):
     """What `register` asks `fit_pair` for, which does not run."""
-    found = {}
+    found = []
 
-    def fit(**asked_for):
-        found.update(asked_for)
+    def fit(image_A, image_B, **choices):
+        found.extend((image_A, image_B))
         raise InterruptedError
 
     monkeypatch.setattr(registration, "fit_pair", fit)
@@ -353,10 +353,10 @@ def test_masks_of_another_grid_are_read_at_the_voxels(asked):
     mask.SetSpacing([0.5, 0.5])
     with pytest.raises(InterruptedError):
         register(as_itk(GOOD), as_itk(GOOD), mask_A=mask)
-    assert asked["mask_B"] is None
+    assert asked[1].mask is None
     expected = (torch.arange(14) >= 5).float().expand(1, 1, 12, 14)
-    torch.testing.assert_close(asked["mask_A"], expected)
-    assert asked["image_A"].dtype == asked["image_B"].dtype == torch.float32
+    torch.testing.assert_close(asked[0].mask, expected)
+    assert asked[0].values.dtype == asked[1].values.dtype == torch.float32
 
 
 def test_label_maps_of_another_grid_are_read_at_the_voxels(asked):
@@ -374,8 +374,8 @@ def test_label_maps_of_another_grid_are_read_at_the_voxels(asked):
         )
     expected = torch.zeros(12, 14, dtype=torch.long)
     expected[:10, 5:11] = 300  # 0 beyond the label map
-    assert torch.equal(asked["segmentation_A"][0, 0], expected)
-    assert torch.equal(asked["segmentation_B"], same)
+    assert torch.equal(asked[0].labels[0, 0], expected)
+    assert torch.equal(asked[1].labels, same)
 
 
 def test_two_shapes_are_registered_and_everything_is_answered(tmp_path):

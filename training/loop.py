@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from icon_nephi import GradientICONPoints
 from icon_nephi.atomic import written_whole
-from icon_nephi.optimize import gaussian_blur
+from icon_nephi.images import gaussian_blur
 from training.data import Images, augment
 
 CHECKPOINT = "checkpoint.pt"
