@@ -14,7 +14,7 @@ import numpy as np
 
 from icon_nephi import views
 from icon_nephi.atomic import written_whole
-from icon_nephi.layers import SLICES, Scales, Scene, draw, layers_of
+from icon_nephi.layers import SLICES, Registered, Scales, Scene, draw, layers_of
 from icon_nephi.measure import (
     SceneMeasured,
     measure_scene,
@@ -36,13 +36,13 @@ _STATISTICS = ("mean", "median", "p95", "max")
 
 def write_report(
     path: str | os.PathLike[str],
-    result: Any,
+    result: Registered,
     *,
     landmarks_fixed: Any = None,
     landmarks_moving: Any = None,
     labels_fixed: Any = None,
     labels_moving: Any = None,
-    others: Sequence[Any] = (),
+    others: Sequence[Registered] = (),
     command: str | None = None,
     seconds: float | None = None,
 ) -> None:
@@ -119,7 +119,7 @@ def _warnings(
     measured: SceneMeasured,
     landmarks: tuple[Array, Array, Array] | None,
     overlap: list[tuple[int, float, float]],
-    result: Any,
+    result: Registered,
 ) -> list[str]:
     """What a reader should doubt, a sentence each."""
     found = [
@@ -161,7 +161,7 @@ def _tiles(
     measured: SceneMeasured,
     landmarks: tuple[Array, Array, Array] | None,
     overlap: list[tuple[int, float, float]],
-    result: Any,
+    result: Registered,
     seconds: float | None,
 ) -> list[dict[str, str]]:
     """The numbers at the top: name, value, what it means."""
@@ -320,7 +320,7 @@ def _smooth(values: Array, width: int) -> Array:
     return middle
 
 
-def _call(result: Any) -> str:
+def _call(result: Registered) -> str:
     """The Python call, with the choices that are not the defaults."""
     defaults = {"modality": None, "similarity": None, "field": "auto", "affine": True}
     defaults |= {"time_limit": None, "memory_limit": None, "mass_preserving": False}
@@ -329,6 +329,7 @@ def _call(result: Any) -> str:
         if name in defaults and value != defaults[name]:
             plain = isinstance(value, str | int | float | bool | tuple)
             given.append(f"{name}={value!r}" if plain else f"{name}={value}")
+    assert result.images is not None  # `write_report` has looked
     masks = zip(("mask_A", "mask_B"), result.images[2:], strict=True)
     given += [f"{name}={name}" for name, mask in masks if mask is not None]
     if result.made_with.get("segmentations"):

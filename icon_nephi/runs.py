@@ -19,6 +19,7 @@ from icon_nephi.itk_maps import ItkPair, write_image, write_transform
 from icon_nephi.measure import label_scores, landmark_scores, summary
 from icon_nephi.parsers import IMAGES, TRANSFORMS, VECTORS, check_output
 from icon_nephi.run_inputs import Inputs
+from icon_nephi.two_way import MOVING_TO_FIXED
 from icon_nephi.versions import versions
 
 OUTPUTS = {
@@ -282,7 +283,6 @@ def _write(
     found: dict[str, Any],
 ) -> None:
     result, others = results
-    backward = {"direction": "moving_to_fixed"}
     if name == "transform_out":
         write_transform(result.phi_AB, path)
     elif name == "inverse_transform_out":
@@ -292,7 +292,7 @@ def _write(
     elif name == "displacement_out":
         write_image(result.displacement_field(), path)
     elif name == "inverse_displacement_out":
-        write_image(result.displacement_field(**backward), path)
+        write_image(result.displacement_field(None, MOVING_TO_FIXED), path)
     elif name == "jacobian_out":
         write_image(result.jacobian_determinant(), path)
     elif name == "error_out":

@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,9 @@ def warp_to(
     into = volume.geometry.physical_to_unit()
     last = np.array(volume.geometry.size) - 1.0
 
-    beyond = _least(level) if outside is None else outside
+    @lru_cache  # where it is needed all of the image is read for it, once
+    def beyond() -> float:
+        return _least(level) if outside is None else outside
 
     def index(_: Array, moved: Array) -> Array:
         unit = apply_affine(into, torch.from_numpy(moved)).numpy()
@@ -356,7 +358,9 @@ def _cubic(count: int, nodes: int) -> Array:
     return weights
 
 
-def _read(cache: ChunkCache, at: Array, mode: str, outside: float) -> Array:
+def _read(
+    cache: ChunkCache, at: Array, mode: str, outside: Callable[[], float]
+) -> Array:
     """Values ``[*block]`` of an image at voxel indices ``[*block, d]`` float32."""
     rows = torch.from_numpy(at).flatten(0, -2)
     box = []
@@ -375,6 +379,7 @@ def _read(cache: ChunkCache, at: Array, mode: str, outside: float) -> Array:
         unit = points_as_grid((index / last)[None])
         read = sample_image(tensor, unit).flatten().numpy()
     far = outside_grid(rows.numpy(), cache.shape)
-    read = np.where(far, np.asarray(outside, read.dtype), read)
+    if far.any():
+        read = np.where(far, np.asarray(outside(), read.dtype), read)
     result: Array = read.reshape(at.shape[:-1])
     return result

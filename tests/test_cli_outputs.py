@@ -392,7 +392,8 @@ def test_a_great_shift_does_not_spoil_differences():
     transform.SetMatrix(itk.matrix_from_array(matrix))
     transform.SetTranslation([5000.0, -3000, 100])
     image = itk_images.image_of(np.zeros(PLACE_B.size, np.uint8), PLACE_B)
-    found = np.asarray(ItkPair(transform).jacobian(image)).reshape(-1, 3, 3)
+    found = itk_images.array_of(ItkPair(transform).jacobian(image))
+    found = found.reshape(-1, 3, 3)
     np.testing.assert_allclose(found, np.broadcast_to(matrix, found.shape), atol=1e-5)
 
 
