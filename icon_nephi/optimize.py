@@ -207,8 +207,8 @@ def _blurred(image: Image, blur: float, spacing: Sequence[float] | None) -> Imag
 
 def _copy(source: Sequence[Tensor], to: Sequence[Tensor]) -> None:
     with torch.no_grad():
-        for one, other in zip(source, to, strict=True):
-            other.copy_(one)
+        for values, place in zip(source, to, strict=True):
+            place.copy_(values)
 
 
 def _not_finite(steps: int) -> str:
