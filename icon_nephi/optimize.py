@@ -71,6 +71,12 @@ class Course:
     losses: list[dict[str, float]]
     warnings: list[str]
 
+    def complete(self) -> list[dict[str, float]]:
+        """The losses; a ValueError where it ended before its time."""
+        if self.warnings:
+            raise ValueError(self.warnings[0])
+        return self.losses
+
 
 @dataclass(frozen=True)
 class Stage:
