@@ -69,7 +69,8 @@ def optimise(net: nn.Module, images: list[Tensor], masks: list[Tensor | None]) -
     loss.assign_identity_map([1, 1, *images[0].shape[2:]])
     stages = [Stage(150, Patches(600, 3, s, corners=True)) for s in COARSE]
     parameters = [{"params": list(net.parameters()), "lr": 3e-3}]
-    optimize(loss, *images, stages, parameters, mask_A=masks[0], mask_B=masks[1])
+    where = {"mask_A": masks[0], "mask_B": masks[1]}
+    optimize(loss, *images, stages, parameters, **where).complete()
 
 
 def errors(pair: Case, transforms: Any) -> str:

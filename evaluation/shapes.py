@@ -137,7 +137,8 @@ def fit(
         Stage(end - start, loss.similarity_sampler, share * pair.image_B.shape[-1])
         for start, end, share in zip([0, *lengths], lengths, blurs, strict=False)
     ]
-    optimize(loss, pair.image_A, pair.image_B, stages, groups, callback=look)
+    images = pair.image_A, pair.image_B
+    optimize(loss, *images, stages, groups, callback=look).complete()
     return found
 
 

@@ -322,11 +322,13 @@ def linear_image(place):
 def test_made_levels_lie_where_the_image_lies():
     place = geometry((48, 50, 31), 4)
     volume = Volume([Level.of(linear_image(place).float().numpy(), place)])
+    before = list(volume.levels)
     level = volume.working(3000)
     assert level.voxels <= 3000
     expected = linear_image(level.geometry).numpy()
     np.testing.assert_allclose(level.array, expected, rtol=1e-4, atol=1e-2)
     assert volume.working(3000) is level
+    assert volume.levels == before  # a question changes nothing
 
 
 def test_a_whole_level_has_the_unit_box_of_the_finest():
