@@ -10,6 +10,7 @@ from small_runs import a_loss, blobs, run
 from icon_nephi.coordinates import identity_map, sample_image
 from icon_nephi.images import gaussian_blur
 from icon_nephi.optimize import FitOptions, Stage, optimize
+from icon_nephi.sampling import Points
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.3, 2.0])
