@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from icon_nephi.block_files import BLOCK, written_blocks
+from icon_nephi import block_files
 from icon_nephi.chunks import Array, Box, ChunkCache, Level
 from icon_nephi.coordinates import (
     Geometry,
@@ -263,12 +263,12 @@ def _stream(
         progress: show a bar.
         name: for the bar.
     """
-    worst, place = 0.0, task.place
-    starts = list(product(*(range(0, n, BLOCK) for n in place.size)))
+    worst, place, width = 0.0, task.place, block_files.BLOCK
+    starts = list(product(*(range(0, n, width) for n in place.size)))
     # Neighbours follow each other, so that what one read the next finds.
-    starts.sort(key=lambda s: (*(i // (NEAR * BLOCK) for i in s), *s))
+    starts.sort(key=lambda s: (*(i // (NEAR * width) for i in s), *s))
     generator = np.random.default_rng(0)
-    with written_blocks(Path(path), place, channels, dtype) as write:
+    with block_files.written_blocks(Path(path), place, channels, dtype) as write:
 
         def work(block: Box, side: int) -> float:
             error = 0.0
@@ -282,9 +282,9 @@ def _stream(
             return error
 
         for start in tqdm(starts, desc=name, disable=not progress, leave=False):
-            ends = (min(s + BLOCK, n) for s, n in zip(start, place.size, strict=True))
+            ends = (min(s + width, n) for s, n in zip(start, place.size, strict=True))
             block = tuple(map(slice, start, ends))
-            error = in_smaller_parts(partial(work, block), BLOCK, LEAST, f"the {name}")
+            error = in_smaller_parts(partial(work, block), width, LEAST, f"the {name}")
             worst = max(worst, error)
     return worst
 
@@ -302,7 +302,7 @@ def _parts(block: Box, sides: Sequence[int]) -> Iterator[Box]:
 def _least(level: Level) -> float:
     """The least voxel of a level, see `least_value`."""
     whole = tuple(slice(0, n) for n in level.geometry.size)
-    parts = _parts(whole, [-(-BLOCK // c) * c for c in level.chunk])
+    parts = _parts(whole, [-(-block_files.BLOCK // c) * c for c in level.chunk])
     return least_value(np.array([least_value(level.read(part)) for part in parts]))
 
 

@@ -44,7 +44,6 @@ def as_itk(array, place):
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(streaming, "BLOCK", 16)
     monkeypatch.setattr(block_files, "BLOCK", 16)
 
 
