@@ -127,9 +127,12 @@ def test_chunks_do_not_change_icons_losses(dimension, loss, batch, field):
         result = model(*pair)
         result.all_loss.backward()
         found.append([*result, *(w.grad for w in model.parameters())])
+    # GradientICON divides by a step of 1e-3: a rounding becomes 1000 times as large.
+    roundings = 10 * 1000 if loss is icon.GradientICON else 100
     for whole, pieces in zip(*found, strict=True):
         scale = float(whole.detach().abs().max())
-        torch.testing.assert_close(pieces, whole, rtol=1e-3, atol=1e-4 * scale)
+        atol = roundings * torch.finfo(torch.float32).eps * scale
+        torch.testing.assert_close(pieces, whole, rtol=0, atol=atol)
 
 
 def bytes_kept(model, pair):

@@ -169,7 +169,8 @@ def pytest_configure(config):
     rewrite_as_before = rewrite.rewrite_asserts
 
     def rewrite_asserts(module, source, module_path=None, config=None):
-        ThroughBySize(Path(module_path or "").name).visit(module)
+        if FOLDER in Path(module_path or "").parents:
+            ThroughBySize(Path(module_path).name).visit(module)
         rewrite_as_before(module, source, module_path, config)
 
     rewrite.rewrite_asserts = rewrite_asserts
