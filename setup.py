@@ -37,15 +37,8 @@ setup(
         "zarr": ["zarr>=3"],
         "dev": [
             *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "playwright"),
-            *(
-                "nibabel",
-                "zarr",
-                "matplotlib",
-                "SimpleITK",
-                "sphinx",
-                "myst-parser",
-                "furo",
-            ),
+            *("nibabel", "zarr", "SimpleITK", "matplotlib"),
+            *("sphinx", "myst-parser", "furo"),
         ],
     },
     entry_points={

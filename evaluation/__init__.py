@@ -6,10 +6,8 @@ by itself: what the package adds to a process, some 30 MB, is the same for all o
 """
 
 import argparse
-import csv
 import platform
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,11 @@ import itk
 import numpy as np
 
 from icon_nephi import itk_images
-from icon_nephi.atomic import written_whole
 from icon_nephi.cases import Case
 from icon_nephi.itk_images import array_of, check_label_map
-from icon_nephi.metrics import dice, summarize, target_registration_error
+from icon_nephi.metrics import landmark_summary, mean_dice, summarize
+from icon_nephi.two_way import DIRECTIONS
 
-DIRECTIONS = ("fixed_to_moving", "moving_to_fixed")
 STATISTICS = ("mean", "median", "p95")  # of landmark errors
 RANDOM_POINTS = 100_000
 
@@ -68,35 +65,34 @@ def read_labels(path: Path) -> Any:
 
 
 # --- scores -------------------------------------------------------------------------
-# A pair is an icon_nephi.cases.Case.
 
 
-def before(pair: Any) -> dict[str, Any]:
+def before(pair: Case) -> dict[str, Any]:
     """Return the errors of the identity."""
     row: dict[str, Any] = {}
     if pair.fixed_points is not None:
-        errors = landmark_errors(pair.fixed_points, pair.moving_points)
+        errors = landmark_summary(pair.fixed_points, pair.moving_points)
         row["before_tre_mm"] = errors["mean"]
     if pair.fixed_labels is not None:
         same = itk_images.resample_to(pair.moving_labels, pair.fixed_labels)
-        row["before_dice"] = mean_dice(pair, same)
+        row["before_dice"] = _mean_dice(pair, same)
     return row
 
 
-def score(pair: Any, result: Any) -> dict[str, Any]:
+def score(pair: Case, result: Any) -> dict[str, Any]:
     """Return the errors of a registration and the faults of its transform."""
     row: dict[str, Any] = {}
     points = [pair.fixed_points, pair.moving_points]
     for direction in DIRECTIONS if points[0] is not None else ():
         moved = _ask(result, "transform_points", points[0], direction=direction)
         if moved is not None:
-            errors = landmark_errors(moved, points[1])
+            errors = landmark_summary(moved, points[1])
             row |= {f"tre_{direction}_{s}_mm": errors[s] for s in STATISTICS}
         points.reverse()
     if pair.fixed_labels is not None:
         warped = _ask(result, "warp_labels", pair.moving_labels)
         if warped is not None:
-            row["dice"] = mean_dice(pair, warped)
+            row["dice"] = _mean_dice(pair, warped)
             row["labels"] = len(pair.label_ids)
     voxels = _ask(result, "fold_fraction")
     inside = _ask(result, "fold_fraction", points=random_points(pair.fixed))
@@ -117,6 +113,10 @@ def score(pair: Any, result: Any) -> dict[str, Any]:
     return row
 
 
+def _mean_dice(pair: Case, warped: Any) -> float:
+    return mean_dice(array_of(pair.fixed_labels), array_of(warped), pair.label_ids)
+
+
 def _ask(result: Any, name: str, *args: Any, **kwargs: Any) -> Any:
     """Return what a method of the result answers, None where it has no answer."""
     method = getattr(result, name, None)
@@ -124,17 +124,6 @@ def _ask(result: Any, name: str, *args: Any, **kwargs: Any) -> Any:
         return None if method is None else method(*args, **kwargs)
     except NotImplementedError:
         return None
-
-
-def landmark_errors(points: Any, goals: np.ndarray) -> dict[str, float]:
-    """Return the STATISTICS of the distances in mm."""
-    return summarize(target_registration_error(points, goals))
-
-
-def mean_dice(pair: Any, warped: Any) -> float:
-    """Return the mean over the pair's labels of the Dice on the fixed grid."""
-    values = dice(array_of(pair.fixed_labels), array_of(warped), list(pair.label_ids))
-    return float(np.mean(list(values.values())))
 
 
 def random_points(image: Any, count: int = RANDOM_POINTS, seed: int = 0) -> np.ndarray:
@@ -186,14 +175,3 @@ def machine() -> str:
                 name = line.partition(":")[2].strip()
                 break
     return f"{name or platform.machine()}, {platform.system()}"
-
-
-def write_csv(path: Path, columns: Iterable[str], rows: list[dict[str, Any]]) -> None:
-    """Write all rows, or leave the file as it was."""
-    with (
-        written_whole(path) as (part,),
-        part.open("w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.DictWriter(file, list(columns), extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from evaluation import machine, write_csv
+from evaluation import machine
+from icon_nephi.atomic import write_csv
 from icon_nephi.memory import held_memory, peak_memory
 from icon_nephi.versions import version
 

@@ -20,9 +20,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from evaluation import csv_file, write_csv
+from evaluation import csv_file
 from evaluation.pairs import find_cases
 from icon_nephi import methods
+from icon_nephi.atomic import write_csv
 from icon_nephi.cli import comparison_table
 from icon_nephi.compare import COLUMNS, alone, compare_cases
 from icon_nephi.methods import Options

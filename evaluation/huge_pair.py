@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from evaluation import csv_file, machine, write_csv
+from evaluation import csv_file, machine
+from icon_nephi.atomic import write_csv
 
 BLOCK = 64  # voxels a side of what is made at once, and of a chunk
 SPACING = 0.01  # mm

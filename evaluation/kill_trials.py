@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from evaluation import image_from, write_csv
+from evaluation import image_from
+from icon_nephi.atomic import write_csv
 
 MODULES = (
     *("icon_nephi.runs", "icon_nephi.streaming", "training.train_triangles"),

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from evaluation import csv_file, machine, write_csv
+from evaluation import csv_file, machine
 from icon_nephi import methods
+from icon_nephi.atomic import write_csv
 from icon_nephi.compare import alone
 
 SIDES = (40, 64, 96, 128, 160, 175, 200, 240, 280, 320, 360, 400, 480, 560)

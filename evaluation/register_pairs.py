@@ -36,11 +36,10 @@ from evaluation import (
     machine,
     register,
     score,
-    write_csv,
 )
 from evaluation.pairs import find_cases
 from evaluation.peers import DEFAULT, PEERS, NotApplicable, missing
-from icon_nephi.atomic import written_whole
+from icon_nephi.atomic import write_csv, written_whole
 from icon_nephi.cases import Case
 from icon_nephi.memory import peak_memory
 from icon_nephi.versions import version

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evaluation import landmark_errors, register
+from evaluation import register
 from evaluation.pairs import find_cases
 from icon_nephi.cases import Case
+from icon_nephi.metrics import landmark_summary
 
 HALVINGS = 4  # of the grid to that of the voxel field
 COARSE = (10.0, 6.0)  # strides of the blocks of the voxel stage, in voxels
@@ -68,7 +69,8 @@ def optimise(net: nn.Module, images: list[Tensor], masks: list[Tensor | None]) -
     loss.assign_identity_map([1, 1, *images[0].shape[2:]])
     stages = [Stage(150, Patches(600, 3, s, corners=True)) for s in COARSE]
     parameters = [{"params": list(net.parameters()), "lr": 3e-3}]
-    optimize(loss, *images, stages, parameters, mask_A=masks[0], mask_B=masks[1])
+    where = {"mask_A": masks[0], "mask_B": masks[1]}
+    optimize(loss, *images, stages, parameters, **where).complete()
 
 
 def errors(pair: Case, transforms: Any) -> str:
@@ -77,7 +79,7 @@ def errors(pair: Case, transforms: Any) -> str:
     means = []
     for transform in transforms:
         moved = np.array([transform.TransformPoint(p.tolist()) for p in points[0]])
-        means.append(f"{landmark_errors(moved, points[1])['mean']:.2f}")
+        means.append(f"{landmark_summary(moved, points[1])['mean']:.2f}")
         points.reverse()
     return " / ".join(means) + " mm"
 
@@ -107,7 +109,7 @@ def main(data: Path, case: str, random: bool, threads: int) -> None:
 
     torch.set_num_threads(threads)
     pair = find_cases(data, [case])[case]()
-    print(f"{case}, before: {landmark_errors(pair.fixed_points, pair.moving_points)}")
+    print(f"{case}, before: {landmark_summary(pair.fixed_points, pair.moving_points)}")
     scans, tensors, masks = [], [], []
     for letter, scan, mask in (
         ("A", pair.moving, pair.moving_mask),

@@ -34,9 +34,9 @@ from evaluation import (
     image_from,
     to_index,
     to_physical,
-    write_csv,
 )
 from evaluation.pairs import find_cases
+from icon_nephi.atomic import write_csv
 from icon_nephi.cases import Case
 from icon_nephi.itk_images import array_of
 
@@ -334,7 +334,7 @@ def score(change: Change, result: Any, pair: Case, base: Any) -> dict[str, Any]:
             away = np.linalg.norm(moved - which.moving_points[kept], axis=1)
             row[key] = float(away.mean())
     if pair.fixed_labels is not None:
-        from icon_nephi.metrics import dice
+        from icon_nephi.metrics import mean_dice
 
         fixed = array_of(pair.fixed_labels)
         index = np.stack(np.meshgrid(*map(range, fixed.shape), indexing="ij"), -1)
@@ -347,10 +347,9 @@ def score(change: Change, result: Any, pair: Case, base: Any) -> dict[str, Any]:
             ("base_dice", pair, base),
         ):
             warped = array_of(found.warp_labels(which.moving_labels))
-            numbers = dice(
-                fixed.ravel()[kept], warped.ravel()[kept], list(pair.label_ids)
+            row[key] = mean_dice(
+                fixed.ravel()[kept], warped.ravel()[kept], pair.label_ids
             )
-            row[key] = float(np.nanmean(list(numbers.values())))
     return row
 
 

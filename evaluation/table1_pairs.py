@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from evaluation import csv_file, machine, write_csv
+from evaluation import csv_file, machine
 from evaluation.dirlab import (
     find_dirlab,
     find_external,
@@ -32,12 +32,12 @@ from evaluation.dirlab import (
 )
 from evaluation.peers import voxel_centres
 from icon_nephi import compare, methods
+from icon_nephi.atomic import write_csv
+from icon_nephi.batch import aligned
 from icon_nephi.compare import alone
-from icon_nephi.inputs import choose_device
 from icon_nephi.itk_images import geometry_of, resample_to
 from icon_nephi.measure import flips_on_grid, mean_dice_at
 from icon_nephi.methods import Options
-from icon_nephi.physical import FramedMap
 from icon_nephi.versions import version
 
 COLUMNS = (
@@ -69,11 +69,8 @@ def work(read: Callable[[], Any], method: Any, options: Options) -> dict[str, An
 
     row = compare.measure(case, keep, options)
     if case.fixed_points is not None:
-        found = kept[0]
-        A, B = (p.unit_to_physical() for p in (found.place_A, found.place_B))
-        device = choose_device(options.device, None)
-        moved = FramedMap(found.phi_AB, B, A, device)(case.fixed_points)
-        row |= landmark_errors(case, moved)
+        maps = compare.maps_of(kept[0], options.device)
+        row |= landmark_errors(case, maps.forward(case.fixed_points))
     return row
 
 
@@ -132,26 +129,21 @@ def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def text(rows: list[dict[str, Any]]) -> str:
     """Return the means and the quoted figures as lines."""
-    forms = {
-        "tre_mm": ("mTRE mm", ".2f"),
-        "tre_snapped_mm": ("snapped", ".2f"),
-        "dice": ("Dice", ".3f"),
-        "folds_voxels_percent": ("folds %", ".2g"),
-        "representation_m": ("map M", ".2f"),
-        "encoder_m": ("encoder M", ".2f"),
-        "inference_ms": ("ms", ".0f"),
-        "peak_gib": ("peak GiB", ".2f"),
-        "training_peak_gib": ("train GiB", ".2f"),
-    }
-    lines = [["method", "source", "case", *(name for name, _ in forms.values())]]
-    for row in rows:
-        cells = [(row.get(key), form) for key, (_, form) in forms.items()]
-        numbers = ["-" if v is None else format(v, form) for v, form in cells]
-        lines.append([row["method"], row["source"], row["case"], *numbers])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
-        for line in lines
+    heads = {name: (name, "s") for name in ("method", "source", "case")}
+    return aligned(
+        rows,
+        heads
+        | {
+            "tre_mm": ("mTRE mm", ".2f"),
+            "tre_snapped_mm": ("snapped", ".2f"),
+            "dice": ("Dice", ".3f"),
+            "folds_voxels_percent": ("folds %", ".2g"),
+            "representation_m": ("map M", ".2f"),
+            "encoder_m": ("encoder M", ".2f"),
+            "inference_ms": ("ms", ".0f"),
+            "peak_gib": ("peak GiB", ".2f"),
+            "training_peak_gib": ("train GiB", ".2f"),
+        },
     )
 
 

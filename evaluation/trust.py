@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 import evaluation
-from evaluation import csv_file, write_csv
+from evaluation import csv_file
 from evaluation.pairs import load_pairs
+from icon_nephi.atomic import write_csv
 from icon_nephi.cases import Case
 
 CASES = (

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import shutil
 import socket
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 # In the names of unfinished files: processes are numbered by each machine.
 _HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
@@ -35,6 +37,21 @@ def written_whole(*paths: str | os.PathLike[str]) -> Iterator[list[Path]]:
     finally:
         for part in parts:
             part.unlink(missing_ok=True)
+
+
+def write_csv(
+    path: str | os.PathLike[str],
+    columns: Iterable[str],
+    rows: Iterable[dict[str, Any]],
+) -> None:
+    """Write rows as CSV with a header; what is in no column is left out."""
+    with (
+        written_whole(path) as (part,),
+        part.open("w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.DictWriter(file, list(columns), extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def part_of(path: Path, number: int = 0, kind: str = "part") -> Path:

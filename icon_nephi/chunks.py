@@ -141,7 +141,7 @@ class ChunkCache:
         return result
 
     def ahead(self, boxes: Sequence[Box]) -> None:
-        """Nothing; a thread reads the chunks of boxes that will be needed soon."""
+        """Read the chunks of boxes that will be needed soon, in a thread."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "read-ahead")
         if self._reading is not None and not self._reading.done():
@@ -149,13 +149,13 @@ class ChunkCache:
         numbers: set[int] = set()
         for box in boxes:
             piles = np.meshgrid(*self._piles(box), indexing="ij")
-            found = np.ravel_multi_index([p.ravel() for p in piles], self.counts)
-            numbers |= set(found.tolist())
+            flat = np.ravel_multi_index([p.ravel() for p in piles], self.counts)
+            numbers |= set(flat.tolist())
         room = sorted(numbers)[: max(1, self.slots // 4)]
         self._reading = self._thread.submit(self._fetch, room)
 
     def close(self) -> None:
-        """Nothing; ends the thread and lets go of what was read."""
+        """End the thread and let go of what was read."""
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
             self._thread = None
@@ -326,7 +326,7 @@ class ChunkedImage:
         return rows.clamp(0, 1)[None].to(self.device, self.dtype)
 
     def close(self) -> None:
-        """Nothing; lets go of the chunks and of where samples were drawn."""
+        """Let go of the chunks and of where samples were drawn."""
         self.cache.close()
         self.focus = None
 

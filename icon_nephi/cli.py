@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -212,6 +210,7 @@ def jacobian(argv: Sequence[str] | None = None) -> None:
     from icon_nephi.atomic import written_whole
     from icon_nephi.itk_images import array_of, geometry_of, image_of
     from icon_nephi.itk_maps import write_image
+    from icon_nephi.measure import spread_of
     from icon_nephi.metrics import count_folds
     from icon_nephi.two_way import direction_of
 
@@ -240,10 +239,10 @@ def jacobian(argv: Sequence[str] | None = None) -> None:
         )
     if not given.quiet:
         said = warps.in_words(direction) if own else "as the transform says"
+        ends = ", ".join(f"{k} {v:.4f}" for k, v in spread_of(values).items())
         print(
-            f"jacobian: {said}, mm by mm\n"
-            f"determinant: min {values.min():.4f}, median {np.median(values):.4f}, max "
-            f"{values.max():.4f}\nfolds: {folds} of {values.size} voxels\nout: {out}"
+            f"jacobian: {said}, mm by mm\ndeterminant: {ends}\n"
+            f"folds: {folds} of {values.size} voxels\nout: {out}"
         )
 
 
@@ -274,6 +273,7 @@ def compare(argv: Sequence[str] | None = None) -> None:
     from tqdm import tqdm
 
     from icon_nephi import compare as tools
+    from icon_nephi.atomic import write_csv
     from icon_nephi.cases import find_cases, read_case
     from icon_nephi.inputs import choose_device
     from icon_nephi.methods import METHODS, Options
@@ -291,25 +291,13 @@ def compare(argv: Sequence[str] | None = None) -> None:
     for row in tqdm(found, "registering", total, disable=given.quiet, leave=False):
         rows.append(row)
         if out is not None:
-            _write_rows(out, tools.COLUMNS, rows)
+            write_csv(out, tools.COLUMNS, rows)
     if not given.quiet:
         print(comparison_table(rows))
     failed = sum("error" in row for row in rows)
     if failed:
         print(f"nephi-compare: {failed} of {total} failed", file=sys.stderr)
         raise SystemExit(1)
-
-
-def _write_rows(path: Path, columns: Sequence[str], rows: list[dict[str, Any]]) -> None:
-    from icon_nephi.atomic import written_whole
-
-    with (
-        written_whole(path) as (part,),
-        part.open("w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def comparison_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -18,7 +18,7 @@ from icon_nephi.coordinates import apply_affine
 from icon_nephi.inputs import choose_device, read_input
 from icon_nephi.itk_images import resample_to
 from icon_nephi.measure import flips_on_grid, mean_dice_at, measure_points
-from icon_nephi.methods import Method, Options, now, peak_gib
+from icon_nephi.methods import Found, Method, Options, now, peak_gib
 from icon_nephi.metrics import target_registration_error
 from icon_nephi.physical import over_grid
 from icon_nephi.two_way import TwoWay
@@ -45,9 +45,7 @@ def measure(case: Case, method: Method, options: Options) -> Row:
     began = now(device := choose_device(options.device, None))
     found = method(case, options)
     row: Row = {"seconds": now(device) - began}
-    maps = TwoWay(
-        found.phi_AB, found.phi_BA, found.place_A, found.place_B, device=device
-    )
+    maps = maps_of(found, options.device)
     fixed = read_input("B", case.fixed, None)[2]
     size, box = fixed.size, fixed.unit_to_physical()
     moved = over_grid(lambda _, at: at, size, box, fixed.dimension, mapped=maps.forward)
@@ -77,6 +75,12 @@ def measure(case: Case, method: Method, options: Options) -> Row:
             for at in (still, moved)
         )
     return row
+
+
+def maps_of(found: Found, device: str | None) -> TwoWay:
+    """Return what a method found as maps of millimetres, on a device."""
+    places = found.place_A, found.place_B
+    return TwoWay(found.phi_AB, found.phi_BA, *places, choose_device(device, None))
 
 
 def compare_cases(

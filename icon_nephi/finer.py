@@ -179,7 +179,7 @@ class Neighbourhoods:
         self._next: list[tuple[Tensor, Tensor]] = []
 
     def advance(self, phi_AB: Map) -> None:
-        """Nothing; the oldest boxes go, and the next ones come and are read ahead."""
+        """Leave the oldest boxes for the next ones, and read ahead."""
         self._active.extend(self._next)
         images = self.image_B, self.image_A
         for image, rows in zip(images, zip(*self._active, strict=True), strict=False):

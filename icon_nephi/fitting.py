@@ -13,14 +13,14 @@ from torch import Tensor
 from icon_nephi._check import check_both
 from icon_nephi.affine import in_unit_boxes, voxel_stride
 from icon_nephi.doubts import doubts, evidence, of_images
-from icon_nephi.features import FeatureDifference, FeaturesAlone, coarser
+from icon_nephi.features import FeatureDifference, FeaturesAlone
 from icon_nephi.finer import fit_levels, levels_of
 from icon_nephi.folds import guarded_term, unfold
 from icon_nephi.losses import GradientICONPoints
 from icon_nephi.memory import memory_for
 from icon_nephi.models import Fit, Settings, find_settings, make_pair
 from icon_nephi.optimize import Course, FitOptions, Stage, optimize
-from icon_nephi.preprocess import PreparedImage
+from icon_nephi.preprocess import PreparedImage, coarser
 from icon_nephi.sampling import Patches, Points
 from icon_nephi.similarities import Comparison, find_similarity
 from icon_nephi.starts import Images, coincide, find_affine, identity
@@ -91,14 +91,14 @@ def fit_pair(
         settings = _suited(settings, max(image_A.noise, image_B.noise))
     seen = of_images(image_A, image_B)
     if settings.features or choice.features == "only":
-        image_A, image_B = _coarser(image_A), _coarser(image_B)
+        image_A, image_B = coarser(image_A), coarser(image_B)
     generator = torch.Generator().manual_seed(options.seed)
     densities = image_A.values.shape[1] if mass_preserving else 0
     images = Images(image_A, image_B, densities)
     start = identity(image_B.place.dimension)
     if affine:
-        found = find_affine(images, choice, generator)
-        starts = [start, found] if coincide(*images.geometries) else [found]
+        aligned = find_affine(images, choice, generator)
+        starts = [start, aligned] if coincide(*images.geometries) else [aligned]
         start = _better_start(images, starts, choice, settings, options)
     pair = _pair_behind(images, start, settings, generator)
     loss = _loss_of(pair, images, choice, settings, generator)
@@ -149,11 +149,6 @@ def _suited(settings: Settings, level: float) -> Settings:
         half = max(1, settings.patches // 2)
         settings = replace(settings, size=settings.noisy, patches=half)
     return settings
-
-
-def _coarser(image: PreparedImage) -> PreparedImage:
-    values, mask, place = coarser(image.values, image.mask, image.place)
-    return replace(image, values=values, mask=mask, place=place)
 
 
 def _better_start(

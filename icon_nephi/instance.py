@@ -130,13 +130,12 @@ def refine_pair(
             callback=callback,
             options=FitOptions(progress=progress),
         )
-    if course.warnings:
-        raise ValueError(course.warnings[0])
+    history = course.complete()
     for transform in transforms:
         transform.code = transform.code.detached()
         if isinstance(transform.field, nn.Module):
             transform.field.requires_grad_(False)
-    return *maps, course.losses
+    return *maps, history
 
 
 def unrefined_maps(
@@ -145,7 +144,7 @@ def unrefined_maps(
     """(phi_AB, phi_BA) of a loss's network, or of a network, in ``eval()``.
 
     No graph is made, yet both maps share the codes and fields they share in training
-    (which maps made with gradients off do not: each owns a copy).
+    (those of maps made with gradients off are copies).
     """
     net: Any = getattr(model, "regis_net", model)
     with _untouched(net), torch.enable_grad():

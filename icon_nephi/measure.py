@@ -20,6 +20,7 @@ from icon_nephi.metrics import (
     count_folds,
     dice,
     flips_percentage,
+    landmark_summary,
     mean_dice,
     summarize,
     target_registration_error,
@@ -233,8 +234,8 @@ def landmark_scores(result: Mapping, fixed: Array, moving: Array) -> dict[str, A
     moved = result.transform_points(fixed)
     return {
         "count": len(fixed),
-        "before": summarize(target_registration_error(fixed, moving)),
-        "after": summarize(target_registration_error(moved, moving)),
+        "before": landmark_summary(fixed, moving),
+        "after": landmark_summary(moved, moving),
     }
 
 

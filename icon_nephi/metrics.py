@@ -54,6 +54,13 @@ def summarize(errors: Tensor | Array) -> dict[str, float]:
     }
 
 
+def landmark_summary(
+    points_moved: Tensor | Array, points_true: Tensor | Array
+) -> dict[str, float]:
+    """Return `summarize` of the `target_registration_error`, in mm."""
+    return summarize(target_registration_error(points_moved, points_true))
+
+
 def dice(
     labels_1: Tensor | Array,
     labels_2: Tensor | Array,

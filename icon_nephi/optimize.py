@@ -71,6 +71,12 @@ class Course:
     losses: list[dict[str, float]]
     warnings: list[str]
 
+    def complete(self) -> list[dict[str, float]]:
+        """The losses; a ValueError where it ended before its time."""
+        if self.warnings:
+            raise ValueError(self.warnings[0])
+        return self.losses
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -207,8 +213,8 @@ def _blurred(image: Image, blur: float, spacing: Sequence[float] | None) -> Imag
 
 def _copy(source: Sequence[Tensor], to: Sequence[Tensor]) -> None:
     with torch.no_grad():
-        for one, other in zip(source, to, strict=True):
-            other.copy_(one)
+        for values, place in zip(source, to, strict=True):
+            place.copy_(values)
 
 
 def _not_finite(steps: int) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from icon_nephi.chunks import ChunkedImage
@@ -18,6 +19,8 @@ MODALITIES = (None, "ct", "mri")
 _HOUNSFIELD = (-1000.0, 500.0)
 # Quantiles are read from at most this many voxels.
 _VOXELS = 500_000
+#: Images with more voxels are made coarser where they get features: that takes memory.
+FEATURED = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,30 @@ class PreparedImage:
         axes = range(2, values.dim())
         gaps = sum(len(missing_slices(values, axis)) for axis in axes)
         return cls(values, place, noise(values), gaps, whole or place, **rest)
+
+
+def coarser(image: PreparedImage, voxels: int = FEATURED) -> PreparedImage:
+    """The same box with at most about that many voxels, about equally far apart."""
+    size, extent = image.values.shape[2:], image.place.extent
+    if size.numel() <= voxels:
+        return image
+    d = len(size)
+    far = (torch.tensor(extent).prod().item() / voxels) ** (1 / d)
+    fewer = [
+        min(n, max(3, round(length / far)))
+        for n, length in zip(size, extent, strict=True)
+    ]
+
+    def resized(values: Tensor) -> Tensor:
+        mode = "bilinear" if d == 2 else "trilinear"
+        return F.interpolate(values, fewer, mode=mode, align_corners=True)
+
+    mask = image.mask
+    if mask is not None:
+        mask = (resized(mask) > 0).to(mask)
+    spacing = [length / (n - 1) for length, n in zip(extent, fewer, strict=True)]
+    place = replace(image.place, size=tuple(fewer), spacing=tuple(reversed(spacing)))
+    return replace(image, values=resized(image.values), mask=mask, place=place)
 
 
 def prepare(image: Tensor, modality: str | None = None) -> Tensor:
@@ -158,15 +185,13 @@ def fill_missing(image: Tensor) -> Tensor:
         if len(gone) == 0:
             continue
         slices = image.movedim(axis, 0).clone()
-        kept = torch.ones(len(slices), dtype=torch.bool, device=image.device)
-        kept[gone] = False
-        full = kept.nonzero().flatten()
+        there = torch.ones(len(slices), dtype=torch.bool, device=image.device)
+        there[gone] = False
+        full = there.nonzero().flatten()
         after = torch.searchsorted(full, gone)
         low, high = full[after - 1], full[after]
         pairs = torch.stack([slices[low], slices[high]]).flatten(2)
-        pairs = torch.nn.functional.normalize(
-            pairs - pairs.mean(2, keepdim=True), dim=2
-        )
+        pairs = F.normalize(pairs - pairs.mean(2, keepdim=True), dim=2)
         alike = pairs.prod(0).sum(1) > 0.5
         share = (
             ((gone - low) / (high - low)).to(image).view(-1, *(1,) * (image.dim() - 1))

@@ -63,10 +63,10 @@ class Images:
         image = prepared.values
         sigma = [2 * self.unit / s for s in spacing]
         spread = gaussian_blur((image - gaussian_blur(image, sigma)).square(), sigma)
-        found = (spread.sqrt() > CONTENT).any(dim=1, keepdim=True)
+        content = (spread.sqrt() > CONTENT).any(dim=1, keepdim=True)
         if self.extras:
-            found = found | (self.extras[f"segmentation_{side}"] > 0)
-        return found if bool(found.any()) else torch.ones_like(found)
+            content = content | (self.extras[f"segmentation_{side}"] > 0)
+        return content if bool(content.any()) else torch.ones_like(content)
 
     @cached_property
     def featured(self) -> tuple[Tensor, Tensor]:

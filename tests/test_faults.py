@@ -15,8 +15,7 @@ import pytest
 import torch
 from command_files import pair, refused, result
 from small_fits import fit_tensors, small_fit, unit_matrix
-from test_fitting import PLACE, SMALL
-from test_optimize import run
+from small_runs import PLACE, SMALL, run
 
 from icon_nephi import (
     atomic,

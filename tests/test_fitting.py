@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 from small_fits import fit_tensors
+from small_runs import PLACE, SMALL
 
 from icon_nephi import fitting
 from icon_nephi.chunks import ChunkedImage
 from icon_nephi.coordinates import (
-    Geometry,
     identity_map,
     points_as_grid,
     sample_image,
@@ -47,10 +47,6 @@ QUICK = replace(
     patches=150,
     regularity_points=80,
 )
-SMALL = replace(
-    GRID, grids=(5, 9), channels=(4, 4), steps=60, patches=150, regularity_points=80
-)
-PLACE = Geometry((48, 48), (2.0, 2.0), (0.0, 0.0), ((1.0, 0.0), (0.0, 1.0)))
 
 
 @pytest.fixture(scope="module")

@@ -260,6 +260,12 @@ def test_a_file_is_short_enough_to_read(path):
     assert lines <= 400, f"{path.name} has {lines} lines: split it by what it knows"
 
 
+@named(sorted((ROOT / "tests").glob("*.py")))
+def test_tests_share_by_helpers_and_each_has_one_name(path):
+    names = imported(path.read_text("utf-8"))
+    assert not [n for n in names if n.startswith(("test_", "tests."))]
+
+
 @pytest.mark.parametrize(
     ("source", "rooms"),
     [

@@ -1,8 +1,10 @@
 """Images read in parts: chunks, levels, headers, and a registration of such images."""
 
 import gzip
+import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import itk
 import numpy as np
@@ -290,6 +292,12 @@ def test_memory_limits(text, size):
     assert memory.to_bytes(text) == size
 
 
+def test_memory_that_nobody_tells_is_zero(monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda _: False)  # no /proc
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    assert memory.held_memory() == memory.peak_memory() == 0
+
+
 @pytest.mark.parametrize("text", ["much", "-1", "0", "1.2.3G", "4 GiBs"])
 def test_bad_memory_limits(text):
     with pytest.raises(ValueError, match="memory_limit must be"):
@@ -314,11 +322,13 @@ def linear_image(place):
 def test_made_levels_lie_where_the_image_lies():
     place = geometry((48, 50, 31), 4)
     volume = Volume([Level.of(linear_image(place).float().numpy(), place)])
+    before = list(volume.levels)
     level = volume.working(3000)
     assert level.voxels <= 3000
     expected = linear_image(level.geometry).numpy()
     np.testing.assert_allclose(level.array, expected, rtol=1e-4, atol=1e-2)
     assert volume.working(3000) is level
+    assert volume.levels == before  # a question changes nothing
 
 
 def test_a_whole_level_has_the_unit_box_of_the_finest():

@@ -36,8 +36,8 @@ every = {}  # of all tests: test and place -> (measured, allowed)
 def note(measured, allowed, place=None):
     """Keep one comparison; of those in one place the one nearest to failing."""
     place = place or caller()
-    if place is None or not np.isfinite([measured, allowed]).all() or allowed <= 0:
-        return
+    if place is None or not 0 <= measured <= allowed < np.inf or allowed == 0:
+        return  # what is more than allowed fails, or was asked to differ
     before = current.get(place, (0.0, 1.0))
     if measured / allowed >= before[0] / before[1]:
         current[place] = (float(measured), float(allowed))
