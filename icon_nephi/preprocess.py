@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from icon_nephi.chunks import ChunkedImage
-from icon_nephi.coordinates import Geometry
+from icon_nephi.coordinates import Geometry, other_order
 
 MODALITIES = (None, "ct", "mri")
 # Lung detail to soft tissue on one scale: a thousandth is one Hounsfield unit.
@@ -89,7 +89,7 @@ def coarser(image: PreparedImage, voxels: int = FEATURED) -> PreparedImage:
     if mask is not None:
         mask = (resized(mask) > 0).to(mask)
     spacing = [length / (n - 1) for length, n in zip(extent, fewer, strict=True)]
-    place = replace(image.place, size=tuple(fewer), spacing=tuple(reversed(spacing)))
+    place = replace(image.place, size=tuple(fewer), spacing=other_order(spacing))
     return replace(image, values=resized(image.values), mask=mask, place=place)
 
 

@@ -40,8 +40,8 @@ class Images:
         self.geometries = image_A.place, image_B.place
         self.geometry_A, self.geometry_B = self.geometries
         self.unit = max(self.geometry_B.extent) / 160
-        self.spacing_A = tuple(reversed(self.geometry_A.spacing))
-        self.spacing_B = tuple(reversed(self.geometry_B.spacing))
+        self.spacing_A = self.geometry_A.tensor_spacing
+        self.spacing_B = self.geometry_B.tensor_spacing
         self.masks = image_A.mask, image_B.mask
         self.densities = densities
         boxes = [i.place.unit_to_physical().det() for i in (image_A, image_B)]

@@ -80,9 +80,7 @@ class NeuralTransform(Composed):
         chunk_size: int = CHUNK_SIZE,
         owned: bool | None = None,
     ) -> None:
-        if owned is None:
-            owned = not torch.is_grad_enabled()
-        if owned:
+        if owned or (owned is None and not torch.is_grad_enabled()):
             code = code.detached()
             if isinstance(field, nn.Module):
                 field = copy.deepcopy(field).requires_grad_(False)
@@ -99,9 +97,8 @@ class NeuralTransform(Composed):
         coordinates = self._expand(coordinates)
         d, rows = coordinates.shape[1], to_rows(coordinates)
         moved, slopes = self._as_memory_allows(self._in_chunks, True, rows)
-        identity = torch.eye(d, dtype=slopes.dtype, device=slopes.device)
-        jacobian = from_rows((slopes + identity).flatten(2), coordinates)
-        jacobian = jacobian.unflatten(1, (d, d))
+        slopes = slopes + torch.eye(d, dtype=slopes.dtype, device=slopes.device)
+        jacobian = from_rows(slopes.flatten(2), coordinates).unflatten(1, (d, d))
         values = coordinates + from_rows(moved, coordinates).to(coordinates.dtype)
         return values, jacobian.to(coordinates.dtype)
 
@@ -329,10 +326,8 @@ class NePhi(RegistrationModule):
     ) -> tuple[NeuralTransform, NeuralTransform]:
         """(phi_AB, phi_BA) from one code, ICON frame."""
         code = self.net(image_A, image_B)
-        phi_AB, phi_BA = (
-            NeuralTransform(field, code, chunk_size=self.chunk_size)
-            for field in (self.field_AB, self.field_BA)
-        )
+        make = partial(NeuralTransform, code=code, chunk_size=self.chunk_size)
+        phi_AB, phi_BA = make(self.field_AB), make(self.field_BA)
         phi_BA.code = phi_AB.code  # where they own it, too, it is one
         return phi_AB, phi_BA
 
