@@ -160,7 +160,7 @@ def warp(argv: Sequence[str] | None = None) -> None:
 
     from icon_nephi import warps
     from icon_nephi.atomic import written_whole
-    from icon_nephi.two_way import direction_of, reverse
+    from icon_nephi.two_way import direction_of, opposite
 
     mapping, direction = warps.read_map(given.transform), direction_of(inverse=inverse)
     if given.points:
@@ -187,7 +187,7 @@ def warp(argv: Sequence[str] | None = None) -> None:
         )
         with written_whole(out) as (part,):
             write_image(result, part)
-        way = warps.in_words(reverse(direction))
+        way = warps.in_words(opposite(direction))
         way = way if own else "to the reference's grid, as the transform says"
     if not given.quiet:
         print(f"{kind}: {way}\nout: {out}")

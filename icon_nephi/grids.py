@@ -11,7 +11,7 @@ from icon_nephi.coordinates import Geometry, apply_affine
 from icon_nephi.inputs import place_of
 from icon_nephi.physical import over_grid
 from icon_nephi.registration import Registration
-from icon_nephi.two_way import FIXED_TO_MOVING, reverse
+from icon_nephi.two_way import FIXED_TO_MOVING, opposite
 
 
 def sampling_grid(
@@ -40,7 +40,7 @@ def sampling_grid(
         TypeError: an image or reference of another kind than was registered.
         ValueError: of another dimension, or an unknown direction.
     """
-    target = _place("image", image, result, reverse(direction))
+    target = _place("image", image, result, opposite(direction))
     edge = [1.0 if align_corners else 1 - 1 / n for n in target.itk_size]
     steps = zip(edge, target.itk_size, strict=True)
     eye = torch.eye(target.dimension).tolist()
@@ -74,7 +74,7 @@ def monai_ddf(
         TypeError: as `sampling_grid`.
         ValueError: as `sampling_grid`, or image and result differ in shape.
     """
-    target = _place("image", image, result, reverse(direction))
+    target = _place("image", image, result, opposite(direction))
     source = _place("reference", reference, result, direction)
     if source.size != target.size:
         raise ValueError(

@@ -14,7 +14,7 @@ import numpy as np
 
 from icon_nephi.coordinates import Geometry
 from icon_nephi.physical import Array
-from icon_nephi.two_way import FIXED_TO_MOVING, PointMapping, reverse
+from icon_nephi.two_way import FIXED_TO_MOVING, PointMapping, opposite
 
 #: What `estimate` weighs the voxel, the inverse consistency and the spread with;
 #: measured on five real pairs (`python -m evaluation.trust`).
@@ -38,7 +38,7 @@ def inverse_consistency(
         ValueError: points or a direction that ``transform_points`` refuses.
     """
     moved = mapping.transform_points(points, direction)
-    back = mapping.transform_points(moved, reverse(direction))
+    back = mapping.transform_points(moved, opposite(direction))
     start = np.asarray(points.detach().cpu() if hasattr(points, "detach") else points)
     missed: Array = np.linalg.norm((back - start) * mapping.lengths(direction), axis=1)
     return missed
@@ -67,7 +67,7 @@ def spread(
             f"registrations must be two or more, got {len(moved)}; "
             "icon_nephi.ensemble makes them"
         )
-    return scatter(np.stack(moved) * registrations[0].lengths(reverse(direction)))
+    return scatter(np.stack(moved) * registrations[0].lengths(opposite(direction)))
 
 
 def scatter(moved: Array) -> Array:

@@ -35,7 +35,7 @@ def check_direction(direction: str) -> str:
     return direction
 
 
-def reverse(direction: str) -> str:
+def opposite(direction: str) -> str:
     """Return the direction back.
 
     Raises:

@@ -230,7 +230,7 @@ def reversals(source):
     for node in nodes(ast.parse(source)):
         if isinstance(node, ast.Call):
             name = getattr(node.func, "id", getattr(node.func, "attr", ""))
-            found = name in ("reversed", "flip", "flipud", "fliplr")
+            found = name in ("reversed", "reverse", "flip", "flipud", "fliplr")
         else:
             step = node.step if isinstance(node, ast.Slice) else None
             found = step is not None and ast.unparse(step) == "-1"
