@@ -128,7 +128,7 @@ def _register_pairs(given: argparse.Namespace, command: list[str]) -> None:
 
 @_one_sentence("nephi-warp")
 def warp(argv: Sequence[str] | None = None) -> None:
-    """Nothing; moves an image, a label map, points or a mesh and writes the result."""
+    """Write an image, a label map, points or a mesh, moved by a registration."""
     given = warp_parser().parse_args(argv)
     kind = "points" if given.points else "labels" if given.labels else "image"
     ending = given.points and next(
@@ -195,7 +195,7 @@ def warp(argv: Sequence[str] | None = None) -> None:
 
 @_one_sentence("nephi-jacobian")
 def jacobian(argv: Sequence[str] | None = None) -> None:
-    """Nothing; writes determinants, their logarithm or the matrices, and sums up."""
+    """Write determinants, their logarithm or the matrices, and sum them up."""
     given = jacobian_parser().parse_args(argv)
     out = check_output("out", given.out, VECTORS if given.tensor else IMAGES)
     assert out is not None  # argparse requires it

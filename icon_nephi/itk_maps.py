@@ -253,7 +253,7 @@ def _displacements(transform: Any, place: Geometry) -> Array:
 
 
 def write_image(image: Any, path: Path) -> None:
-    """Nothing; writes an ITK image, compressed.
+    """Write an ITK image, compressed.
 
     Raises:
         ValueError: its format cannot hold it.
@@ -268,7 +268,7 @@ def write_image(image: Any, path: Path) -> None:
 
 
 def write_transform(transform: Any, path: Path) -> None:
-    """Nothing; writes an ITK transform, compressed where its format can be.
+    """Write an ITK transform, compressed where its format can be.
 
     Raises:
         ValueError: ITK could not.

@@ -328,7 +328,7 @@ class Registration:
         )
 
     def report(self, path: str | os.PathLike[str], **extras: Any) -> None:
-        """Nothing; writes one HTML page that shows and measures this registration.
+        """Write one HTML page that shows and measures this registration.
 
         Args:
             path: of the page.
@@ -341,7 +341,7 @@ class Registration:
         write_report(path, self, **extras)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Nothing; writes one file that `load` reads, whole or not at all."""
+        """Write one file that `load` reads, whole or not at all."""
         save_fit(path, self.fit, self.geometry_A, self.geometry_B, itk=self.itk)
 
     def _exported(self, direction: str) -> Any:

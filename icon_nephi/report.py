@@ -46,7 +46,7 @@ def write_report(
     command: str | None = None,
     seconds: float | None = None,
 ) -> None:
-    """Nothing; writes the page, whole or not at all.
+    """Write the page, whole or not at all.
 
     Args:
         path: ends in .html or .htm.
