@@ -234,24 +234,21 @@ def last_name(node):
     return getattr(node, "attr", getattr(node, "id", ""))
 
 
-def frozen_classes(sources):
-    """Names of the classes of the package whose objects do not change."""
+def mutable_classes(tree):
+    """Names of the classes whose objects may change: not frozen, no named tuples."""
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
     return {
         node.name
-        for source in sources
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.ClassDef)
-        and (
-            "NamedTuple" in map(last_name, node.bases)
-            or any("frozen=True" in ast.unparse(d) for d in node.decorator_list)
-        )
+        for node in classes
+        if "NamedTuple" not in map(last_name, node.bases)
+        and not any("frozen=True" in ast.unparse(d) for d in node.decorator_list)
     }
 
 
-def changed(source):
-    """Names whose contents `source` changes: x[...] = 1, x += [1], x.append(1)."""
+def changed(tree):
+    """Names whose contents are changed: x[...] = 1, x += [1], x.append(1)."""
     names = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree):
         targets = getattr(node, "targets", [getattr(node, "target", None)])
         if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign | ast.Delete):
             places = [t for t in targets if isinstance(t, ast.Subscript)]
@@ -263,26 +260,38 @@ def changed(source):
     return names
 
 
-def own_classes(sources):
-    trees = [ast.parse(source) for source in sources]
-    return {n.name for t in trees for n in ast.walk(t) if isinstance(n, ast.ClassDef)}
-
-
-def kept_between_calls(source, sources):
-    """Names that a module of these `sources` keeps what changes in.
+def kept_between_calls(sources):
+    """`module.name` of what modules (their sources by name) keep and may change.
 
     Containers that any of them changes, objects of classes that are not frozen, names
     that are rebound by `global`, and functions that remember their results.
     """
-    mutable = own_classes(sources) - frozen_classes(sources)
-    changes, names = set().union(*map(changed, sources)), set()
-    for node in ast.walk(ast.parse(source)):
+    trees = {module: ast.parse(source) for module, source in sources.items()}
+    changes = set().union(*map(changed, trees.values()))
+    mutable = set().union(*map(mutable_classes, trees.values()))
+    return {
+        f"{module}.{name}"
+        for module, tree in trees.items()
+        for name in remembered(tree) | state(tree, changes, mutable)
+    }
+
+
+def remembered(tree):
+    """Names rebound by `global`, and functions that remember their results."""
+    names = set()
+    for node in ast.walk(tree):
         if isinstance(node, ast.Global):
             names |= set(node.names)
         decorators = getattr(node, "decorator_list", [])
         if {"cache", "lru_cache"} & set(map(last_name, decorators)):
             names.add(node.name)
-    for node in ast.parse(source).body:
+    return names
+
+
+def state(tree, changes, mutable):
+    """Names of a module for containers among the changes, and for such objects."""
+    names = set()
+    for node in tree.body:
         if not isinstance(node, ast.Assign | ast.AnnAssign):
             continue
         targets = getattr(node, "targets", [getattr(node, "target", None)])
@@ -296,12 +305,7 @@ def kept_between_calls(source, sources):
 
 def test_no_module_keeps_anything_between_calls():
     sources = {room_of(path): path.read_text("utf-8") for path in FILES}
-    found = {
-        f"{room}.{name}"
-        for room, source in sources.items()
-        for name in kept_between_calls(source, list(sources.values()))
-    }
-    assert found == set(STATE)
+    assert kept_between_calls(sources) == set(STATE)
 
 
 @pytest.mark.parametrize(
@@ -320,7 +324,7 @@ def test_no_module_keeps_anything_between_calls():
     ],
 )
 def test_what_a_module_keeps_is_seen(source, names):
-    assert kept_between_calls(source, [source]) == names
+    assert kept_between_calls({"a": source}) == {f"a.{name}" for name in names}
 
 
 @named(FILES)

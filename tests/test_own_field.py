@@ -82,8 +82,7 @@ SETTINGS = replace(
 )
 
 
-@pytest.fixture
-def result():
+def fitted():
     drawn = triangles_and_circles(2, size=SIZE, seed=3)
     place = geometry((SIZE, SIZE), 1)
     moving, fixed = (
@@ -95,7 +94,8 @@ def result():
     )
 
 
-def test_a_pair_is_registered_saved_exported_and_certified_with_it(result, tmp_path):
+def test_a_pair_is_registered_saved_exported_and_certified_with_it(tmp_path):
+    result = fitted()
     field = result.fit.field_AB
     assert type(field) is WaveField
     assert (field.gain, field.first.out_features) == (0.75, 12)
@@ -119,7 +119,15 @@ def test_a_pair_is_registered_saved_exported_and_certified_with_it(result, tmp_p
     assert 0 < answer.smallest <= determinants.min()
 
 
-def test_a_file_says_which_field_must_be_registered_first(result, tmp_path):
+def registered_with(field):
+    fit = small_fit(2, unit_matrix(2))
+    place = geometry((9, 8), 1)
+    fit = replace(fit, field_AB=field(2, fit.code.size))
+    return Registration(fit, place, place, itk=True)
+
+
+def test_a_file_says_which_field_must_be_registered_first(tmp_path):
+    result = registered_with(WaveField)
     result.save(tmp_path / "pair.nephi")
     del FIELDS["wave"]
     with pytest.raises(ValueError, match=r"got 'wave'; register another with icon_n"):
@@ -127,13 +135,6 @@ def test_a_file_says_which_field_must_be_registered_first(result, tmp_path):
     with pytest.raises(ValueError, match="WaveField has none; register it"):
         result.save(tmp_path / "again.nephi")
     assert not (tmp_path / "again.nephi").exists()
-
-
-def registered_with(field):
-    fit = small_fit(2, unit_matrix(2))
-    place = geometry((9, 8), 1)
-    fit = replace(fit, field_AB=field(2, fit.code.size))
-    return Registration(fit, place, place, itk=True)
 
 
 def test_what_a_field_lacks_is_said_in_a_sentence(tmp_path):
