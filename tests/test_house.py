@@ -254,6 +254,125 @@ def test_only_the_commands_print(path):
     assert "print" not in calls(path.read_text("utf-8"))
 
 
+# What a module may keep between calls, and why.
+STATE = {
+    "derivatives._derives_twice": "what this torch can do never changes",
+    "determinant_bounds._slopes": "tables, of their arguments alone",
+    "expansions._chain": "tables, of their arguments alone",
+    "expansions._products": "tables, of their arguments alone",
+    "expansions._sums": "tables, of their arguments alone",
+    "expansions.monomials": "tables, of their arguments alone",
+    "fields.FIELDS": "the registry: fields of one's own are entered",
+    "fields.workspace.WORKSPACE": "memory, bounded for all fields together",
+}
+CONTAINERS = (ast.Dict, ast.List, ast.Set, ast.DictComp, ast.ListComp, ast.SetComp)
+MAKERS = {"dict", "list", "set", "defaultdict", "deque", "Counter", "OrderedDict"}
+CHANGES = {
+    *("append", "extend", "insert", "remove", "pop", "popitem", "clear", "sort"),
+    *("reverse", "update", "setdefault", "add", "discard", "appendleft"),
+}
+
+
+def last_name(node):
+    """Of `a.b.c`, `c(...)` and the like: "c"."""
+    if isinstance(node, ast.Call):
+        return last_name(node.func)
+    return getattr(node, "attr", getattr(node, "id", ""))
+
+
+def mutable_classes(tree):
+    """Names of the classes whose objects may change: not frozen, no named tuples."""
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    return {
+        node.name
+        for node in classes
+        if "NamedTuple" not in map(last_name, node.bases)
+        and not any("frozen=True" in ast.unparse(d) for d in node.decorator_list)
+    }
+
+
+def changed(tree):
+    """Names whose contents are changed: x[...] = 1, x += [1], x.append(1)."""
+    names = set()
+    for node in ast.walk(tree):
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign | ast.Delete):
+            places = [t for t in targets if isinstance(t, ast.Subscript)]
+            names |= {last_name(place.value) for place in places}
+        if isinstance(node, ast.AugAssign):
+            names.add(last_name(node.target))
+        if isinstance(node, ast.Call) and last_name(node) in CHANGES:
+            names.add(last_name(getattr(node.func, "value", None)))
+    return names
+
+
+def kept_between_calls(sources):
+    """`module.name` of what modules (their sources by name) keep and may change.
+
+    Containers that any of them changes, objects of classes that are not frozen, names
+    that are rebound by `global`, and functions that remember their results.
+    """
+    trees = {module: ast.parse(source) for module, source in sources.items()}
+    changes = set().union(*map(changed, trees.values()))
+    mutable = set().union(*map(mutable_classes, trees.values()))
+    return {
+        f"{module}.{name}"
+        for module, tree in trees.items()
+        for name in remembered(tree) | state(tree, changes, mutable)
+    }
+
+
+def remembered(tree):
+    """Names rebound by `global`, and functions that remember their results."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Global):
+            names |= set(node.names)
+        decorators = getattr(node, "decorator_list", [])
+        if {"cache", "lru_cache"} & set(map(last_name, decorators)):
+            names.add(node.name)
+    return names
+
+
+def state(tree, changes, mutable):
+    """Names of a module for containers among the changes, and for such objects."""
+    names = set()
+    for node in tree.body:
+        if not isinstance(node, ast.Assign | ast.AnnAssign):
+            continue
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        made = last_name(node.value) if isinstance(node.value, ast.Call) else ""
+        container = isinstance(node.value, CONTAINERS) or made in MAKERS
+        for target in map(last_name, targets):
+            if made in mutable or (container and target in changes):
+                names.add(target)
+    return names
+
+
+def test_no_module_keeps_anything_between_calls():
+    sources = {room_of(path): path.read_text("utf-8") for path in FILES}
+    assert kept_between_calls(sources) == set(STATE)
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("X = {}\ndef f():\n    X[1] = 2", {"X"}),
+        ("X: list[int] = []\ndef f():\n    X.append(2)", {"X"}),
+        ("X = set()\ndef f():\n    global X\n    X = 1", {"X"}),
+        ("X = dict(a=1)\ndef f():\n    del X['a']", {"X"}),
+        ("X = [1]\ndef f():\n    return X[0]", set()),
+        ("def f():\n    x = []\n    x.append(1)", set()),
+        ("@functools.lru_cache(maxsize=2)\ndef f(): 0", {"f"}),
+        ("class A: 0\nX = A()", {"X"}),
+        ("@dataclass(frozen=True)\nclass A: 0\nX = A()", set()),
+        ("class A(NamedTuple): 0\nX = A()", set()),
+    ],
+)
+def test_what_a_module_keeps_is_seen(source, names):
+    assert kept_between_calls({"a": source}) == {f"a.{name}" for name in names}
+
+
 @named(FILES)
 def test_a_file_is_short_enough_to_read(path):
     lines = path.read_text("utf-8").count("\n")
