@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -94,17 +94,12 @@ def warp_to(
     into = volume.geometry.physical_to_unit()
     last = np.array(volume.geometry.size) - 1.0
 
-    @lru_cache  # where it is needed all of the image is read for it, once
-    def beyond() -> float:
-        return _least(level) if outside is None else outside
-
     def index(_: Array, moved: Array) -> Array:
         unit = apply_affine(into, torch.from_numpy(moved)).numpy()
         voxels: Array = unit * last
         return voxels
 
-    def values(at: Array) -> Array:
-        return _read(cache, at, mode, beyond)
+    values = _Image(level, cache, mode, outside).read
 
     try:
         border = _field(registration, direction)
@@ -358,28 +353,42 @@ def _cubic(count: int, nodes: int) -> Array:
     return weights
 
 
-def _read(
-    cache: ChunkCache, at: Array, mode: str, outside: Callable[[], float]
-) -> Array:
-    """Values ``[*block]`` of an image at voxel indices ``[*block, d]`` float32."""
-    rows = torch.from_numpy(at).flatten(0, -2)
-    box = []
-    ends = zip(rows.amin(0).tolist(), rows.amax(0).tolist(), cache.shape, strict=True)
-    for low, high, n in ends:
-        start = min(max(math.floor(low) - 1, 0), n - 2)
-        box.append(slice(start, min(max(math.ceil(high) + 2, start + 2), n)))
-    values = cache.box(tuple(box))
-    index = rows - rows.new_tensor([b.start for b in box])
-    last = rows.new_tensor(values.shape) - 1
-    if mode == "nearest":
-        near = (index + 0.5).floor().clamp(min=0).minimum(last).long()
-        read: Array = values[tuple(near.T.numpy())]
-    else:
-        tensor = torch.from_numpy(values.astype(np.float32))[None, None]
-        unit = points_as_grid((index / last)[None])
-        read = sample_image(tensor, unit).flatten().numpy()
-    far = outside_grid(rows.numpy(), cache.shape)
-    if far.any():
-        read = np.where(far, np.asarray(outside(), read.dtype), read)
-    result: Array = read.reshape(at.shape[:-1])
-    return result
+@dataclass(frozen=True)
+class _Image:
+    """An image read between its voxels; see `warp_to`."""
+
+    level: Level
+    cache: ChunkCache
+    mode: str
+    outside: float | None
+
+    @cached_property
+    def beyond(self) -> float:
+        """The value where there is no image: all of it may be read for that, once."""
+        return _least(self.level) if self.outside is None else self.outside
+
+    def read(self, at: Array) -> Array:
+        """Values ``[*block]`` at voxel indices ``[*block, d]`` float32."""
+        rows = torch.from_numpy(at).flatten(0, -2)
+        box = []
+        ends = zip(
+            rows.amin(0).tolist(), rows.amax(0).tolist(), self.cache.shape, strict=True
+        )
+        for low, high, n in ends:
+            start = min(max(math.floor(low) - 1, 0), n - 2)
+            box.append(slice(start, min(max(math.ceil(high) + 2, start + 2), n)))
+        values = self.cache.box(tuple(box))
+        index = rows - rows.new_tensor([b.start for b in box])
+        last = rows.new_tensor(values.shape) - 1
+        if self.mode == "nearest":
+            near = (index + 0.5).floor().clamp(min=0).minimum(last).long()
+            read: Array = values[tuple(near.T.numpy())]
+        else:
+            tensor = torch.from_numpy(values.astype(np.float32))[None, None]
+            unit = points_as_grid((index / last)[None])
+            read = sample_image(tensor, unit).flatten().numpy()
+        far = outside_grid(rows.numpy(), self.cache.shape)
+        if far.any():
+            read = np.where(far, np.asarray(self.beyond, read.dtype), read)
+        result: Array = read.reshape(at.shape[:-1])
+        return result

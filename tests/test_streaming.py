@@ -7,7 +7,7 @@ import torch
 from small_fits import geometry, small_fit, unit_matrix
 
 from icon_nephi import block_files, streaming
-from icon_nephi.chunks import Level
+from icon_nephi.chunks import ChunkCache, Level
 from icon_nephi.coordinates import Geometry
 from icon_nephi.registration import Registration
 from icon_nephi.streaming import displacement_to, jacobian_to, warp_to
@@ -167,7 +167,7 @@ def test_what_is_cut_off_leaves_nothing_and_changes_nothing(
     if before:
         warp_to(result, volume, path, progress=False)
         kept = sorted((f, f.stat().st_mtime_ns) for f in tmp_path.rglob("*"))
-    read, calls = streaming._read, []
+    read, calls = ChunkCache.box, []
 
     def cut_off(*arguments):
         calls.append(0)
@@ -175,7 +175,7 @@ def test_what_is_cut_off_leaves_nothing_and_changes_nothing(
             raise KeyboardInterrupt
         return read(*arguments)
 
-    monkeypatch.setattr(streaming, "_read", cut_off)
+    monkeypatch.setattr(ChunkCache, "box", cut_off)
     with pytest.raises(KeyboardInterrupt):
         warp_to(result, volume, path, progress=False)
     left = sorted((f, f.stat().st_mtime_ns) for f in tmp_path.rglob("*"))
@@ -184,7 +184,7 @@ def test_what_is_cut_off_leaves_nothing_and_changes_nothing(
         assert [t for f, t in left if f.is_file()] == [
             t for f, t in kept if f.is_file()
         ]
-    monkeypatch.setattr(streaming, "_read", read)
+    monkeypatch.setattr(ChunkCache, "box", read)
     warp_to(result, volume, path, progress=False)
     assert [f.name for f in tmp_path.iterdir()] == [name]
 
