@@ -19,9 +19,8 @@ test: $(INSTALLED) ## run the tests that need neither a GPU nor minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 # Those whose numbers round differently on an older processor.
-NUMERICAL := $(patsubst %,tests/test_%.py,affine codes coordinates encoders \
-	features fields interpolation jets lattices losses metrics models optimize \
-	sampling similarities transforms)
+NUMERICAL := $(patsubst %,tests/%,space fields maps losses report/test_metrics.py \
+	fit/test_affine.py fit/test_optimize.py icon/test_models.py)
 test-baseline: $(INSTALLED) ## run the numerical tests as on the oldest processor
 	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -n auto \
 		$(NUMERICAL)
@@ -31,11 +30,11 @@ matrix: $(INSTALLED) ## run the tests as on other processors and with other vers
 	.ci/matrix $(ONLY)
 
 bench: $(INSTALLED) ## measure the speed and memory of the core
-	$(BIN)/python -m evaluation.bench_field
-	$(BIN)/python -m evaluation.bench_regularizer --counts 500 5000
-	$(BIN)/python -m evaluation.bench_step
-	$(BIN)/python -m evaluation.bench_export
-	$(BIN)/python -m evaluation.bench_scaling
+	$(BIN)/python -m evaluation.speed.bench_field
+	$(BIN)/python -m evaluation.speed.bench_regularizer --counts 500 5000
+	$(BIN)/python -m evaluation.speed.bench_step
+	$(BIN)/python -m evaluation.speed.bench_export
+	$(BIN)/python -m evaluation.speed.bench_scaling
 
 docs: $(INSTALLED) ## build the documentation, docs/_build/index.html
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build

@@ -8,17 +8,19 @@ from setuptools import setup
 # The version is read as text, so that building does not import torch.
 INIT = Path(__file__).parent / "icon_nephi" / "__init__.py"
 VERSION = re.search(r'^__version__ = "(.+)"$', INIT.read_text("utf-8"), re.MULTILINE)[1]
+# Written out: training, evaluation and tests are never installed.
+WINGS = [
+    *("space", "fields", "maps", "losses", "fit", "io"),
+    *("report", "registration", "proofs", "commands"),
+]
 
 setup(
     name="icon_nephi",
     version=VERSION,
     description="NePhi neural deformation fields for icon_registration",
     license="Apache-2.0",
-    packages=[
-        "icon_nephi",
-        "icon_nephi.fields",
-    ],  # written out: training and tests are never installed
-    package_data={"icon_nephi": ["py.typed", "report.html"]},
+    packages=["icon_nephi", *(f"icon_nephi.{wing}" for wing in WINGS)],
+    package_data={"icon_nephi": ["py.typed", "report/page.html"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11",

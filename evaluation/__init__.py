@@ -14,11 +14,11 @@ from typing import Any
 import itk
 import numpy as np
 
-from icon_nephi import itk_images
-from icon_nephi.cases import Case
-from icon_nephi.itk_images import array_of, check_label_map
-from icon_nephi.metrics import landmark_summary, mean_dice, summarize
-from icon_nephi.two_way import DIRECTIONS
+from icon_nephi.commands.cases import Case
+from icon_nephi.io import itk_images
+from icon_nephi.io.itk_images import array_of, check_label_map
+from icon_nephi.maps.two_way import DIRECTIONS
+from icon_nephi.report.metrics import landmark_summary, mean_dice, summarize
 
 STATISTICS = ("mean", "median", "p95")  # of landmark errors
 RANDOM_POINTS = 100_000
@@ -56,7 +56,7 @@ def image_from(array: np.ndarray, like: Any = None) -> Any:
 
 def read_image(path: Path) -> Any:
     """Return a float image; colours become grey (ITK's luminance weights)."""
-    return itk_images.read_image("image", path, itk.F)
+    return itk_images.read_image("image", path, as_float=True)
 
 
 def read_labels(path: Path) -> Any:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from icon_nephi.memory import peak_memory
-from icon_nephi.metrics import landmark_summary
-from icon_nephi.two_way import DIRECTIONS
+from icon_nephi._memory import peak_memory
+from icon_nephi.maps.two_way import DIRECTIONS
+from icon_nephi.report.metrics import landmark_summary
 
 
 def main(out: Path, shape: tuple[int, ...] = (96, 80, 96), seed: int = 0) -> None:
@@ -23,7 +23,7 @@ def main(out: Path, shape: tuple[int, ...] = (96, 80, 96), seed: int = 0) -> Non
     import itk
 
     import icon_nephi
-    from icon_nephi.metrics import summarize
+    from icon_nephi.report.metrics import summarize
 
     moving, fixed, points = chest(shape, seed)
     out.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def write_example(out: Path, moving, fixed, points, seed: int) -> None:
     """Write what there is to register as files: inhale_* moves, exhale_* is fixed."""
     import itk
 
-    from icon_nephi.itk_images import geometry_of, image_of
+    from icon_nephi.io.itk_images import geometry_of, image_of
     from icon_nephi.phantoms import LABELS, breathing_thorax
 
     place = geometry_of(fixed)
@@ -89,9 +89,9 @@ def write_example(out: Path, moving, fixed, points, seed: int) -> None:
 
 def chest(shape: tuple[int, ...], seed: int) -> tuple:
     """Return moving and fixed ITK images and their landmarks ``[N, d]`` in LPS mm."""
-    from icon_nephi.coordinates import Geometry
-    from icon_nephi.itk_images import image_of
+    from icon_nephi.io.itk_images import image_of
     from icon_nephi.phantoms import breathing_thorax
+    from icon_nephi.space.frames import Geometry
 
     phantom = breathing_thorax(shape, seed=seed)
     spacing = tuple(reversed(phantom.spacing))

@@ -28,21 +28,14 @@ from typing import Any
 
 import numpy as np
 
-from evaluation import (
-    DIRECTIONS,
-    STATISTICS,
-    before,
-    csv_file,
-    machine,
-    register,
-    score,
-)
-from evaluation.pairs import find_cases
-from evaluation.peers import DEFAULT, PEERS, NotApplicable, missing
-from icon_nephi.atomic import write_csv, written_whole
-from icon_nephi.cases import Case
-from icon_nephi.memory import peak_memory
-from icon_nephi.versions import version
+from evaluation import STATISTICS, before, csv_file, machine, register, score
+from evaluation.accuracy.pairs import find_cases
+from evaluation.accuracy.peers import DEFAULT, PEERS, NotApplicable, missing
+from icon_nephi._memory import peak_memory
+from icon_nephi.commands.cases import Case
+from icon_nephi.io.atomic import write_csv, written_whole
+from icon_nephi.io.versions import version
+from icon_nephi.maps.two_way import DIRECTIONS
 
 NOT_INSTALLED = "not installed"
 OURS = {"icon_nephi": "evaluation.register_pairs:nephi"}
@@ -309,7 +302,10 @@ def main(argv: list[str] | None = None, methods: dict[str, str] | None = None) -
     runs = {n: {"function": f, "arguments": ours} for n, f in methods.items()}
     for name in DEFAULT if args.peers == [] else args.peers or ():
         settings = {"asked": name in args.peers, "threads": args.threads}
-        runs[name] = {"function": f"evaluation.peers:{name}", "arguments": settings}
+        runs[name] = {
+            "function": f"evaluation.accuracy.peers:{name}",
+            "arguments": settings,
+        }
         if sentence := missing(name):
             print(sentence)
     rows: list[dict[str, Any]] = []

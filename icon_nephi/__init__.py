@@ -7,21 +7,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from icon_nephi import itk_wrapper as itk_wrapper
-    from icon_nephi.certificate import certify
-    from icon_nephi.codes import LatentCode, LatentCodeTable
-    from icon_nephi.encoders import HybridEncoder
     from icon_nephi.fields import LatentMLP, ModulatedSiren
-    from icon_nephi.losses import GradientICONPoints, gradient_inverse_consistency
-    from icon_nephi.models import make_network
-    from icon_nephi.registration import Registration, ensemble, load, register
-    from icon_nephi.sampling import Patches, Points
-    from icon_nephi.swap import add_neural_residual, swap_fields
-    from icon_nephi.transforms import (
+    from icon_nephi.fields.codes import LatentCode, LatentCodeTable
+    from icon_nephi.fields.encoders import HybridEncoder
+    from icon_nephi.losses.gradient_icon import (
+        GradientICONPoints,
+        gradient_inverse_consistency,
+    )
+    from icon_nephi.maps.networks import (
         FirstTransform,
         FunctionFromNeuralField,
         NePhi,
         TwoStepPair,
     )
+    from icon_nephi.models import make_network
+    from icon_nephi.proofs.certificate import certify
+    from icon_nephi.registration.register import ensemble, register
+    from icon_nephi.registration.result import Registration, load
+    from icon_nephi.space.sampling import Patches, Points
+    from icon_nephi.swap import add_neural_residual, swap_fields
 
 __version__ = "0.1.0"
 
@@ -50,26 +54,26 @@ __all__ = [
 ]
 
 _HOMES = {
-    "FirstTransform": "transforms",
-    "FunctionFromNeuralField": "transforms",
-    "GradientICONPoints": "losses",
-    "HybridEncoder": "encoders",
-    "LatentCode": "codes",
-    "LatentCodeTable": "codes",
+    "FirstTransform": "maps.networks",
+    "FunctionFromNeuralField": "maps.networks",
+    "GradientICONPoints": "losses.gradient_icon",
+    "HybridEncoder": "fields.encoders",
+    "LatentCode": "fields.codes",
+    "LatentCodeTable": "fields.codes",
     "LatentMLP": "fields",
     "ModulatedSiren": "fields",
-    "NePhi": "transforms",
-    "Patches": "sampling",
-    "Points": "sampling",
-    "Registration": "registration",
-    "TwoStepPair": "transforms",
+    "NePhi": "maps.networks",
+    "Patches": "space.sampling",
+    "Points": "space.sampling",
+    "Registration": "registration.result",
+    "TwoStepPair": "maps.networks",
     "add_neural_residual": "swap",
-    "certify": "certificate",
-    "ensemble": "registration",
-    "gradient_inverse_consistency": "losses",
-    "load": "registration",
+    "certify": "proofs.certificate",
+    "ensemble": "registration.register",
+    "gradient_inverse_consistency": "losses.gradient_icon",
+    "load": "registration.result",
     "make_network": "models",
-    "register": "registration",
+    "register": "registration.register",
     "swap_fields": "swap",
 }
 

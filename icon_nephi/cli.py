@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from icon_nephi.memory import memory_for
-from icon_nephi.parsers import (
+from icon_nephi._memory import memory_for
+from icon_nephi.commands.flags import (
     IMAGES,
     MODALITIES,
     POINTS,
@@ -62,8 +62,8 @@ def register(argv: Sequence[str] | None = None) -> None:
         _register_pairs(given, command)
         return
 
-    from icon_nephi import runs
-    from icon_nephi.describe import summary_lines
+    from icon_nephi.commands import register as runs
+    from icon_nephi.commands.info import summary_lines
 
     runs.check_flags(given)
     found = runs.run(given, command)
@@ -76,7 +76,8 @@ def register(argv: Sequence[str] | None = None) -> None:
 
 
 def _register_pairs(given: argparse.Namespace, command: list[str]) -> None:
-    from icon_nephi import batch, runs
+    from icon_nephi.commands import batch
+    from icon_nephi.commands import register as runs
 
     if given.pairs is None or given.out_dir is None:
         raise ValueError("--pairs and --out_dir belong together: give both")
@@ -158,9 +159,9 @@ def warp(argv: Sequence[str] | None = None) -> None:
     if given.errors and not (own and ending == ".csv"):
         raise ValueError("--errors needs a .nephi file and --points in a .csv")
 
-    from icon_nephi import warps
-    from icon_nephi.atomic import written_whole
-    from icon_nephi.two_way import direction_of, opposite
+    from icon_nephi.commands import warp as warps
+    from icon_nephi.io.atomic import written_whole
+    from icon_nephi.maps.two_way import direction_of, opposite
 
     mapping, direction = warps.read_map(given.transform), direction_of(inverse=inverse)
     if given.points:
@@ -175,7 +176,7 @@ def warp(argv: Sequence[str] | None = None) -> None:
         for warning in odd:
             print(f"nephi-warp: warning: {warning}", file=sys.stderr)
     else:
-        from icon_nephi.itk_maps import write_image
+        from icon_nephi.io.itk_images import write_image
 
         result = warps.warp_image(
             mapping,
@@ -206,13 +207,12 @@ def jacobian(argv: Sequence[str] | None = None) -> None:
             "nephi-register wrote to --inverse_transform_out"
         )
 
-    from icon_nephi import warps
-    from icon_nephi.atomic import written_whole
-    from icon_nephi.itk_images import array_of, geometry_of, image_of
-    from icon_nephi.itk_maps import write_image
-    from icon_nephi.measure import spread_of
-    from icon_nephi.metrics import count_folds
-    from icon_nephi.two_way import direction_of
+    from icon_nephi.commands import warp as warps
+    from icon_nephi.io.atomic import written_whole
+    from icon_nephi.io.itk_images import array_of, geometry_of, image_of, write_image
+    from icon_nephi.maps.jacobians import count_folds
+    from icon_nephi.maps.two_way import direction_of
+    from icon_nephi.report.measure import spread_of
 
     mapping = warps.read_map(given.transform)
     direction = direction_of(inverse=given.inverse)
@@ -254,7 +254,7 @@ def info(argv: Sequence[str] | None = None) -> None:
     if not str(given.file).lower().endswith(endings):
         raise ValueError(f"{given.file} must end in one of {', '.join(endings)}")
 
-    from icon_nephi.describe import describe, lines
+    from icon_nephi.commands.info import describe, lines
 
     found = describe(given.file)
     print(json.dumps(found, indent=2) if given.json else "\n".join(lines(found)))
@@ -272,11 +272,11 @@ def compare(argv: Sequence[str] | None = None) -> None:
 
     from tqdm import tqdm
 
-    from icon_nephi import compare as tools
-    from icon_nephi.atomic import write_csv
-    from icon_nephi.cases import find_cases, read_case
-    from icon_nephi.inputs import choose_device
-    from icon_nephi.methods import METHODS, Options
+    from icon_nephi.commands import compare as tools
+    from icon_nephi.commands.cases import find_cases, read_case
+    from icon_nephi.commands.methods import METHODS, Options
+    from icon_nephi.io.atomic import write_csv
+    from icon_nephi.io.image_input import choose_device
 
     choose_device(given.device, None)
     folders = find_cases(given.data, given.cases)
@@ -301,7 +301,7 @@ def compare(argv: Sequence[str] | None = None) -> None:
 
 
 def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of `icon_nephi.compare` as aligned columns; empty ones are left out."""
+    """Rows of a comparison as aligned columns; empty ones are left out."""
     heads = {
         "case": ("case", "s"),
         "method": ("method", "s"),
@@ -314,6 +314,6 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
         **{"inference_ms": ("inference ms", ".0f"), "step_ms": ("step ms", ".0f")},
         **{"steps": ("steps", "d"), "peak_gib": ("peak GiB", ".2f")},
     }
-    from icon_nephi.batch import aligned
+    from icon_nephi.commands.batch import aligned
 
     return aligned(rows, heads)

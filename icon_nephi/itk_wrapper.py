@@ -21,17 +21,18 @@ from icon_registration.losses import ICONLoss, to_floats
 from torch import Tensor, nn
 
 from icon_nephi._check import check_dimension, check_intensities
-from icon_nephi.coordinates import other_components, other_order, resize_image
-from icon_nephi.inputs import is_itk, read_input
-from icon_nephi.instance import refine_pair, unrefined_maps
-from icon_nephi.itk_images import (
+from icon_nephi.fit.refine import refine_pair, unrefined_maps
+from icon_nephi.io.image_input import is_itk, read_input
+from icon_nephi.io.itk_images import (
     check_itk_image,
     geometry_of,
     resample_to,
     tensor_of,
 )
-from icon_nephi.physical import Array
-from icon_nephi.transforms import Map
+from icon_nephi.maps.framed import Array
+from icon_nephi.maps.transforms import Map
+from icon_nephi.space.frames import other_components, other_order
+from icon_nephi.space.images import resize_image
 
 # Points of an exported field evaluated at once.
 SLAB = 2**18
@@ -105,7 +106,7 @@ def register_pair_with_mask(
         segmentation_A: ITK label map, handed to a model whose loss takes one.
         segmentation_B: the same of image_B.
         **options: ``export_shape`` (voxels of the transforms' fields, tensor order;
-            default the network's grid), and of `icon_nephi.instance.refine_pair`:
+            default the network's grid), and of `icon_nephi.fit.refine.refine_pair`:
             ``code_learning_rate``, ``stages``, ``regularity``, ``patience``,
             ``progress``, ``callback``, ``seed``.
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from icon_nephi._check import check_image, check_intensities, check_mask
-from icon_nephi.inputs import check_kind, is_itk
+from icon_nephi.io.image_input import check_kind, is_itk
 from icon_nephi.swap import add_neural_residual, swap_fields
 
 NEURAL = ("residual", "last", "none")
@@ -373,7 +373,7 @@ def _prepare(image: Any, mask: Any, scale: Callable[[Tensor], Tensor]) -> Any:
     if mask is not None:
         check_kind("segmentation", mask, "image", image)
     if is_itk(image):
-        from icon_nephi import itk_images
+        from icon_nephi.io import itk_images
 
         itk_images.check_itk_image("image", image)
         place = itk_images.geometry_of(image)

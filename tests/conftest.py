@@ -44,7 +44,9 @@ def generator():
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """What the commands are tried in, see `make_folder`."""
-    from command_files import make_folder  # imports itk, which few tests need
+    from tests.commands.command_files import (
+        make_folder,  # imports itk, which few tests need
+    )
 
     return make_folder(tmp_path, monkeypatch)
 
@@ -52,7 +54,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def scans():
     """itk, a moving and a fixed image, see `make_scans`."""
-    from icon_scans import make_scans
+    from tests.icon_scans import make_scans
 
     return make_scans()
 

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from problems import mlp
 
-from icon_nephi.codes import LatentCodeTable
-from icon_nephi.coordinates import identity_map
-from icon_nephi.transforms import NePhi
+from icon_nephi.fields.codes import LatentCodeTable
+from icon_nephi.maps.networks import NePhi
+from icon_nephi.space.frames import identity_map
+from tests.maps.problems import mlp
 
 GRID = (7, 8, 6)  # of the network
 MILLIMETRES = 1e-3  # an ITK transform and the map in memory may differ by this

@@ -3,13 +3,13 @@
 import numpy as np
 import torch
 
-from icon_nephi.codes import LatentCode
-from icon_nephi.coordinates import Geometry
 from icon_nephi.fields import LatentMLP, ModulatedSiren
-from icon_nephi.fitting import fit_pair
-from icon_nephi.models import Fit
-from icon_nephi.optimize import FitOptions
-from icon_nephi.preprocess import PreparedImage
+from icon_nephi.fields.codes import LatentCode
+from icon_nephi.fit.from_scratch import fit_pair
+from icon_nephi.fit.optimize import FitOptions
+from icon_nephi.fit.settings import Fit
+from icon_nephi.space.frames import Geometry
+from icon_nephi.space.prepared import PreparedImage
 
 KINDS = {"LatentMLP": {"width": 16}, "ModulatedSiren": {"width": 16, "frequencies": 8}}
 

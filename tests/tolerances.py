@@ -1,6 +1,6 @@
 """A pytest plugin: how near each numeric comparison of the tests is to failing.
 
-    python -m pytest -p tests.tolerances --tolerances FILE tests/test_codes.py
+    python -m pytest -p tests.tolerances --tolerances FILE tests/fields/test_codes.py
     python -m tests.tolerances FILE FILE ...
 
 The first lists the comparisons by measured / allowed, the nearest to failing first, and
@@ -25,7 +25,11 @@ from _pytest.assertion import rewrite
 
 FOLDER = Path(__file__).parent
 SHARED = {"tolerances.py", "conftest.py"}  # these compare for others
-HELPERS = ["laws", "problems", "small_fits"]  # hold assert statements, too
+HELPERS = [
+    "tests.maps.laws",
+    "tests.maps.problems",
+    "tests.small_fits",
+]  # hold assert statements, too
 BY_SIZE = {"Lt": operator.lt, "LtE": operator.le, "Gt": operator.gt, "GtE": operator.ge}
 DEFAULTS = {torch.float32: (1.3e-6, 1e-5), torch.float64: (1e-7, 1e-7)}  # of torch
 NOT_NUMBERS = TypeError, ValueError, KeyError, RuntimeError
@@ -48,7 +52,7 @@ def caller():
     frame = sys._getframe(2)
     while frame:
         path = Path(frame.f_code.co_filename)
-        if path.parent.name == "icon_nephi":
+        if "icon_nephi" in path.parts and FOLDER not in path.parents:
             return None
         if FOLDER in path.parents and path.name not in SHARED:
             return f"{path.name}:{frame.f_lineno}"

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from icon_nephi.atomic import written_whole
-from icon_nephi.coordinates import Geometry, identity_map, sample_image
+from icon_nephi.io.atomic import written_whole
+from icon_nephi.space.frames import Geometry, identity_map
+from icon_nephi.space.images import sample_image
 
 Load = Callable[[int], tuple[Tensor, Tensor | None]]
 

@@ -30,8 +30,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from icon_nephi import GradientICONPoints
-from icon_nephi.atomic import written_whole
-from icon_nephi.images import gaussian_blur
+from icon_nephi.io.atomic import written_whole
+from icon_nephi.space.images import gaussian_blur
 from training.data import Images, augment
 
 CHECKPOINT = "checkpoint.pt"

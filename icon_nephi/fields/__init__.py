@@ -12,7 +12,7 @@ unit-box units. A module may know more of itself, each of which is optional:
   `torch.func.jvp` derives the field.
 - ``on_lines(weights, nodes)``: displacement ``[n, L, d]`` on lines of a lattice, from
   what `LatentCode.on_lines` returns. Without it the field is asked point by point.
-- ``expand(points, values)``: the displacement as `icon_nephi.expansions.Expansion`, of
+- ``expand(points, values)``: the displacement as `expansions.Expansion`, of
   the degree and precision of the `Expansion` of the values; that of the points is of
   degree 1 and float64 (see `Expansion.matching`). Without it `icon_nephi.certify` can
   prove nothing.

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from icon_nephi import expansions
-from icon_nephi.expansions import Expansion, through
+from icon_nephi.fields import expansions
+from icon_nephi.fields.expansions import Expansion, through
 from icon_nephi.fields.jets import sine
 from icon_nephi.fields.layers import linear_layer, zero_layer
 from icon_nephi.fields.protocol import displacement_at_each_point

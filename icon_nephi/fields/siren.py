@@ -8,8 +8,8 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from icon_nephi import expansions
-from icon_nephi.expansions import Expansion, through
+from icon_nephi.fields import expansions
+from icon_nephi.fields.expansions import Expansion, through
 from icon_nephi.fields.jets import siren
 from icon_nephi.fields.layers import linear_layer, zero_layer
 
