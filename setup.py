@@ -14,7 +14,10 @@ setup(
     version=VERSION,
     description="NePhi neural deformation fields for icon_registration",
     license="Apache-2.0",
-    packages=["icon_nephi"],  # written out: training and tests are never installed
+    packages=[
+        "icon_nephi",
+        "icon_nephi.fields",
+    ],  # written out: training and tests are never installed
     package_data={"icon_nephi": ["py.typed", "report.html"]},
     python_requires=">=3.10",
     install_requires=[
@@ -25,7 +28,6 @@ setup(
         "scipy",
         "safetensors",
         "tqdm",
-        "matplotlib",
         "jinja2",
         "pooch",
     ],
@@ -35,7 +37,8 @@ setup(
         "zarr": ["zarr>=3"],
         "dev": [
             *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "playwright"),
-            *("nibabel", "zarr", "SimpleITK", "sphinx", "myst-parser", "furo"),
+            *("nibabel", "zarr", "SimpleITK", "matplotlib"),
+            *("sphinx", "myst-parser", "furo"),
         ],
     },
     entry_points={

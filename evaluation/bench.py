@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from evaluation import machine, peak_memory, version, write_csv
+from evaluation import machine
+from icon_nephi.atomic import write_csv
+from icon_nephi.memory import held_memory, peak_memory
+from icon_nephi.versions import version
 
 MIB = 2**20
 
@@ -64,30 +67,14 @@ def ratios(rival: list[float], ours: list[float]) -> tuple[float, float, float]:
     return median(found), found[0], found[-1]
 
 
-def resident() -> float:
-    """Return the resident memory of this process in bytes; Linux only."""
-    for line in Path("/proc/self/status").read_text("ascii", "replace").splitlines():
-        if line.startswith("VmRSS:"):
-            return 1024.0 * int(line.split()[1])
-    raise RuntimeError("/proc/self/status has no VmRSS")
-
-
-def top() -> float:
-    """Return the peak of resident memory of this process so far, in bytes."""
-    found = peak_memory()
-    if found is None:
-        raise RuntimeError("the peak memory of a process is not known here")
-    return found * 2**30
-
-
 def peak_above(work: Callable[[], Any]) -> float:
     """Return by how many bytes a call raised this process's peak of resident memory.
 
     For a fresh process, whose peak so far is what is resident.
     """
-    before = resident()
+    before = held_memory()
     work()
-    return top() - before
+    return peak_memory() - before
 
 
 class Products(TorchDispatchMode):

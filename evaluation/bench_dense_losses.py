@@ -8,17 +8,15 @@ not mix; "bytes a voxel" is the peak of the step above what was there before it.
 """
 
 import argparse
-import json
-import subprocess
-import sys
 import time
-from pathlib import Path
+from itertools import product
 
 import icon_registration as icon
 import torch
 
 import icon_nephi
-from evaluation import machine, peak_memory, version, write_csv
+from evaluation import bench, csv_file, machine
+from icon_nephi.compare import alone
 
 GRIDS, CHANNELS = ((8,) * 3, (16,) * 3, (32,) * 3), (8, 8, 8)
 FIELDS = {
@@ -35,8 +33,8 @@ LOSSES = {
     ),
 }
 COLUMNS = (
-    *("loss", "field", "side", "peak_mib", "bytes_per_voxel", "seconds"),
-    *("threads", "machine", "torch"),
+    *("loss", "field", "side", "peak_mib", "bytes_per_voxel", "seconds", "error"),
+    *bench.PROVENANCE,
 )
 
 
@@ -59,74 +57,38 @@ def make_step(loss: str, field: str, side: int):
     return step
 
 
-def resident() -> int:
-    """Return the bytes of this process in memory now."""
-    for line in Path("/proc/self/status").read_text("ascii", "replace").splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no VmRSS: this script needs Linux")
-
-
 def measure(loss: str, field: str, side: int) -> dict:
-    """Return one row; call it in a process of its own."""
+    """Return one row; for a fresh process."""
     make_step(loss, field, 8)()  # what is loaded once does not count
     step = make_step(loss, field, side)
-    before, start = resident(), time.perf_counter()
-    step()
-    seconds, peak = time.perf_counter() - start, peak_memory() * 2**30 - before
+    start, peak = time.perf_counter(), bench.peak_above(step)
     return {
-        "loss": loss,
-        "field": field,
-        "side": side,
-        "peak_mib": peak / 2**20,
+        "peak_mib": peak / bench.MIB,
         "bytes_per_voxel": peak / side**3,
-        "seconds": seconds,
-        "threads": torch.get_num_threads(),
-        "machine": machine(),
-        "torch": version("torch"),
+        "seconds": time.perf_counter() - start,
+        **bench.provenance(),
     }
 
 
-def measure_alone(loss: str, field: str, side: int) -> dict:
-    """Return `measure`'s row, from a new process."""
-    code = f"from evaluation import bench_dense_losses as b\nb.tell({loss!r}, {field!r}"
-    result = subprocess.run(
-        [sys.executable, "-c", f"{code}, {side})"],
-        cwd=Path(__file__).parents[1],
-        stdout=subprocess.PIPE,
-        check=True,
-        text=True,
-    )
-    return json.loads(result.stdout.splitlines()[-1])
-
-
-def tell(loss: str, field: str, side: int) -> None:
-    print(json.dumps(measure(loss, field, side)))
-
-
-def main(sides: tuple[int, ...] = (32, 48, 64), out: Path | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Print a table; also write it as CSV if asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--sides", type=int, nargs="+", default=[32, 48, 64])
+    parser.add_argument("--out", type=csv_file, help="CSV file")
+    args = parser.parse_args(argv)
     rows = []
     print(f"{machine()}, {torch.get_num_threads()} threads, 3D, one training step")
     print(f"{'loss':20s}{'field':16s}{'side':>5s}{'MiB':>9s}{'B/voxel':>9s}{'s':>8s}")
-    for field in FIELDS:
-        for loss in LOSSES:
-            for side in sides:
-                row = measure_alone(loss, field, side)
-                rows.append(row)
-                print(
-                    f"{loss:20s}{field:16s}{side:5d}{row['peak_mib']:9.0f}"
-                    f"{row['bytes_per_voxel']:9.0f}{row['seconds']:8.1f}",
-                    flush=True,
-                )
-    if out is not None:
-        write_csv(out, COLUMNS, rows)
-        print(f"\nwrote {out}")
+    for field, loss, side in product(FIELDS, LOSSES, args.sides):
+        row = {"loss": loss, "field": field, "side": side}
+        row |= alone(measure, loss, field, side)
+        rows.append(row)
+        costs = row.get("error") or (
+            f"{row['peak_mib']:9.0f}{row['bytes_per_voxel']:9.0f}{row['seconds']:8.1f}"
+        )
+        print(f"{loss:20s}{field:16s}{side:5d}{costs}", flush=True)
+    bench.save(args.out, COLUMNS, rows)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--sides", type=int, nargs="+", default=[32, 48, 64])
-    parser.add_argument("--out", type=Path, help="CSV file")
-    arguments = parser.parse_args()
-    main(tuple(arguments.sides), arguments.out)
+    main()

@@ -11,11 +11,11 @@ process of its own, on one core; memory is beside the images and the result.
 import argparse
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from evaluation import bench
+from evaluation import bench, csv_file
 from icon_nephi.compare import alone
+from icon_nephi.memory import held_memory, peak_memory
 
 METHODS = ("tallUNet2", "default field", "by points", "paper's field")
 COLUMNS = (
@@ -29,8 +29,8 @@ def export(method: str, side: int) -> Any:
     import torch
 
     import icon_nephi
-    from icon_nephi.compare import voxel_step
     from icon_nephi.coordinates import Geometry
+    from icon_nephi.methods import voxel_step
     from icon_nephi.models import PRESETS, make_pair
     from icon_nephi.physical import FramedMap, over_grid
     from icon_nephi.transforms import NeuralTransform
@@ -69,12 +69,12 @@ def measure(method: str, side: int, repeats: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     export(method, 20)()  # what is loaded once does not count
     work = export(method, side)
-    before, seconds = bench.resident(), []
+    before, seconds = held_memory(), []
     for _ in range(repeats):
         start = time.process_time()
         work()
         seconds.append(time.process_time() - start)
-    beside = (bench.top() - before - 12 * side**3) / bench.MIB  # 3 float32 a voxel
+    beside = (peak_memory() - before - 12 * side**3) / bench.MIB  # 3 float32 a voxel
     return {
         "cpu_seconds": min(seconds),
         "mib_beside_output": beside,
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--side", type=int, default=175)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--out", type=Path, help="CSV file")
+    parser.add_argument("--out", type=csv_file, help="CSV file")
     args = parser.parse_args(argv)
     rows: list[dict[str, Any]] = []
     print(f"{args.side}^3, one core: CPU s, MiB beside the output, tallUNet2 / it")

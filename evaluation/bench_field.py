@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from evaluation import machine, version, write_csv
+from evaluation import bench, csv_file, machine
 from icon_nephi.codes import LatentCode
 from icon_nephi.fields import LatentMLP, ModulatedSiren, displacement_and_jacobian
 
 CODES = ((8, 8), (16, 8), (32, 8))  # nodes a side and channels of each local grid
-COLUMNS = ("what", "points", "microseconds_per_point", "ratio", "machine", "torch")
+COLUMNS = ("what", "points", "microseconds_per_point", "ratio", *bench.PROVENANCE)
 
 
 def seconds_of(work: Callable[[], None], least: float = 0.3) -> float:
@@ -133,16 +133,13 @@ def main(counts: tuple[int, ...] = (500, 5000), out: Path | None = None) -> None
                         "points": count,
                         "microseconds_per_point": cost,
                         "ratio": cost / base,
-                        "machine": machine(),
-                        "torch": version("torch"),
+                        **bench.provenance(),
                     }
                 )
-    if out is not None:
-        write_csv(out, COLUMNS, rows)
-        print(f"\nwrote {out}")
+    bench.save(out, COLUMNS, rows)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, help="CSV file")
+    parser.add_argument("--out", type=csv_file, help="CSV file")
     main(out=parser.parse_args().out)

@@ -7,16 +7,17 @@ and with a learned code instead of the encoder; each in its own process.
 """
 
 import argparse
-import subprocess
-import sys
 import time
 
-from evaluation import peak_memory
 from evaluation.demo import chest
+from icon_nephi.compare import alone
+from icon_nephi.memory import peak_memory
 
 
-def run(kind: str, shape: tuple[int, ...], steps: int, threads: int) -> None:
-    """Print one row."""
+def run(
+    kind: str, shape: tuple[int, ...], steps: int, threads: int
+) -> dict[str, float]:
+    """Return what it cost; for a fresh process."""
     import torch
 
     import icon_nephi
@@ -30,7 +31,7 @@ def run(kind: str, shape: tuple[int, ...], steps: int, threads: int) -> None:
         image_of(prepare(tensor_of(i), "ct")[0, 0].numpy(), geometry_of(i))
         for i in (moving, fixed)
     )
-    ready = peak_memory()
+    ready = peak_memory() / 2**30
     torch.manual_seed(0)
     if kind == "encoder":
         model = icon_nephi.make_network([1, 1, *shape])
@@ -50,11 +51,9 @@ def run(kind: str, shape: tuple[int, ...], steps: int, threads: int) -> None:
     icon_nephi.itk_wrapper.register_pair(
         model, A, B, finetune_steps=steps, progress=False
     )
-    print(
-        f"{kind:8s} {time.perf_counter() - start:6.1f} s "
-        f"{time.process_time() - cpu:6.1f} CPU s   peak {peak_memory():.2f} GiB "
-        f"({ready:.2f} GiB before)"
-    )
+    peak = peak_memory() / 2**30
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    return {"seconds": seconds, "cpu": cpu, "peak": peak, "ready": ready}
 
 
 if __name__ == "__main__":
@@ -62,13 +61,11 @@ if __name__ == "__main__":
     parser.add_argument("--shape", type=int, nargs="+", default=[175, 175, 175])
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--kind", choices=("encoder", "table"))
-    given = parser.parse_args()
-    if given.kind:
-        run(given.kind, tuple(given.shape), given.steps, given.threads)
-    else:
-        for kind in ("encoder", "table"):
-            subprocess.run(
-                [sys.executable, "-m", __spec__.name, *sys.argv[1:], "--kind", kind],
-                check=True,
-            )
+    args = parser.parse_args()
+    for kind in ("encoder", "table"):
+        row = alone(run, kind, tuple(args.shape), args.steps, args.threads)
+        print(
+            row.get("error")
+            or f"{kind:8s} {row['seconds']:6.1f} s {row['cpu']:6.1f} CPU s   "
+            f"peak {row['peak']:.2f} GiB ({row['ready']:.2f} GiB before)"
+        )

@@ -13,13 +13,12 @@ ours' products of matrices alone, in the same turns.
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import icon_nephi
-from evaluation import bench
+from evaluation import bench, csv_file
 from icon_nephi.compare import alone
 from icon_nephi.coordinates import points_as_grid
 from icon_nephi.transforms import NeuralTransform
@@ -108,9 +107,11 @@ def plain_field(field: torch.nn.Module, x: Tensor, code: Tensor) -> Tensor:
     return field.last(hidden) / 2
 
 
-def from_identity(columns: list[Tensor]) -> Tensor:
+def gradient(problem: Problem, columns: list[Tensor]) -> list[Tensor]:
+    """Return the gradient of the loss of Jacobians, given by their columns."""
     difference = torch.stack(columns, -1) - torch.eye(3, dtype=columns[0].dtype)
-    return difference.square().sum((1, 2)).mean() / 3
+    loss = difference.square().sum((1, 2)).mean() / 3
+    return list(torch.autograd.grad(loss, problem.weights, materialize_grads=True))
 
 
 def ours(problem: Problem) -> list[Tensor]:
@@ -130,22 +131,14 @@ def double_backward(problem: Problem, x: Tensor | None = None) -> list[Tensor]:
     y = problem.plain(x)
     rows = [torch.autograd.grad(y[:, i].sum(), x, create_graph=True)[0] for i in (0, 1)]
     rows.append(torch.autograd.grad(y[:, 2].sum(), x, create_graph=True)[0])
-    return list(
-        torch.autograd.grad(
-            from_identity(rows), problem.weights, materialize_grads=True
-        )
-    )
+    return gradient(problem, rows)
 
 
 def finite_differences(problem: Problem) -> list[Tensor]:
     y = problem.plain(problem.x)
     steps = STEP * torch.eye(3, dtype=y.dtype)
     columns = [(problem.plain(problem.x + step) - y) / STEP for step in steps]
-    return list(
-        torch.autograd.grad(
-            from_identity(columns), problem.weights, materialize_grads=True
-        )
-    )
+    return gradient(problem, columns)
 
 
 def torch_func(problem: Problem) -> list[Tensor]:
@@ -154,11 +147,7 @@ def torch_func(problem: Problem) -> list[Tensor]:
         return torch.func.jvp(problem.plain, (problem.x,), (seeds,))[1]
 
     columns = torch.func.vmap(along)(torch.eye(3, dtype=problem.x.dtype))
-    return list(
-        torch.autograd.grad(
-            from_identity([*columns]), problem.weights, materialize_grads=True
-        )
-    )
+    return gradient(problem, [*columns])
 
 
 METHODS: dict[str, Callable[[Problem], list[Tensor]]] = {
@@ -234,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--fields", nargs="+", choices=FIELDS, default=list(FIELDS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="CSV file")
+    parser.add_argument("--out", type=csv_file, help="CSV file")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     names = list(dict.fromkeys(["ours", *args.methods]))

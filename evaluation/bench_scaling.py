@@ -14,11 +14,11 @@ import math
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from evaluation import bench
+from evaluation import bench, csv_file
 from icon_nephi.compare import alone
+from icon_nephi.memory import held_memory, peak_memory
 
 SWEEPS = {
     "voxels a side": (48, 96, 192),
@@ -45,7 +45,7 @@ def measure(side: int, blocks: int, nodes: int, steps: int) -> dict[str, Any]:
 
     def step_of(side: int, nodes: int) -> Any:
         A, B = (torch.rand(1, 1, *(side,) * 3, generator=generator) for _ in "AB")
-        before = bench.resident()
+        before = held_memory()
         settings = replace(GRID, grids=(nodes // 4, nodes // 2, nodes))
         pair = make_pair(settings, (float(side),) * 3, generator)
         loss = GradientICONPoints(
@@ -75,7 +75,7 @@ def measure(side: int, blocks: int, nodes: int, steps: int) -> dict[str, Any]:
         seconds.append(time.process_time() - start)
     return {
         "cpu_seconds": bench.median(seconds),
-        "mib_beside_images": (bench.top() - before) / bench.MIB,
+        "mib_beside_images": (peak_memory() - before) / bench.MIB,
         **bench.provenance(),
     }
 
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     """Print a table; also write it as CSV if asked for."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="CSV file")
+    parser.add_argument("--out", type=csv_file, help="CSV file")
     args = parser.parse_args(argv)
     rows: list[dict[str, Any]] = []
     print(f"{'grows':14s}{'size':>6s}{'CPU s':>9s}{'MiB':>8s}   power of time, memory")

@@ -14,11 +14,11 @@ sizes for ours alone.
 import argparse
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from evaluation import bench
+from evaluation import bench, csv_file
 from icon_nephi.compare import alone
+from icon_nephi.memory import held_memory, peak_memory
 
 COLUMNS = (
     *("side", "method", "seconds", "least", "most", "cpu_seconds", "peak_mib"),
@@ -74,7 +74,7 @@ def measure(method: str, side: int, device: str, threads: int) -> dict[str, Any]
     cuda = device.startswith("cuda")
     if not cuda and method.startswith("nephi"):
         step_of(method, 20, device)()  # what is loaded once does not count
-    before = 0.0 if cuda else bench.resident()
+    before = 0.0 if cuda else held_memory()
     step = step_of(method, side, device)
     step()
     wall, cpu = [], []
@@ -85,7 +85,7 @@ def measure(method: str, side: int, device: str, threads: int) -> dict[str, Any]
             torch.cuda.synchronize()
         wall.append(time.perf_counter() - started)
         cpu.append(time.process_time() - used)
-    top = torch.cuda.max_memory_allocated() if cuda else bench.top()
+    top = torch.cuda.max_memory_allocated() if cuda else peak_memory()
     return {
         "seconds": bench.median(wall),
         "least": min(wall),
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--multi", action="store_true", help="the nest of networks too")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="CSV file")
+    parser.add_argument("--out", type=csv_file, help="CSV file")
     args = parser.parse_args(argv)
     rows: list[dict[str, Any]] = []
     print(f"{'side':>5s} {'method':16s}{'s':>9s}{'CPU s':>9s}{'MiB':>8s}   voxel / it")

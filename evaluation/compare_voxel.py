@@ -20,11 +20,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from evaluation import version, write_csv
+from evaluation import csv_file
 from evaluation.pairs import find_cases
-from icon_nephi import compare
+from icon_nephi import methods
+from icon_nephi.atomic import write_csv
 from icon_nephi.cli import comparison_table
-from icon_nephi.compare import COLUMNS, Options, alone, compare_cases
+from icon_nephi.compare import COLUMNS, alone, compare_cases
+from icon_nephi.methods import Options
+from icon_nephi.versions import version
 
 PACKAGES = ("icon_nephi", "icon_registration", "torch", "itk")
 EXTRA = ("training_step_ms", "training_peak_gib", "threads", "device", *PACKAGES)
@@ -36,8 +39,8 @@ def scratch() -> dict[str, Any]:
     from evaluation.voxel import nephi_multi, voxel_multi
 
     return {
-        "nephi": compare.nephi,
-        "voxel": compare.voxel,
+        "nephi": methods.nephi,
+        "voxel": methods.voxel,
         "voxel_multi": voxel_multi,
         "nephi_multi": nephi_multi,
     }
@@ -80,10 +83,7 @@ def training_costs(rows: list[dict[str, Any]], preset: str, device: str | None) 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw accuracy, folds, time and memory of every method, a dot for each case."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     done = [row for row in rows if "error" not in row]
     names = list(dict.fromkeys(row["method"] for row in rows))
@@ -94,7 +94,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         "inference_ms": "images to map, ms",
         "peak_gib": "peak memory, GiB",
     }
-    figure, axes = plt.subplots(1, 4, figsize=(14, 1 + 0.4 * len(names)), sharey=True)
+    figure = Figure(figsize=(14, 1 + 0.4 * len(names)), layout="tight")
+    axes = figure.subplots(1, 4, sharey=True)
     for axis, (key, title) in zip(axes, panels.items(), strict=True):
         for row in done:
             if row.get(key) is not None:
@@ -103,9 +104,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_xlim(left=0)
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
-    figure.tight_layout()
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def write_phantoms(
@@ -153,11 +152,11 @@ def parser() -> argparse.ArgumentParser:
     add("--levels", type=int, default=1, help="resolutions of the trained NePhi")
     add("--io_steps", type=int, default=50, help="of instance optimisation")
     add("--only_learned", action="store_true", help="leave out what needs no weights")
-    add("--side", type=int, default=compare.LARGEST, help="longest, of voxel networks")
+    add("--side", type=int, default=methods.LARGEST, help="longest, of voxel networks")
     add("--threads", type=int, default=1)
     add("--seed", type=int, default=0)
     add("--device")
-    add("--out", type=Path, required=True, help="CSV; the picture gets its name")
+    add("--out", type=csv_file, required=True, help="CSV; the picture gets its name")
     return new
 
 
@@ -189,8 +188,6 @@ def main(argv: list[str] | None = None) -> int:
     args = new.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            if args.out.is_dir() or not args.out.parent.is_dir():
-                raise ValueError(f"--out: {args.out} is no file in an existing folder.")
             if (args.data is None) != args.small:
                 raise ValueError("give --data or --small.")
             methods = ({} if args.only_learned else scratch()) | learned(args)

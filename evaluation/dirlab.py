@@ -13,34 +13,41 @@ from typing import Any
 
 import numpy as np
 
-from evaluation import geometry, image_from, read_image, read_labels, to_index
-from evaluation.pairs import Pair
+from evaluation import (
+    geometry,
+    image_from,
+    read_image,
+    read_labels,
+    to_index,
+    to_physical,
+)
+from icon_nephi.cases import Case, shared_labels
+from icon_nephi.itk_images import read_transform
+from icon_nephi.itk_maps import ItkPair
+from icon_nephi.metrics import landmark_summary
 
 # Voxels (x, y, z) and the spacing in x and y; in z it is 2.5 mm everywhere.
 THICKNESS = 2.5
 COPD = {
-    1: ((512, 512, 121), 0.625),
-    2: ((512, 512, 102), 0.645),
-    3: ((512, 512, 126), 0.652),
-    4: ((512, 512, 126), 0.590),
-    5: ((512, 512, 131), 0.647),
-    6: ((512, 512, 119), 0.633),
-    7: ((512, 512, 112), 0.625),
-    8: ((512, 512, 115), 0.586),
-    9: ((512, 512, 116), 0.664),
-    10: ((512, 512, 135), 0.742),
+    number: ((512, 512, slices), spacing)
+    for number, (slices, spacing) in enumerate(
+        (
+            *((121, 0.625), (102, 0.645), (126, 0.652), (126, 0.590), (131, 0.647)),
+            *((119, 0.633), (112, 0.625), (115, 0.586), (116, 0.664), (135, 0.742)),
+        ),
+        start=1,
+    )
 }
 FOURD = {
-    1: ((256, 256, 94), 0.97),
-    2: ((256, 256, 112), 1.16),
-    3: ((256, 256, 104), 1.15),
-    4: ((256, 256, 99), 1.13),
-    5: ((256, 256, 106), 1.10),
-    6: ((512, 512, 128), 0.97),
-    7: ((512, 512, 136), 0.97),
-    8: ((512, 512, 128), 0.97),
-    9: ((512, 512, 128), 0.97),
-    10: ((512, 512, 120), 0.97),
+    number: ((side, side, slices), spacing)
+    for number, (side, slices, spacing) in enumerate(
+        (
+            *((256, 94, 0.97), (256, 112, 1.16), (256, 104, 1.15), (256, 99, 1.13)),
+            *((256, 106, 1.10), (512, 128, 0.97), (512, 136, 0.97), (512, 128, 0.97)),
+            *((512, 128, 0.97), (512, 120, 0.97)),
+        ),
+        start=1,
+    )
 }
 # File names below a case's folder, wherever it lies, in any case of letters; the
 # first that is found counts.
@@ -111,7 +118,7 @@ def find_file(root: Path, names: Iterable[str], number: int) -> Path:
 
 def find_dirlab(
     root: Path, kind: str, numbers: Iterable[int] | None = None, fixed: str = "exhale"
-) -> dict[str, Callable[[], Pair]]:
+) -> dict[str, Callable[[], Case]]:
     """Return the reader of each case by name; ValueError where files are missing.
 
     Args:
@@ -147,10 +154,10 @@ def read_dirlab(
     spacing: float,
     fixed: str,
     moving: str,
-) -> Pair:
+) -> Case:
     images = {phase: read_raw(paths[phase], size, spacing) for phase in (fixed, moving)}
     points = {p: read_points(paths[f"{p} points"], i) for p, i in images.items()}
-    return Pair(
+    return Case(
         name,
         images[fixed],
         images[moving],
@@ -165,7 +172,7 @@ def read_dirlab(
 
 def find_people(
     root: Path, pairs: int | None = None, labels: Iterable[int] | None = None
-) -> dict[str, Callable[[], Pair]]:
+) -> dict[str, Callable[[], Case]]:
     """Return readers of pairs of people: each with the next, the last with the first.
 
     The folder has ``images/NAME.nii.gz`` and ``labels/NAME.nii.gz`` (HCP and OASIS as
@@ -206,11 +213,10 @@ def read_people(
     moving: tuple[Path, Path],
     fixed: tuple[Path, Path],
     labels: tuple[int, ...] | None,
-) -> Pair:
+) -> Case:
     maps = {s: read_labels(p[1]) for s, p in (("moving", moving), ("fixed", fixed))}
-    both = np.intersect1d(*(np.unique(np.asarray(image)) for image in maps.values()))
-    ids = tuple(int(i) for i in both if i > 0)
-    return Pair(
+    ids = shared_labels(**maps)
+    return Case(
         name,
         read_image(fixed[0]),
         read_image(moving[0]),
@@ -229,16 +235,10 @@ def landmark_errors(pair: Any, moved: np.ndarray) -> dict[str, float]:
 
     DIR-Lab's own figures move each point to the nearest voxel centre first.
     """
-    from icon_nephi.metrics import target_registration_error
-
-    index = np.rint(to_index(pair.moving, moved))
-    origin, matrix, _ = geometry(pair.moving)
-    snapped = index @ matrix.T + origin
+    snapped = to_physical(pair.moving, np.rint(to_index(pair.moving, moved)))
     return {
-        "tre_mm": float(target_registration_error(moved, pair.moving_points).mean()),
-        "tre_snapped_mm": float(
-            target_registration_error(snapped, pair.moving_points).mean()
-        ),
+        key: landmark_summary(points, pair.moving_points)["mean"]
+        for key, points in (("tre_mm", moved), ("tre_snapped_mm", snapped))
     }
 
 
@@ -253,17 +253,11 @@ def read_mover(path: Path, dimension: int = 3) -> Callable[[np.ndarray], np.ndar
         raise ValueError(f"{path} does not exist.")
     if not path.name.lower().endswith((".h5", ".hdf5", ".tfm", ".txt", ".mat")):
         return _read_field(path, dimension)
-    from icon_nephi.itk_images import read_transform
-
     transform = read_transform("transform", path)
     if transform.GetInputSpaceDimension() != dimension:
         raise ValueError(f"{path} is not {dimension}D.")
 
-    def move(points: np.ndarray) -> np.ndarray:
-        rows = np.asarray(points, float)
-        return np.array([tuple(transform.TransformPoint(row.tolist())) for row in rows])
-
-    return move
+    return ItkPair(transform).transform_points
 
 
 def _read_field(path: Path, dimension: int) -> Callable[[np.ndarray], np.ndarray]:

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from evaluation import machine, write_csv
+from evaluation import csv_file, machine
+from icon_nephi.atomic import write_csv
 
 BLOCK = 64  # voxels a side of what is made at once, and of a chunk
 SPACING = 0.01  # mm
@@ -248,15 +249,13 @@ def warp(folder: Path, size: int, limit: str) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="for the images")
-    parser.add_argument("--out", type=Path, required=True, help="CSV")
+    parser.add_argument("--out", type=csv_file, required=True, help="CSV")
     parser.add_argument("--size", type=int, default=1024, help="voxels a side")
     parser.add_argument("--memory_limit", default="4GiB")
     parser.add_argument("--in_memory", action="store_true", help="hold the images")
     args = parser.parse_args(argv)
     if args.size < BLOCK or args.size % BLOCK:
         parser.error(f"--size must be a multiple of {BLOCK}.")
-    if args.out.is_dir() or not args.out.parent.is_dir():
-        parser.error(f"--out: {args.out} is no file in an existing folder.")
     from icon_nephi.compare import alone
 
     folder = args.folder / str(args.size)

@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from evaluation import image_from, write_csv
+from evaluation import image_from
+from icon_nephi.atomic import write_csv
 
 MODULES = (
     *("icon_nephi.runs", "icon_nephi.streaming", "training.train_triangles"),
@@ -65,7 +66,8 @@ def _fit(seed: int) -> Any:
     import torch
 
     from icon_nephi.codes import LatentCode
-    from icon_nephi.models import Fit, make_field
+    from icon_nephi.fields import make_field
+    from icon_nephi.models import Fit
 
     g = torch.Generator().manual_seed(seed)
     grids = tuple(torch.randn(1, 8, n, n, n, generator=g) for n in (8, 16, 32))
@@ -77,8 +79,9 @@ def _fit(seed: int) -> Any:
 
 
 def _save_pair(folder: Path, seed: int) -> None:
+    from icon_nephi.atomic import written_whole
     from icon_nephi.coordinates import Geometry
-    from icon_nephi.files import save_fit, written_whole
+    from icon_nephi.files import save_fit
 
     place = Geometry.unit((64, 64, 64))
     save_fit(folder / "pair.nephi", _fit(seed), place, place, itk=False)

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from evaluation import machine, write_csv
-from icon_nephi import compare
+from evaluation import csv_file, machine
+from icon_nephi import methods
+from icon_nephi.atomic import write_csv
 from icon_nephi.compare import alone
 
 SIDES = (40, 64, 96, 128, 160, 175, 200, 240, 280, 320, 360, 400, 480, 560)
@@ -50,10 +51,10 @@ def optimise(side: int, device: str | None, steps: int = 3) -> dict[str, Any]:
     )
     model.assign_identity_map([1, 1, side, side, side])
     model.to(where)
-    start = compare.now(where)
+    start = methods.now(where)
     refine_pair(model, A, B, steps=steps, progress=False)
-    spent = compare.now(where) - start
-    return {"step_ms": 1000 * spent / steps, "peak_gib": compare.peak_gib(where)}
+    spent = methods.now(where) - start
+    return {"step_ms": 1000 * spent / steps, "peak_gib": methods.peak_gib(where)}
 
 
 def train(side: int, device: str | None, kind: str) -> dict[str, Any]:
@@ -124,12 +125,10 @@ def measure(
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 4.5))
+    figure = Figure(figsize=(7, 4.5), layout="tight")
+    axis = figure.subplots()
     for name, colour in COLOURS.items():
         mine = [row for row in rows if row["method"] == name]
         axis.plot([r["side"] for r in mine], [r["peak_gib"] for r in mine], colour)
@@ -147,9 +146,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axis.set_ylabel("peak memory, GiB")
     axis.set_yscale("log")
     axis.legend()
-    figure.tight_layout()
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def verdict(rows: list[dict[str, Any]]) -> str:
@@ -170,17 +167,17 @@ def verdict(rows: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="CSV; PNG beside it")
+    parser.add_argument(
+        "--out", type=csv_file, required=True, help="CSV; PNG beside it"
+    )
     parser.add_argument("--small", action="store_true", help="32 to 96 a side")
     parser.add_argument("--sides", type=int, nargs="+", help="voxels a side")
     parser.add_argument("--limit", type=float, help="GiB (default: what is free)")
     parser.add_argument("--device")
     args = parser.parse_args(argv)
-    if args.out.is_dir() or not args.out.parent.is_dir():
-        parser.error(f"--out: {args.out} is no file in an existing folder.")
     sides = tuple(args.sides or (SMALL if args.small else SIDES))
-    if min(sides) < compare.SMALLEST:
-        parser.error(f"--sides must be at least {compare.SMALLEST}.")
+    if min(sides) < methods.SMALLEST:
+        parser.error(f"--sides must be at least {methods.SMALLEST}.")
     limit = room(args.device) if args.limit is None else args.limit
     rows = measure(sides, args.device, limit)
     write_csv(args.out, COLUMNS, rows)

@@ -5,30 +5,27 @@ takes ``fixed_points[n]`` to ``moving_points[n]``. Images are read when a pair i
 for, not before. docs/evaluation.md describes the folder layout and every known case.
 """
 
-import json
-import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import itk
 import numpy as np
 
-from evaluation import (
-    array_of,
-    geometry,
-    image_from,
-    read_image,
-    read_labels,
-    read_landmarks,
+from evaluation import image_from, read_image, read_labels
+from icon_nephi.cases import (
+    Case,
+    case_files,
+    choose,
+    list_cases,
+    read_case,
     read_mask,
-    to_index,
+    shared_labels,
 )
+from icon_nephi.itk_images import array_of
+from icon_nephi.point_files import read_points
 
-SIDES = ("fixed", "moving")
-# Files that hold the data of a header beside them, such as fixed.raw of fixed.mhd.
-DATA_FILES = (".raw", ".zraw", ".raw.gz", ".img", ".img.gz")
 # Thirteen structures as groups of FreeSurfer ids, in the order of the moving file.
 FREESURFER_STRUCTURES = (
     *((10, 49), (8, 47), (4, 43), (7, 46), (12, 51), (11, 50), (13, 52)),
@@ -36,26 +33,9 @@ FREESURFER_STRUCTURES = (
 )
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Two images of one case with what is needed to score a registration of them."""
-
-    name: str
-    fixed: Any  # itk.Image[itk.F, d], d = 2 or 3
-    moving: Any  # the same type, on any grid
-    modality: str | None = None  # "ct", "mri" or None (any other)
-    fixed_mask: Any = None  # itk.UC, 0 or 1, on the fixed grid
-    moving_mask: Any = None
-    fixed_points: np.ndarray | None = None  # [N, d], LPS mm
-    moving_points: np.ndarray | None = None  # row n belongs to row n of fixed_points
-    fixed_labels: Any = None  # itk.SS on the fixed grid
-    moving_labels: Any = None
-    label_ids: tuple[int, ...] = ()  # the labels to score
-
-
 def load_pairs(
     data_dir: str | Path, cases: Iterable[str] | None = None
-) -> Iterator[Pair]:
+) -> Iterator[Case]:
     """Return an iterator that reads one pair at a time.
 
     Args:
@@ -72,122 +52,29 @@ def load_pairs(
 
 def find_cases(
     data_dir: str | Path, cases: Iterable[str] | None = None
-) -> dict[str, Callable[[], Pair]]:
+) -> dict[str, Callable[[], Case]]:
     """Return the reader of every case asked for, by name, without reading images."""
     root = Path(data_dir)
-    if not root.is_dir():
-        raise ValueError(f"{root} is not a folder.")
-    groups = sorted({name.partition("/")[0] for name in KNOWN})
-    found: dict[str, Callable[[], Pair]] = {
-        name: partial(reader, root / name.partition("/")[0], name)
-        for name, reader in KNOWN.items()
-        if (root / name.partition("/")[0]).is_dir()
-    }
+    groups = {name: name.partition("/")[0] for name in KNOWN}
     own = {
-        file.parent.relative_to(root).as_posix(): file.parent
-        for pattern in ("*/fixed.*", "*/*/fixed.*")
-        for file in sorted(root.glob(pattern))
-        if file.relative_to(root).parts[0] not in groups
+        name: folder
+        for name, folder in list_cases(root).items()
+        if name.partition("/")[0] not in groups.values()
     }
-    names = [*found, *own]
-    if not names:
-        hint = " Give the folder above it." if any(root.glob("fixed.*")) else ""
+    readers: dict[str, Callable[[], Case]] = {
+        name: partial(reader, root / groups[name], name)
+        for name, reader in KNOWN.items()
+        if (root / groups[name]).is_dir()
+    } | {name: partial(read_case, folder, name) for name, folder in own.items()}
+    if not readers:
         raise ValueError(
             f"{root} holds no case: expected folders with a fixed and a moving image, "
-            f"or one of {', '.join(groups)}.{hint}"
+            f"or one of {', '.join(sorted(set(groups.values())))}."
         )
-    if cases is not None:
-        chosen = []
-        for case in (case.rstrip("/") for case in cases):
-            members = [n for n in names if n == case or n.startswith(case + "/")]
-            if not members:
-                raise ValueError(f"no case {case!r}: there are {', '.join(names)}.")
-            chosen += members
-        names = list(dict.fromkeys(chosen))
-    for name in set(names) & set(own):
-        found[name] = partial(_read_folder, name, _scan_folder(own[name]))
-    return {name: found[name] for name in names}
-
-
-# --- anyone's own pairs -------------------------------------------------------------
-
-
-def _scan_folder(folder: Path) -> dict[str, Any]:
-    """Return what a case folder holds, by the names of Pair; images stay paths."""
-    found: dict[str, Any] = {"modality": None}
-    for stem in ("fixed", "moving", *(f"{s}_{k}" for s in SIDES for k in IMAGES)):
-        files = sorted(folder.glob(f"{stem}.*"))
-        headers = [f for f in files if not f.name.lower().endswith(DATA_FILES)]
-        if len(headers) > 1:
-            names = ", ".join(file.name for file in headers)
-            raise ValueError(f"{folder} holds several files for {stem}: {names}.")
-        if stem in SIDES and not files:
-            raise ValueError(f"{folder} holds no {stem} image ({stem}.nii.gz, say).")
-        if files:
-            found[stem] = [*headers, files[0]][0]
-    for side in SIDES:
-        if (path := folder / f"{side}_landmarks.csv").exists():
-            found[f"{side}_points"] = read_landmarks(path)
-    for kind in ("points", "labels"):
-        present = [f"{side}_{kind}" for side in SIDES if f"{side}_{kind}" in found]
-        if len(present) == 1:
-            raise ValueError(f"{folder} holds {present[0]} for one image only.")
-    if "fixed_points" in found:
-        shapes = [found[f"{side}_points"].shape for side in SIDES]
-        if shapes[0] != shapes[1]:
-            counts = " and ".join(f"{n} points in {d}D" for n, d in shapes)
-            raise ValueError(
-                f"{folder}: fixed_landmarks.csv and moving_landmarks.csv must "
-                f"correspond row by row, but hold {counts}."
-            )
-    if (path := folder / "case.json").exists():
-        try:
-            found["modality"] = json.loads(path.read_text("utf-8"))["modality"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'{path} must be like {{"modality": "ct"}}.') from error
-        if found["modality"] not in ("ct", "mri", None):
-            raise ValueError(f'{path}: modality must be "ct", "mri" or null.')
-    return found
-
-
-IMAGES = {"mask": read_mask, "labels": read_labels}
-
-
-def _read_folder(name: str, found: dict[str, Any]) -> Pair:
-    parts = dict(found)
-    for side in SIDES:
-        path = found[side]
-        parts[side] = image = read_image(path)
-        for kind, read in IMAGES.items():
-            if f"{side}_{kind}" in found:
-                parts[f"{side}_{kind}"] = read(found[f"{side}_{kind}"])
-        points, dimension = found.get(f"{side}_points"), image.GetImageDimension()
-        if points is None:
-            continue
-        if points.shape[1] != dimension:
-            raise ValueError(f"{path} is {dimension}D, its points {points.shape[1]}D.")
-        index = to_index(image, points)
-        inside = ((index >= -0.5) & (index <= geometry(image)[2] - 0.5)).all(axis=1)
-        if inside.mean() < 0.5:
-            raise ValueError(
-                f"{np.sum(~inside)} of {len(points)} points lie outside {path}: they "
-                "must be LPS mm as ITK gives them (RAS: change the sign of x and y)."
-            )
-    if "fixed_labels" in found:
-        ids = _labels_in_both(parts["fixed_labels"], parts["moving_labels"])
-        if not ids:
-            raise ValueError(f"{name}: the two label maps share no positive label.")
-        parts["label_ids"] = ids
-    return Pair(name, **parts)
-
-
-def _labels_in_both(fixed: Any, moving: Any, above: int = 0) -> tuple[int, ...]:
-    """Return the positive labels with more than ``above`` voxels in both maps."""
-    found = []
-    for image in (fixed, moving):
-        ids, counts = np.unique(array_of(image), return_counts=True)
-        found.append({int(i) for i in ids[(ids > 0) & (counts > above)]})
-    return tuple(sorted(found[0] & found[1]))
+    chosen = choose(readers, cases)
+    for name in own.keys() & set(chosen):
+        case_files(own[name])
+    return {name: readers[name] for name in chosen}
 
 
 def _text_points(path: Path, header_rows: int, separator: str | None) -> np.ndarray:
@@ -200,34 +87,34 @@ def _text_points(path: Path, header_rows: int, separator: str | None) -> np.ndar
 # --- the known cases ----------------------------------------------------------------
 
 
-def _lung_elastix(folder: Path, name: str) -> Pair:
+def _lung_elastix(folder: Path, name: str) -> Case:
     parts: dict[str, Any] = {}
     for side, file in (("fixed", "baseline"), ("moving", "followup")):
         parts[side] = read_image(folder / f"3DCT_lung_{file}.mha")
-        voxels = array_of(parts[side])
+        voxels = itk.array_view_from_image(parts[side])
         np.maximum(voxels, -1024, out=voxels)  # -2048 marks voxels outside the cone
-        parts[f"{side}_mask"] = read_mask(folder / f"3DCT_lung_{file}_mask.mha")
+        parts[f"{side}_mask"] = read_mask("mask", folder / f"3DCT_lung_{file}_mask.mha")
         path = folder / f"CT_3D_lung_{side}_point_set_corrected.txt"
         parts[f"{side}_points"] = _text_points(path, 2, None)
-    return Pair(name, modality="ct", **parts)
+    return Case(name, modality="ct", **parts)
 
 
-def _lung_semireal(folder: Path, name: str) -> Pair:
+def _lung_semireal(folder: Path, name: str) -> Case:
     folder = folder / name.partition("/")[2]
     points = _text_points(folder / "landmarks_dense500.csv", 1, ",")
-    return Pair(
+    return Case(
         name,
         fixed=read_image(folder / "fixed.nii.gz"),
         moving=read_image(folder / "moving_realistic.nii.gz"),
         modality="ct",
-        fixed_mask=read_mask(folder / "fixed_mask.nii.gz"),
-        moving_mask=read_mask(folder / "moving_mask.nii.gz"),
+        fixed_mask=read_mask("mask", folder / "fixed_mask.nii.gz"),
+        moving_mask=read_mask("mask", folder / "moving_mask.nii.gz"),
         fixed_points=points[:, :3],
         moving_points=points[:, 3:],
     )
 
 
-def _abdomen(folder: Path, name: str) -> Pair:
+def _abdomen(folder: Path, name: str) -> Case:
     cycle = name.partition("/")[2]
     fixed = read_image(folder / "exhMaster_unmasked.force_direction.mha")
     moving = read_image(folder / f"{cycle}.force_direction.mha")
@@ -235,23 +122,14 @@ def _abdomen(folder: Path, name: str) -> Pair:
     points = {}
     for side, stem in (("fixed", "exhMaster"), ("moving", cycle)):
         files = [folder / f"{stem}LM{part}.vtk" for part in ("liver", "outside")]
-        points[f"{side}_points"] = np.concatenate([_vtk_points(f) for f in files])
-    return Pair(name, fixed, moving, modality="mri", **points)
+        points[f"{side}_points"] = np.concatenate(
+            [read_points("landmarks", f).points for f in files]
+        )
+    return Case(name, fixed, moving, modality="mri", **points)
 
 
-def _vtk_points(path: Path) -> np.ndarray:
-    text = path.read_text("utf-8") if path.is_file() else ""
-    match = re.search(r"^POINTS (\d+) \w+$", text, re.MULTILINE)
-    if match is None:
-        raise ValueError(f"{path} is not a VTK file of points.")
-    values = text[match.end() :].split()[: 3 * int(match[1])]
-    return np.array(values, dtype=float).reshape(-1, 3)
-
-
-def _freesurfer(folder: Path, name: str) -> Pair:
+def _freesurfer(folder: Path, name: str) -> Case:
     """Return both people on the fixed grid: the supplied affine is applied here."""
-    import itk
-
     parts: dict[str, Any] = {}
     try:
         with np.load(folder / "test_scan.npz") as scan:  # arrays with x first
@@ -284,7 +162,7 @@ def _freesurfer(folder: Path, name: str) -> Pair:
             reference_image=parts["fixed"],
         )
     structures = tuple(range(1, len(FREESURFER_STRUCTURES) + 1))
-    return Pair(name, modality="mri", label_ids=structures, **parts)
+    return Case(name, modality="mri", label_ids=structures, **parts)
 
 
 def _people(name: str) -> dict[str, str]:
@@ -292,7 +170,7 @@ def _people(name: str) -> dict[str, str]:
     return dict(zip(("moving", "fixed"), name.split("/")[1].split("-"), strict=True))
 
 
-def _hippocampus(folder: Path, name: str) -> Pair:
+def _hippocampus(folder: Path, name: str) -> Case:
     """Return two crops centred in boxes of 64 voxels: their origins mean nothing."""
 
     def box(image: Any) -> Any:
@@ -306,21 +184,21 @@ def _hippocampus(folder: Path, name: str) -> Pair:
         file = f"hippocampus_{person}.nii.gz"
         parts[side] = box(read_image(folder / "images" / file))
         parts[f"{side}_labels"] = box(read_labels(folder / "labels" / file))
-    return Pair(name, modality="mri", label_ids=(1, 2), **parts)
+    return Case(name, modality="mri", label_ids=(1, 2), **parts)
 
 
-def _brain_slices(folder: Path, name: str) -> Pair:
+def _brain_slices(folder: Path, name: str) -> Case:
     parts: dict[str, Any] = {}
     for side, person in _people(name).items():
         stem = f"OASIS-TRT-20-{person}"
         parts[side] = read_image(folder / f"{stem}_slice118.nii.gz")
         labels = read_labels(folder / f"{stem}_DKT31_CMA_labels_slice118.nii.gz")
         parts[f"{side}_labels"] = labels
-    ids = _labels_in_both(parts["fixed_labels"], parts["moving_labels"], above=50)
-    return Pair(name, modality="mri", label_ids=ids, **parts)
+    ids = shared_labels(parts["fixed_labels"], parts["moving_labels"], above=50)
+    return Case(name, modality="mri", label_ids=ids, **parts)
 
 
-def _histology(folder: Path, name: str) -> Pair:
+def _histology(folder: Path, name: str) -> Case:
     """Return two stains as grey images of 1 mm pixels at origin 0."""
     parts: dict[str, Any] = {}
     for side, stain in (("fixed", "HE"), ("moving", "proSPC")):
@@ -328,10 +206,10 @@ def _histology(folder: Path, name: str) -> Pair:
         image = read_image(stem.with_suffix(".jpg"))
         parts[side] = image_from(array_of(image))  # the header's spacing is left out
         parts[f"{side}_points"] = _text_points(stem.with_suffix(".csv"), 1, ",")[:, 1:]
-    return Pair(name, **parts)
+    return Case(name, **parts)
 
 
-KNOWN: dict[str, Callable[[Path, str], Pair]] = {
+KNOWN: dict[str, Callable[[Path, str], Case]] = {
     "lung3d_elastix": _lung_elastix,
     "lung3d_semireal/deep": _lung_semireal,
     "lung3d_semireal/followup": _lung_semireal,

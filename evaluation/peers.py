@@ -1,4 +1,4 @@
-"""Other registration methods behind the same seam: a Pair in, a result to score out.
+"""Other registration methods behind the same seam: a Case in, a result to score out.
 
 They come with ``pip install 'icon_nephi[peers]'`` and are imported only when run. Each
 gets both images scaled to [0, 1] on the fixed grid; where the grids differ the moving
@@ -10,14 +10,15 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from evaluation import array_of, geometry, image_from, to_index, to_physical
-from evaluation.pairs import Pair
+from evaluation import geometry, image_from, to_index, to_physical
+from icon_nephi.cases import Case
+from icon_nephi.itk_images import array_of, geometry_of
+from icon_nephi.versions import version
 
 # Each function below that is a method, and the distribution it needs.
 PEERS = {
@@ -39,18 +40,15 @@ class NotApplicable(ValueError):
 
 def missing(name: str) -> str:
     """Return one sentence if the peer of that name is not installed, else nothing."""
-    if name in PEERS:
-        try:
-            metadata.version(PEERS[name])
-        except metadata.PackageNotFoundError:
-            return f"{name}: install it with pip install 'icon_nephi[peers]'."
+    if name in PEERS and version(PEERS[name]) is None:
+        return f"{name}: install it with pip install 'icon_nephi[peers]'."
     return ""
 
 
 # --- what every peer starts from and returns ----------------------------------------
 
 
-def prepare(pair: Pair) -> tuple[Any, Any, np.ndarray]:
+def prepare(pair: Case) -> tuple[Any, Any, np.ndarray]:
     """Return fixed and moving image on the fixed grid in [0, 1], and the shift in mm.
 
     A fixed point x corresponds to x + shift in the original moving image, before
@@ -158,13 +156,9 @@ class DenseMap:
         """
         if points is not None:
             raise NotImplementedError
-        import torch
+        from icon_nephi.measure import flips_on_grid
 
-        from icon_nephi.metrics import flips_percentage
-
-        phi = to_index(self.fixed, self.phi())[..., ::-1]  # frame of the array's axes
-        batch = torch.from_numpy(np.moveaxis(phi, -1, 0)[None].copy())
-        return flips_percentage(batch) / 100
+        return flips_on_grid(self.phi(), geometry_of(self.fixed)) / 100
 
     def inverse_consistency_error(self) -> np.ndarray:
         """Return the distance in mm of 20,000 fixed voxels to where they come back."""
@@ -180,25 +174,25 @@ class DenseMap:
 # --- ANTs ---------------------------------------------------------------------------
 
 
-def ants_syn(pair: Pair, threads: int = 1, asked: bool = True) -> DenseMap:
+def ants_syn(pair: Case, threads: int = 1, asked: bool = True) -> DenseMap:
     """Return ANTs' default: affine, then SyN, both with mutual information."""
     return _ants(pair, type_of_transform="SyN")
 
 
-def ants_syn_cc(pair: Pair, threads: int = 1, asked: bool = True) -> DenseMap:
+def ants_syn_cc(pair: Case, threads: int = 1, asked: bool = True) -> DenseMap:
     """Return SyN without affine, correlation of radius 4, not at full resolution."""
     if pair.fixed.GetImageDimension() == 3 and not asked:
         raise NotApplicable("left out in 3D unless named")
     return _ants(pair, type_of_transform="SyNOnly", syn_metric="CC", syn_sampling=4)
 
 
-def ants_syn_cc_full(pair: Pair, threads: int = 1, asked: bool = True) -> DenseMap:
+def ants_syn_cc_full(pair: Case, threads: int = 1, asked: bool = True) -> DenseMap:
     """Return the same with 20 iterations at full resolution: minutes in 3D."""
     settings = {"syn_metric": "CC", "syn_sampling": 4, "reg_iterations": (40, 20, 20)}
     return _ants(pair, type_of_transform="SyNOnly", **settings)
 
 
-def _ants(pair: Pair, **settings: Any) -> DenseMap:
+def _ants(pair: Case, **settings: Any) -> DenseMap:
     import ants
     import itk
     import pandas
@@ -254,7 +248,7 @@ def _ants(pair: Pair, **settings: Any) -> DenseMap:
 
 
 def elastix(
-    pair: Pair, threads: int = 1, asked: bool = True, affine: bool = True
+    pair: Case, threads: int = 1, asked: bool = True, affine: bool = True
 ) -> DenseMap:
     """Return affine, then a B-spline of 16 mm, 3 levels of 500 iterations each."""
     import itk
@@ -295,7 +289,7 @@ def elastix(
     return DenseMap(fixed, vectors, size)
 
 
-def elastix_no_affine(pair: Pair, threads: int = 1, asked: bool = True) -> DenseMap:
+def elastix_no_affine(pair: Case, threads: int = 1, asked: bool = True) -> DenseMap:
     """Return elastix's B-spline alone."""
     return elastix(pair, threads, asked, affine=False)
 
@@ -303,7 +297,7 @@ def elastix_no_affine(pair: Pair, threads: int = 1, asked: bool = True) -> Dense
 # --- ConvexAdam ---------------------------------------------------------------------
 
 
-def convexadam(pair: Pair, threads: int = 1, asked: bool = True) -> DenseMap:
+def convexadam(pair: Case, threads: int = 1, asked: bool = True) -> DenseMap:
     """Return ConvexAdam with MIND features and a search range of 6."""
     import torch
     from convexAdam.convex_adam_MIND import convex_adam_pt

@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evaluation import landmark_errors
-from evaluation.pairs import Pair, find_cases
+from evaluation import register
+from evaluation.pairs import find_cases
+from icon_nephi.cases import Case
+from icon_nephi.metrics import landmark_summary
 
 HALVINGS = 4  # of the grid to that of the voxel field
 COARSE = (10.0, 6.0)  # strides of the blocks of the voxel stage, in voxels
@@ -46,7 +48,7 @@ class VoxelPair(icon.RegistrationModule):
         return transform(self.fields[0]), transform(self.fields[1])
 
 
-def coarse_voxels(pair: Pair, shape: tuple[int, ...], spread: float) -> nn.Module:
+def coarse_voxels(pair: Case, shape: tuple[int, ...], spread: float) -> nn.Module:
     """Return HALVINGS of the grid around two voxel fields."""
     net: nn.Module = VoxelPair(tuple(-(-n // 2**HALVINGS) for n in shape), spread)
     for _ in range(HALVINGS):
@@ -67,16 +69,17 @@ def optimise(net: nn.Module, images: list[Tensor], masks: list[Tensor | None]) -
     loss.assign_identity_map([1, 1, *images[0].shape[2:]])
     stages = [Stage(150, Patches(600, 3, s, corners=True)) for s in COARSE]
     parameters = [{"params": list(net.parameters()), "lr": 3e-3}]
-    optimize(loss, *images, stages, parameters, mask_A=masks[0], mask_B=masks[1])
+    where = {"mask_A": masks[0], "mask_B": masks[1]}
+    optimize(loss, *images, stages, parameters, **where).complete()
 
 
-def errors(pair: Pair, transforms: Any) -> str:
+def errors(pair: Case, transforms: Any) -> str:
     """Return mean TRE fixed to moving / moving to fixed."""
     points = [pair.fixed_points, pair.moving_points]
     means = []
     for transform in transforms:
         moved = np.array([transform.TransformPoint(p.tolist()) for p in points[0]])
-        means.append(f"{landmark_errors(moved, points[1])['mean']:.2f}")
+        means.append(f"{landmark_summary(moved, points[1])['mean']:.2f}")
         points.reverse()
     return " / ".join(means) + " mm"
 
@@ -106,7 +109,7 @@ def main(data: Path, case: str, random: bool, threads: int) -> None:
 
     torch.set_num_threads(threads)
     pair = find_cases(data, [case])[case]()
-    print(f"{case}, before: {landmark_errors(pair.fixed_points, pair.moving_points)}")
+    print(f"{case}, before: {landmark_summary(pair.fixed_points, pair.moving_points)}")
     scans, tensors, masks = [], [], []
     for letter, scan, mask in (
         ("A", pair.moving, pair.moving_mask),
@@ -154,14 +157,7 @@ def main(data: Path, case: str, random: bool, threads: int) -> None:
     if random:
         return
     lap = time.process_time()
-    scratch = icon_nephi.register(
-        pair.moving,
-        pair.fixed,
-        modality=pair.modality,
-        mask_A=both[0],
-        mask_B=both[1],
-        progress=False,
-    )
+    scratch = register(pair)
     seconds = time.process_time() - lap
     print(
         f"from scratch: {errors(pair, (scratch.phi_AB, scratch.phi_BA))}, "

@@ -27,15 +27,18 @@ from typing import Any
 
 import numpy as np
 
+import evaluation
 from evaluation import (
-    array_of,
+    csv_file,
     geometry,
     image_from,
     to_index,
     to_physical,
-    write_csv,
 )
-from evaluation.pairs import Pair, find_cases
+from evaluation.pairs import find_cases
+from icon_nephi.atomic import write_csv
+from icon_nephi.cases import Case
+from icon_nephi.itk_images import array_of
 
 EVIDENCE = (
     *("outside", "folded", "return", "return_most", "uneven"),
@@ -56,16 +59,16 @@ AS_IT_IS = "none"
 class Change:
     """A perturbed pair, and what whoever registers it says beside."""
 
-    pair: Pair
+    pair: Case
     options: dict[str, Any]
     cut: bool = False  # what is outside the moving image is not scored
 
 
-def _values(pair: Pair) -> np.ndarray:
+def _values(pair: Case) -> np.ndarray:
     return array_of(pair.moving).astype(np.float32)
 
 
-def _with(pair: Pair, values: np.ndarray, **options: Any) -> Change:
+def _with(pair: Case, values: np.ndarray, **options: Any) -> Change:
     image = image_from(values.astype(np.float32), pair.moving)
     return Change(replace(pair, moving=image), options)
 
@@ -75,7 +78,7 @@ def _span(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _place(pair: Pair, turn: np.ndarray, shift: np.ndarray) -> Change:
+def _place(pair: Case, turn: np.ndarray, shift: np.ndarray) -> Change:
     """Everything of the moving image, turned about its middle and shifted: its header
     says so, no voxel changes."""
     import itk
@@ -123,24 +126,24 @@ def _shift(d: int, g: np.random.Generator) -> np.ndarray:
     return way / np.linalg.norm(way) * g.uniform(20, 60)
 
 
-def shifted(pair: Pair, g: np.random.Generator) -> Change:
+def shifted(pair: Case, g: np.random.Generator) -> Change:
     d = pair.moving.GetImageDimension()
     return _place(pair, np.eye(d), _shift(d, g))
 
 
-def turned(pair: Pair, g: np.random.Generator) -> Change:
+def turned(pair: Case, g: np.random.Generator) -> Change:
     d = pair.moving.GetImageDimension()
     return _place(pair, _turn(d, g), np.zeros(d))
 
 
-def noisy(pair: Pair, g: np.random.Generator) -> Change:
+def noisy(pair: Case, g: np.random.Generator) -> Change:
     """Gaussian noise of a tenth of the span of intensities."""
     values = _values(pair)
     low, high = _span(values)
     return _with(pair, values + 0.1 * (high - low) * g.normal(size=values.shape))
 
 
-def biased(pair: Pair, g: np.random.Generator) -> Change:
+def biased(pair: Case, g: np.random.Generator) -> Change:
     """A smooth factor from about 0.6 to 1.6."""
     values = _values(pair)
     wave = np.zeros(values.shape)
@@ -153,7 +156,7 @@ def biased(pair: Pair, g: np.random.Generator) -> Change:
     return _with(pair, low + (values - low) * factor)
 
 
-def cropped(pair: Pair, g: np.random.Generator) -> Change:
+def cropped(pair: Case, g: np.random.Generator) -> Change:
     """A fifth of the field of view is missing on one side."""
     values = _values(pair)
     axis, cut = int(g.integers(values.ndim)), [slice(None)] * values.ndim
@@ -167,7 +170,7 @@ def cropped(pair: Pair, g: np.random.Generator) -> Change:
     return Change(replace(pair, moving=image), {}, cut=True)
 
 
-def missing(pair: Pair, g: np.random.Generator) -> Change:
+def missing(pair: Case, g: np.random.Generator) -> Change:
     """A tenth of the slices are empty."""
     values = _values(pair).copy()
     count = max(1, round(0.1 * len(values)))
@@ -180,17 +183,17 @@ def _inverse(values: np.ndarray) -> np.ndarray:
     return low + high - values
 
 
-def inverted(pair: Pair, g: np.random.Generator) -> Change:
+def inverted(pair: Case, g: np.random.Generator) -> Change:
     """Dark is bright, and the user says so: similarity="lncc2"."""
     return _with(pair, _inverse(_values(pair)), similarity="lncc2")
 
 
-def inverted_unsaid(pair: Pair, g: np.random.Generator) -> Change:
+def inverted_unsaid(pair: Case, g: np.random.Generator) -> Change:
     """Dark is bright, and the user does not know."""
     return _with(pair, _inverse(_values(pair)))
 
 
-def thick(pair: Pair, g: np.random.Generator) -> Change:
+def thick(pair: Case, g: np.random.Generator) -> Change:
     """Slices six times as thick along one axis."""
     values = _values(pair)
     axis, d = int(g.integers(values.ndim)), values.ndim
@@ -207,7 +210,7 @@ def thick(pair: Pair, g: np.random.Generator) -> Change:
     return Change(replace(pair, moving=image), {})
 
 
-def empty(pair: Pair, g: np.random.Generator) -> Change:
+def empty(pair: Case, g: np.random.Generator) -> Change:
     """Empty borders, a quarter of the image wide."""
     values = _values(pair)
     wide = [round(n / 4) for n in values.shape]
@@ -218,7 +221,7 @@ def empty(pair: Pair, g: np.random.Generator) -> Change:
     return Change(replace(pair, moving=image), {})
 
 
-def metal(pair: Pair, g: np.random.Generator) -> Change:
+def metal(pair: Case, g: np.random.Generator) -> Change:
     """Three balls four times as bright as anything, with dark streaks."""
     values = _values(pair).copy()
     low, high = _span(values)
@@ -232,14 +235,14 @@ def metal(pair: Pair, g: np.random.Generator) -> Change:
     return _with(pair, values)
 
 
-def together(pair: Pair, g: np.random.Generator) -> Change:
+def together(pair: Case, g: np.random.Generator) -> Change:
     """Shifted, turned, noisy and biased."""
     d = pair.moving.GetImageDimension()
     changed = noisy(biased(pair, g).pair, g).pair
     return _place(changed, _turn(d, g), _shift(d, g))
 
 
-PERTURBATIONS: dict[str, Callable[[Pair, np.random.Generator], Change]] = {
+PERTURBATIONS: dict[str, Callable[[Case, np.random.Generator], Change]] = {
     f.__name__: f
     for f in (
         *(shifted, turned, noisy, biased, cropped, missing, inverted, thick, empty),
@@ -254,7 +257,7 @@ UNPROMISED = ("inverted_unsaid",)
 # --- pairs --------------------------------------------------------------------------
 
 
-def phantom(dimension: int, patient: int) -> Pair:
+def phantom(dimension: int, patient: int) -> Case:
     """Return a breathing thorax as ITK images, with its landmarks and organs."""
     from icon_nephi.phantoms import breathing_thorax
 
@@ -270,7 +273,7 @@ def phantom(dimension: int, patient: int) -> Pair:
     points = [np.ascontiguousarray(p.double().numpy()[:, ::-1]) for p in points]
     ids = np.unique(made.labels_A)
     shared = np.intersect1d(ids, np.unique(made.labels_B))
-    return Pair(
+    return Case(
         f"thorax{dimension}d/{patient}",
         fixed=image(made.image_B, np.float32),
         moving=image(made.image_A, np.float32),
@@ -288,7 +291,7 @@ def phantom(dimension: int, patient: int) -> Pair:
     )
 
 
-def readers(args: argparse.Namespace) -> dict[str, Callable[[], Pair]]:
+def readers(args: argparse.Namespace) -> dict[str, Callable[[], Case]]:
     counts = {2: args.flat, 3: args.solid}
     found = {
         f"thorax{d}d/{patient}": partial(phantom, d, patient)
@@ -303,7 +306,6 @@ def readers(args: argparse.Namespace) -> dict[str, Callable[[], Pair]]:
 
 
 def register(change: Change, seed: int, args: argparse.Namespace) -> Any:
-    import icon_nephi
     from icon_nephi.models import find_effort
 
     pair = change.pair
@@ -311,17 +313,7 @@ def register(change: Change, seed: int, args: argparse.Namespace) -> Any:
     settings = find_effort(args.preset, size, pair.modality)
     if args.steps:
         settings = replace(settings, steps=args.steps)
-    return icon_nephi.register(
-        pair.moving,
-        pair.fixed,
-        modality=pair.modality,
-        mask_A=pair.moving_mask,
-        mask_B=pair.fixed_mask,
-        field=settings,
-        seed=seed,
-        progress=False,
-        **change.options,
-    )
+    return evaluation.register(pair, field=settings, seed=seed, **change.options)
 
 
 def _inside(image: Any, points: np.ndarray) -> np.ndarray:
@@ -329,7 +321,7 @@ def _inside(image: Any, points: np.ndarray) -> np.ndarray:
     return ((index >= -0.5) & (index <= geometry(image)[2] - 0.5)).all(1)
 
 
-def score(change: Change, result: Any, pair: Pair, base: Any) -> dict[str, Any]:
+def score(change: Change, result: Any, pair: Case, base: Any) -> dict[str, Any]:
     """Return errors of a perturbed run and of the unperturbed one, of what both see."""
     row: dict[str, Any] = {"voxel_mm": max(float(s) for s in pair.fixed.GetSpacing())}
     if pair.fixed_points is not None:
@@ -342,7 +334,7 @@ def score(change: Change, result: Any, pair: Pair, base: Any) -> dict[str, Any]:
             away = np.linalg.norm(moved - which.moving_points[kept], axis=1)
             row[key] = float(away.mean())
     if pair.fixed_labels is not None:
-        from icon_nephi.metrics import dice
+        from icon_nephi.metrics import mean_dice
 
         fixed = array_of(pair.fixed_labels)
         index = np.stack(np.meshgrid(*map(range, fixed.shape), indexing="ij"), -1)
@@ -355,15 +347,14 @@ def score(change: Change, result: Any, pair: Pair, base: Any) -> dict[str, Any]:
             ("base_dice", pair, base),
         ):
             warped = array_of(found.warp_labels(which.moving_labels))
-            numbers = dice(
-                fixed.ravel()[kept], warped.ravel()[kept], list(pair.label_ids)
+            row[key] = mean_dice(
+                fixed.ravel()[kept], warped.ravel()[kept], pair.label_ids
             )
-            row[key] = float(np.nanmean(list(numbers.values())))
     return row
 
 
 def run(
-    name: str, pair: Pair, seed: int, base: Any, args: argparse.Namespace
+    name: str, pair: Case, seed: int, base: Any, args: argparse.Namespace
 ) -> tuple[dict[str, Any], Any]:
     """Return the row of one run and its registration (None where it was refused)."""
     row = {"pair": pair.name, "seed": seed, "perturbation": name}
@@ -456,13 +447,11 @@ def _of(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
 
 def draw(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write the distribution of errors over that of the pair as it is."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     names = [n for n in PERTURBATIONS if _of(rows, n)]
-    figure, axes = plt.subplots(figsize=(8, 0.4 * len(names) + 1.5))
+    figure = Figure(figsize=(8, 0.4 * len(names) + 1.5), layout="tight")
+    axes = figure.subplots()
     for place, name in enumerate(names):
         chosen = [r for r in _of(rows, name) if r["tre_mm"] != ""]
         for said, colour in ((False, "tab:blue"), (True, "tab:red")):
@@ -476,9 +465,7 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("landmark error over that of the pair as it is")
     axes.legend()
-    figure.tight_layout()
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 # --- the command --------------------------------------------------------------------
@@ -491,7 +478,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add(
-        "--out", type=Path, required=True, metavar="CSV", help="rows; kept and added to"
+        "--out",
+        type=csv_file,
+        required=True,
+        metavar="CSV",
+        help="rows; kept and added to",
     )
     add("--small", action="store_true", help="4 phantoms, 1 seed, few steps")
     add("--flat", type=int, default=14, metavar="N", help="2D phantoms (default: 14)")
@@ -509,8 +500,6 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.small:
         args.flat, args.solid, args.seeds = 3, 1, 1
         args.steps = args.steps or 60
-    if args.out.is_dir() or not args.out.parent.is_dir():
-        parser.error(f"--out: {args.out} is not a file in an existing folder.")
     return args
 
 
@@ -558,7 +547,7 @@ def _run_all(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
 
 
 def _run_pair(
-    pair: Pair,
+    pair: Case,
     seed: int,
     todo: list[str],
     rows: list[dict[str, Any]],

@@ -14,8 +14,8 @@ from icon_registration.losses import NCC
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from evaluation import write_csv
 from icon_nephi import GradientICONPoints, Points
+from icon_nephi.atomic import write_csv
 from icon_nephi.losses import diffusion_term, inverse_consistency_term, no_term
 from icon_nephi.models import PRESETS, make_network, make_pair
 from icon_nephi.optimize import Stage, optimize
@@ -137,7 +137,8 @@ def fit(
         Stage(end - start, loss.similarity_sampler, share * pair.image_B.shape[-1])
         for start, end, share in zip([0, *lengths], lengths, blurs, strict=False)
     ]
-    optimize(loss, pair.image_A, pair.image_B, stages, groups, callback=look)
+    images = pair.image_A, pair.image_B
+    optimize(loss, *images, stages, groups, callback=look).complete()
     return found
 
 

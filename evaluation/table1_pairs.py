@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from evaluation import machine, version, write_csv
+from evaluation import csv_file, machine
 from evaluation.dirlab import (
     find_dirlab,
     find_external,
@@ -30,9 +30,15 @@ from evaluation.dirlab import (
     landmark_errors,
     read_mover,
 )
-from icon_nephi import compare
-from icon_nephi.compare import Options, alone
-from icon_nephi.physical import FramedMap
+from evaluation.peers import voxel_centres
+from icon_nephi import compare, methods
+from icon_nephi.atomic import write_csv
+from icon_nephi.batch import aligned
+from icon_nephi.compare import alone
+from icon_nephi.itk_images import geometry_of, resample_to
+from icon_nephi.measure import flips_on_grid, mean_dice_at
+from icon_nephi.methods import Options
+from icon_nephi.versions import version
 
 COLUMNS = (
     *("method", "source", "case", "error", "before_tre_mm", "tre_mm"),
@@ -63,18 +69,13 @@ def work(read: Callable[[], Any], method: Any, options: Options) -> dict[str, An
 
     row = compare.measure(case, keep, options)
     if case.fixed_points is not None:
-        found = kept[0]
-        A, B = (p.unit_to_physical() for p in (found.place_A, found.place_B))
-        device = compare.choose_device(options.device, None)
-        moved = FramedMap(found.phi_AB, B, A, device)(case.fixed_points)
-        row |= landmark_errors(case, moved)
+        maps = compare.maps_of(kept[0], options.device)
+        row |= landmark_errors(case, maps.forward(case.fixed_points))
     return row
 
 
 def score_file(read: Callable[[], Any], path: Path) -> dict[str, Any]:
     """Return the errors of a transform or displacement field of another program."""
-    from icon_nephi.metrics import flips_percentage
-
     case = read()
     move = read_mover(path, case.fixed.GetImageDimension())
     row: dict[str, Any] = {}
@@ -82,26 +83,17 @@ def score_file(read: Callable[[], Any], path: Path) -> dict[str, Any]:
         before = landmark_errors(case, case.fixed_points)
         row["before_tre_mm"] = before["tre_mm"]
         row |= landmark_errors(case, move(case.fixed_points))
-    if case.fixed_labels is not None or case.fixed_points is not None:
-        import torch
-
-        from evaluation import geometry, to_index, to_physical
-
-        size = geometry(case.fixed)[2]
-        index = np.stack(np.meshgrid(*map(np.arange, size), indexing="ij"), -1)
-        start = to_physical(case.fixed, index.reshape(-1, len(size)))
-        moved = move(start)
-        back = to_index(case.fixed, moved).reshape(index.shape)
-        # Array axes are those of the index here (x first), so no axis is reversed.
-        phi = torch.from_numpy(np.moveaxis(back, -1, 0)[None].copy())
-        row["folds_voxels_percent"] = flips_percentage(phi)
-        if case.fixed_labels is not None:
-            shape = size[::-1]
-            order = (*reversed(range(len(size))), len(size))
-            for key, points in (("before_dice", start), ("dice", moved)):
-                grid = points.reshape(index.shape).transpose(order)
-                assert grid.shape[:-1] == tuple(shape)
-                row[key] = compare.mean_dice(case, torch.from_numpy(grid.copy()))
+    elif case.fixed_labels is None:
+        return row
+    start = voxel_centres(case.fixed)
+    moved = move(start.reshape(-1, start.shape[-1])).reshape(start.shape)
+    row["folds_voxels_percent"] = flips_on_grid(moved, geometry_of(case.fixed))
+    if case.fixed_labels is not None:
+        truth = resample_to(case.fixed_labels, case.fixed)
+        row["before_dice"], row["dice"] = (
+            mean_dice_at(truth, case.moving_labels, at, case.label_ids)
+            for at in (start, moved)
+        )
     return row
 
 
@@ -137,39 +129,32 @@ def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def text(rows: list[dict[str, Any]]) -> str:
     """Return the means and the quoted figures as lines."""
-    forms = {
-        "tre_mm": ("mTRE mm", ".2f"),
-        "tre_snapped_mm": ("snapped", ".2f"),
-        "dice": ("Dice", ".3f"),
-        "folds_voxels_percent": ("folds %", ".2g"),
-        "representation_m": ("map M", ".2f"),
-        "encoder_m": ("encoder M", ".2f"),
-        "inference_ms": ("ms", ".0f"),
-        "peak_gib": ("peak GiB", ".2f"),
-        "training_peak_gib": ("train GiB", ".2f"),
-    }
-    lines = [["method", "source", "case", *(name for name, _ in forms.values())]]
-    for row in rows:
-        cells = [(row.get(key), form) for key, (_, form) in forms.items()]
-        numbers = ["-" if v is None else format(v, form) for v, form in cells]
-        lines.append([row["method"], row["source"], row["case"], *numbers])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
-        for line in lines
+    heads = {name: (name, "s") for name in ("method", "source", "case")}
+    return aligned(
+        rows,
+        heads
+        | {
+            "tre_mm": ("mTRE mm", ".2f"),
+            "tre_snapped_mm": ("snapped", ".2f"),
+            "dice": ("Dice", ".3f"),
+            "folds_voxels_percent": ("folds %", ".2g"),
+            "representation_m": ("map M", ".2f"),
+            "encoder_m": ("encoder M", ".2f"),
+            "inference_ms": ("ms", ".0f"),
+            "peak_gib": ("peak GiB", ".2f"),
+            "training_peak_gib": ("train GiB", ".2f"),
+        },
     )
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw the error of every method, quoted figures in grey."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     key = "tre_mm" if any(row.get("tre_mm") is not None for row in rows) else "dice"
     bars = [row for row in rows if row.get(key) is not None]
-    figure, axis = plt.subplots(figsize=(7, 1.2 + 0.35 * len(bars)))
+    figure = Figure(figsize=(7, 1.2 + 0.35 * len(bars)), layout="tight")
+    axis = figure.subplots()
     colours = {"quoted": "0.7", "measured": "C0", "external": "C1"}
     for place, row in enumerate(bars):
         axis.barh(place, row[key], color=colours[row["source"]])
@@ -178,9 +163,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     )
     axis.invert_yaxis()
     axis.set_xlabel("mTRE, mm" if key == "tre_mm" else "Dice")
-    figure.tight_layout()
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def verdict(claim: str, name: str, rows: list[dict[str, Any]], goal: float) -> str:
@@ -216,18 +199,16 @@ def parser(doc: str, name: str) -> argparse.ArgumentParser:
     add("--only_external", action="store_true", help="register nothing")
     add("--seconds", type=float, default=600.0, help="of each registration, at most")
     add("--steps", type=int, help="of optimisation, not seconds")
-    add("--side", type=int, default=compare.LARGEST, help="longest, of networks")
+    add("--side", type=int, default=methods.LARGEST, help="longest, of networks")
     add("--threads", type=int, default=1)
     add("--seed", type=int, default=0)
     add("--device")
-    add("--out", type=Path, required=True, help="CSV; PNG beside it")
+    add("--out", type=csv_file, required=True, help="CSV; PNG beside it")
     return new
 
 
 def find(args: argparse.Namespace, folder: str) -> tuple[str, dict[str, Any]]:
     """Return the name of the data and the readers of its cases; phantoms if asked."""
-    if args.out.is_dir() or not args.out.parent.is_dir():
-        raise ValueError(f"--out: {args.out} is no file in an existing folder.")
     if args.small:
         from evaluation.compare_voxel import write_phantoms
         from evaluation.pairs import find_cases
@@ -296,8 +277,8 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         try:
             data, cases = find(args, folder)
-            methods = {} if args.only_external else {"NePhi, ours": compare.nephi}
-            rows = run(args, cases, methods)
+            ours = {} if args.only_external else {"NePhi, ours": methods.nephi}
+            rows = run(args, cases, ours)
         except ValueError as error:
             new.error(str(error))
     summary = finish(args, data, rows, QUOTED)

@@ -19,8 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from evaluation import write_csv
-from evaluation.pairs import Pair, load_pairs
+import evaluation
+from evaluation import csv_file
+from evaluation.pairs import load_pairs
+from icon_nephi.atomic import write_csv
+from icon_nephi.cases import Case
 
 CASES = (
     "lung3d_semireal/deep",
@@ -57,7 +60,7 @@ class Measured:
     numbers: dict[str, np.ndarray]  # "voxel" and INGREDIENTS
 
 
-def register(pair: Pair, seeds: int, folder: Path | None) -> list[Any]:
+def register(pair: Case, seeds: int, folder: Path | None) -> list[Any]:
     """Return the registrations, read from the folder where they are there."""
     import icon_nephi
 
@@ -67,15 +70,7 @@ def register(pair: Pair, seeds: int, folder: Path | None) -> list[Any]:
         if folder is not None:
             file = folder / f"{pair.name.replace('/', '_')}_{seed}.nephi"
         if file is None or not file.exists():
-            made = icon_nephi.register(
-                pair.moving,
-                pair.fixed,
-                modality=pair.modality,
-                mask_A=pair.moving_mask,
-                mask_B=pair.fixed_mask,
-                seed=seed,
-                progress=False,
-            )
+            made = evaluation.register(pair, seed=seed)
             if file is not None:
                 made.save(file)
         else:
@@ -84,7 +79,7 @@ def register(pair: Pair, seeds: int, folder: Path | None) -> list[Any]:
     return found
 
 
-def measure(pair: Pair, registrations: list[Any]) -> Measured:
+def measure(pair: Case, registrations: list[Any]) -> Measured:
     """Return what there is to know at the landmarks, and the true errors."""
     from icon_nephi import trust
 
@@ -106,11 +101,11 @@ def measure(pair: Pair, registrations: list[Any]) -> Measured:
     )
 
 
-def around(pair: Pair, registration: Any) -> tuple[np.ndarray, np.ndarray]:
+def around(pair: Case, registration: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return mean absolute difference and 1 - correlation of blocks at landmarks."""
     from icon_nephi.inputs import read_input
-    from icon_nephi.physical import reader
     from icon_nephi.preprocess import prepare
+    from icon_nephi.resampling import reader
 
     read = []
     for letter, image in (("A", pair.moving), ("B", pair.fixed)):
@@ -202,16 +197,12 @@ def tabulate(measured: list[Measured]) -> list[dict[str, Any]]:
 
 def draw(measured: list[Measured], path: Path) -> None:
     """Draw true errors over the package's estimates, a panel for each pair."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     from icon_nephi import trust
 
-    figure, panels = plt.subplots(
-        1, len(measured), figsize=(3 * len(measured), 3.2), squeeze=False
-    )
+    figure = Figure(figsize=(3 * len(measured), 3.2), layout="tight")
+    panels = figure.subplots(1, len(measured), squeeze=False)
     for panel, one in zip(panels[0], measured, strict=True):
         guess = trust.estimate(
             one.numbers["voxel"][0], one.numbers["consistency"], one.numbers["spread"]
@@ -224,21 +215,19 @@ def draw(measured: list[Measured], path: Path) -> None:
         panel.set_xlabel("estimate (mm)")
     panels[0, 0].set_ylabel("landmark error (mm)")
     panels[0, 0].legend(fontsize=7)
-    figure.tight_layout()
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of cases")
-    parser.add_argument("--out", type=Path, required=True, help="CSV; PNG beside it")
+    parser.add_argument(
+        "--out", type=csv_file, required=True, help="CSV; PNG beside it"
+    )
     parser.add_argument("--cases", nargs="+", default=list(CASES), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=3, help="registrations a pair")
     parser.add_argument("--fits", type=Path, help="folder to keep registrations in")
     args = parser.parse_args(argv)
-    if args.out.is_dir() or not args.out.parent.is_dir():
-        parser.error(f"--out: {args.out} is no file in an existing folder.")
     if args.fits is not None and not args.fits.is_dir():
         parser.error(f"--fits: {args.fits} is no folder.")
     if args.seeds < 2:

@@ -1,7 +1,7 @@
-"""Methods beside those of icon_nephi.compare: more resolutions, trained networks.
+"""Methods beside those of icon_nephi.methods: more resolutions, trained networks.
 
 Each is a function of a case and Options that returns what it Found; see
-icon_nephi/compare.py. Keywords are filled in with functools.partial.
+icon_nephi/methods.py. Keywords are filled in with functools.partial.
 """
 
 import math
@@ -14,8 +14,11 @@ import icon_registration as icon
 import torch
 from torch import Tensor
 
-from icon_nephi import add_neural_residual, compare, make_network
-from icon_nephi.compare import (
+from icon_nephi import add_neural_residual, make_network, methods
+from icon_nephi.coordinates import resize_image
+from icon_nephi.folds import guarded_term
+from icon_nephi.instance import Given, refine_pair, unrefined_maps
+from icon_nephi.methods import (
     Found,
     Options,
     network_images,
@@ -23,9 +26,7 @@ from icon_nephi.compare import (
     voxel_loss,
     voxel_step,
 )
-from icon_nephi.coordinates import resize_image
-from icon_nephi.folds import guarded_term
-from icon_nephi.instance import Given, neural_parts, refine_pair, unrefined_maps
+from icon_nephi.parts import neural_parts
 
 LEVELS = 2  # of ICON's published networks
 TRIAL = 5  # steps of instance optimisation that are timed
@@ -33,7 +34,7 @@ TRIAL = 5  # steps of instance optimisation that are timed
 
 def levels_of(shape: Sequence[int], most: int = LEVELS) -> int:
     """How often a grid can be halved before tallUNet2 does not take it any more."""
-    least = compare.SMALLEST if len(shape) == 5 else 8
+    least = methods.SMALLEST if len(shape) == 5 else 8
     fits = [n for n in range(most + 1) if math.ceil(min(shape[2:]) / 2**n) >= least]
     return max(fits, default=0)
 
@@ -55,7 +56,7 @@ def coarse(shape: Sequence[int]) -> Any:
     return voxel_loss(net, shape)
 
 
-NETWORKS = {"voxel": compare.voxel_network, "voxel_multi": nested, "coarse": coarse}
+NETWORKS = {"voxel": methods.voxel_network, "voxel_multi": nested, "coarse": coarse}
 
 
 # --- from scratch -------------------------------------------------------------------
@@ -63,7 +64,7 @@ NETWORKS = {"voxel": compare.voxel_network, "voxel_multi": nested, "coarse": coa
 
 def voxel_multi(case: Any, options: Options) -> Found:
     """GradICON's nested voxel networks, optimised for this pair alone."""
-    return compare.voxel(case, options, nested)
+    return methods.voxel(case, options, nested)
 
 
 def nephi_multi(case: Any, options: Options, weights: Path | None = None) -> Found:
@@ -73,27 +74,27 @@ def nephi_multi(case: Any, options: Options, weights: Path | None = None) -> Fou
     (or steps).
     """
     A, B, places = network_images(case, options)
-    began = compare.now(A.device)
+    began = methods.now(A.device)
     if weights is None:
         steps = options.steps and max(1, options.steps // 2)
         half = replace(options, seconds=options.seconds / 2, steps=steps)
-        first = compare.voxel(case, half, coarse)
+        first = methods.voxel(case, half, coarse)
         maps, encoder = (first.phi_AB, first.phi_BA), first.encoder
     else:
         network = load(coarse(A.shape), weights).to(A.device)
         maps = unrefined_maps(network, A, B)
-        encoder = compare.count(network)
+        encoder = methods.count(network)
     given = Given(maps)
     given.assign_identity_map([1, 1, *A.shape[2:]])
     given.to(A.device)
     model = add_neural_residual(given, seed=options.seed).to(A.device)
     masks = masks_of(case, A)
-    start, count = compare.now(A.device), options.steps and options.steps // 2
+    start, count = methods.now(A.device), options.steps and options.steps // 2
     if not count:  # as many as the rest of the time allows
         refine_pair(model, A, B, steps=TRIAL, progress=False, **masks)
-        trial = compare.now(A.device) - start
-        left = options.seconds - (compare.now(A.device) - began)
-        count, start = max(TRIAL, int(TRIAL * left / trial)), compare.now(A.device)
+        trial = methods.now(A.device) - start
+        left = options.seconds - (methods.now(A.device) - began)
+        count, start = max(TRIAL, int(TRIAL * left / trial)), methods.now(A.device)
     return refined(model, A, B, masks, places, max(1, count), encoder, options)
 
 
@@ -108,7 +109,7 @@ def refined(
     options: Options,
 ) -> Found:
     """What instance optimisation of a model's codes and fields found."""
-    start = compare.now(A.device)
+    start = methods.now(A.device)
     phi_AB, phi_BA, _ = refine_pair(
         model,
         A,
@@ -122,7 +123,7 @@ def refined(
     found = replace(
         voxel_found((phi_AB, phi_BA), places, encoder),
         steps=steps,
-        step_seconds=(compare.now(A.device) - start) / steps,
+        step_seconds=(methods.now(A.device) - start) / steps,
     )
     return sized(found, (phi_AB, phi_BA))
 
@@ -130,7 +131,7 @@ def refined(
 def sized(found: Found, maps: Sequence[Any]) -> Found:
     """The same with the numbers of its fields and its code."""
     parts = neural_parts(maps)
-    fields = {id(p.field): compare.count(p.field) for p in parts}
+    fields = {id(p.field): methods.count(p.field) for p in parts}
     tensors = [t for p in parts for t in (p.code.global_code, *p.code.local_codes)]
     codes = {t.data_ptr(): t.numel() for t in tensors if t.numel()}
     return replace(found, representation=sum(fields.values()), code=sum(codes.values()))
@@ -193,19 +194,19 @@ def trained(
         else:
             maps = unrefined_maps(model, A, B)
             found = sized(voxel_found(maps, places, 0), maps)
-        everything = compare.count(model.regis_net)
+        everything = methods.count(model.regis_net)
         return replace(found, encoder=everything - found.representation)
     network = load(NETWORKS[kind](size), weights).to(A.device).eval()
-    start = compare.now(A.device)
+    start = methods.now(A.device)
     optimizer = torch.optim.Adam(network.parameters(), lr=2e-5)  # ICON's
     for _ in range(io_steps):
         optimizer.zero_grad()
         network(A, B).all_loss.backward()
         optimizer.step()
-    seconds = (compare.now(A.device) - start) / max(1, io_steps)
+    seconds = (methods.now(A.device) - start) / max(1, io_steps)
     with torch.no_grad():
         maps = unrefined_maps(network, A, B)
-    found = voxel_found(maps, places, compare.count(network))
+    found = voxel_found(maps, places, methods.count(network))
     return replace(found, steps=io_steps, step_seconds=seconds if io_steps else None)
 
 
@@ -227,9 +228,9 @@ def training_step(
     network.to(where).train()
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
     for _ in range(2):
-        start = compare.now(where)
+        start = methods.now(where)
         optimizer.zero_grad()
         network(A, B).all_loss.mean().backward()
         optimizer.step()
-        spent = compare.now(where) - start
-    return {"step_ms": 1000 * spent, "peak_gib": compare.peak_gib(where)}
+        spent = methods.now(where) - start
+    return {"step_ms": 1000 * spent, "peak_gib": methods.peak_gib(where)}

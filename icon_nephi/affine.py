@@ -238,4 +238,4 @@ def refine(
 
 def voxel_stride(millimetres: float, geometry: Geometry) -> tuple[float, ...]:
     """A stride in voxels of each tensor axis; never below one voxel."""
-    return tuple(max(1.0, millimetres / s) for s in reversed(geometry.spacing))
+    return tuple(max(1.0, millimetres / s) for s in geometry.tensor_spacing)

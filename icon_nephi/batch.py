@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from icon_nephi.files import written_whole
+from icon_nephi.atomic import write_csv
 from icon_nephi.memory import memory_for
 from icon_nephi.runs import flags_of
 
@@ -139,13 +139,7 @@ def run_pairs(
     rank, world = place()
     for row in rows[rank::world]:
         done.append(_one(row, given, run))
-        with (
-            written_whole(summary_in(given.out_dir)) as (part,),
-            part.open("w", newline="", encoding="utf-8") as file,
-        ):
-            writer = csv.DictWriter(file, HEADER)
-            writer.writeheader()
-            writer.writerows(done)
+        write_csv(summary_in(given.out_dir), HEADER, done)
         yield done[-1]
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from icon_nephi.atomic import part_of, written_whole
 from icon_nephi.chunks import Array, Box
 from icon_nephi.coordinates import Geometry
-from icon_nephi.files import part_of, written_whole
 from icon_nephi.raw_files import write_meta_header
 from icon_nephi.zarr_files import zarr_writer
 

@@ -7,23 +7,14 @@ polynomial, kept exactly up to the degree of the `Expansion`; the field's layers
 from __future__ import annotations
 
 import itertools
-import math
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from icon_nephi.codes import LatentCode
-from icon_nephi.expansions import (
-    Expansion,
-    add,
-    beside,
-    linear,
-    monomials,
-    product,
-    sine,
-    unit,
-)
-from icon_nephi.fields import LatentMLP, ModulatedSiren
+from icon_nephi.expansions import Expansion, beside, monomials, unit
+from icon_nephi.fields import Field
 
 # Boxes are taken a little larger than they are, so that the rounding of their edges is
 # inside: every polynomial piece is bounded a bit beyond its knots.
@@ -41,7 +32,7 @@ def knots(code: LatentCode, axis: int) -> Tensor:
 
 
 def expand_displacement(
-    field: nn.Module,
+    field: Field,
     code: LatentCode,
     centre: Tensor,
     half: Tensor,
@@ -51,7 +42,7 @@ def expand_displacement(
     """The `Expansion` of the displacement a field makes of a code, C = d.
 
     Args:
-        field: `LatentMLP` or `ModulatedSiren`, float64.
+        field: float64.
         code: of batch 1, float64.
         centre: of the boxes ``[N, d]``, in the unit box, float64.
         half: half their sides, 0 along axes where nothing changes.
@@ -60,60 +51,22 @@ def expand_displacement(
             more that it rounds.
 
     Raises:
-        TypeError: another field.
+        TypeError: the field has no ``expand``.
     """
-    read = _read(code, centre, half, degree, dtype)
-    if isinstance(field, LatentMLP):
-        inputs = beside(_place(centre, half, degree).rounded(dtype), read)
-        return _through_mlp(field, inputs)
-    if isinstance(field, ModulatedSiren):
-        # 2 pi B (2 x - 1); a cosine is a sine further on.
-        turns = torch.cat([field.frequencies, field.frequencies]) * (2 * math.pi)
-        further = torch.zeros_like(turns[:, 0])
-        further[len(field.frequencies) :] = math.pi / 2
-        waves = linear(_place(centre, half, 1), turns, further).rounded(dtype)
-        return _through_siren(field, read, sine(waves, degree))
-    raise TypeError(
-        f"bounds are known for LatentMLP and ModulatedSiren, got {type(field).__name__}"
-    )
+    expand = getattr(field, "expand", None)
+    if expand is None:
+        raise TypeError(
+            f"a map of the field {type(field).__name__} cannot be certified: bounds "
+            "need its method expand(points, values), described in icon_nephi.fields"
+        )
+    values = _read(code, centre, half, degree, dtype)
+    return cast(Expansion, expand(_place(centre, half), values))
 
 
-def _through_mlp(field: LatentMLP, hidden: Expansion) -> Expansion:
-    for layer in field.hidden:
-        hidden = sine(_layer(hidden, layer, field.omega), hidden.degree)
-    return linear(hidden, field.last.weight.to(hidden.rows))
-
-
-def _through_siren(
-    field: ModulatedSiren, read: Expansion, features: Expansion
-) -> Expansion:
-    known, degree, omega = beside(read, features), features.degree, field.omega
-    start = gate = sine(_layer(known, field.modulator[0], omega), degree)
-    hidden = sine(_layer(features, field.synthesis[0], field.first_omega), degree)
-    for modulate, synthesise in zip(
-        field.modulator[1:], field.synthesis[1:], strict=True
-    ):
-        gate = add(sine(_layer(gate, modulate, omega), degree), start)
-        hidden = product(gate, sine(_layer(hidden, synthesise, omega), degree))
-    return linear(hidden, (field.last.weight * 0.5).to(hidden.rows))
-
-
-def _layer(inputs: Expansion, of: nn.Module, omega: float) -> Expansion:
-    assert isinstance(of, nn.Linear)
-    like = inputs.rows
-    return linear(inputs, (of.weight * omega).to(like), (of.bias * omega).to(like))
-
-
-def _place(centre: Tensor, half: Tensor, degree: int) -> Expansion:
-    """2 x - 1."""
-    count, d = centre.shape
-    rows = centre.new_zeros(len(monomials(d, degree)), count, d)
-    rows[0] = 2 * centre - 1
-    for axis in range(d):
-        rows[1 + axis, :, axis] = 2 * half[:, axis]
-    stray = centre.new_zeros(1 + d, count, d)
-    stray[0] = 4 * unit(rows)
-    return Expansion.of(rows, stray, d, degree)
+def _place(centre: Tensor, half: Tensor) -> Expansion:
+    """x, of degree 1, float64."""
+    rows = torch.cat([centre[None], torch.diag_embed(half).transpose(0, 1)])
+    return Expansion.of(rows, torch.zeros_like(rows), centre.shape[1], 1)
 
 
 def _steps(nodes: int, order: str) -> int:

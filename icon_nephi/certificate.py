@@ -22,7 +22,8 @@ from icon_nephi.inputs import is_itk, place_of, voxels_of
 from icon_nephi.physical import Array
 from icon_nephi.proofs import Search
 from icon_nephi.regions import Region
-from icon_nephi.registration import DIRECTIONS, Registration
+from icon_nephi.registration import Registration
+from icon_nephi.two_way import DIRECTIONS, FIXED_TO_MOVING, MOVING_TO_FIXED, TwoWay
 
 BOTH = "both"
 
@@ -125,7 +126,7 @@ def certify(
             f"{type(registration).__name__}"
         )
     if direction is None:
-        direction = BOTH if region is None else DIRECTIONS[0]
+        direction = BOTH if region is None else FIXED_TO_MOVING
     if direction not in (*DIRECTIONS, BOTH):
         raise ValueError(
             f"direction must be one of {(*DIRECTIONS, BOTH)}, got {direction!r}"
@@ -157,7 +158,8 @@ def certify(
     total = sum(s.total for s in searches)
     left = sum(boxes.volume() for s in searches for boxes in s.left) / total
     refuted = sum(s.refuted for s in searches) / total
-    scales = [_scale(registration, d) for d in chosen]
+    two_way = registration.two_way
+    scales = [_scale(two_way, d) for d in chosen]
     ways = list(zip(searches, chosen, scales, strict=True))
     least = min(s.smallest * abs(scale) for s, _, scale in ways)
     return Certificate(
@@ -166,7 +168,7 @@ def certify(
         undecided=left,
         smallest=least if math.isfinite(least) else math.nan,
         counterexamples=np.concatenate(
-            [apply_affine(_start(registration, d), s.points) for s, d, _ in ways]
+            [apply_affine(_start(two_way, d), s.points) for s, d, _ in ways]
         ),
         determinants=np.concatenate([s.determinants * c for s, _, c in ways]),
         directions=tuple(d for s, d, _ in ways for _ in s.points),
@@ -174,46 +176,30 @@ def certify(
     )
 
 
-def _frames(registration: Registration) -> tuple[Tensor, Tensor]:
-    """Unit box -> frame of points, of the moving and of the fixed image."""
-    places = registration.geometry_A, registration.geometry_B
-    if registration.itk:
-        return places[0].unit_to_physical(), places[1].unit_to_physical()
-    unit = torch.eye(places[0].dimension + 1, dtype=torch.float64)
-    return unit, unit
-
-
-def _before(registration: Registration, direction: str) -> Tensor:
-    """psi's unit box (the fixed image's) -> that of the image a direction starts from.
+def _start(two_way: TwoWay, direction: str) -> Tensor:
+    """psi's unit box (the fixed image's) -> the frame that a direction starts in.
 
     phi_AB = affine o psi_AB, and phi_BA = psi_BA o affine^-1.
     """
-    matrix = registration.fit.matrix.detach().cpu().double()
-    return torch.eye(len(matrix)).double() if direction == DIRECTIONS[0] else matrix
+    _, frame = two_way.grid(direction)
+    return frame @ two_way.from_fixed(direction)
 
 
-def _start(registration: Registration, direction: str) -> Tensor:
-    """psi's unit box -> the frame of points that a direction starts in."""
-    moving, fixed = _frames(registration)
-    frame = fixed if direction == DIRECTIONS[0] else moving
-    return frame @ _before(registration, direction)
-
-
-def _scale(registration: Registration, direction: str) -> float:
+def _scale(two_way: TwoWay, direction: str) -> float:
     """The determinant of phi over that of psi, in the frames of points."""
-    moving, fixed = _frames(registration)
-    matrix = registration.fit.matrix.detach().cpu().double()
-    volumes = [float(torch.linalg.det(m[:-1, :-1])) for m in (moving, matrix, fixed)]
+    fixed, moving = (two_way.grid(d)[1] for d in DIRECTIONS)
+    affine = two_way.from_fixed(MOVING_TO_FIXED)
+    volumes = [float(torch.linalg.det(m[:-1, :-1])) for m in (moving, affine, fixed)]
     ratio = volumes[0] * volumes[1] / volumes[2]
-    return ratio if direction == DIRECTIONS[0] else 1 / ratio
+    return ratio if direction == FIXED_TO_MOVING else 1 / ratio
 
 
 def _search(registration: Registration, direction: str, region: Any) -> Search:
     fit = registration.fit
-    field = fit.field_AB if direction == DIRECTIONS[0] else fit.field_BA
+    field = fit.field_AB if direction == FIXED_TO_MOVING else fit.field_BA
     where = _region(registration, direction, region)
     low, high = where.span()
-    image = Region(_before(registration, direction))
+    image = Region(registration.two_way.from_fixed(direction))
     if not bool(image.meets(low[None], high[None])):
         raise ValueError(
             f"region lies outside the image that {direction} starts from; "
@@ -224,7 +210,8 @@ def _search(registration: Registration, direction: str, region: Any) -> Search:
 
 def _region(registration: Registration, direction: str, region: Any) -> Region:
     """The region in psi's frame; see `certify`."""
-    before = _before(registration, direction)
+    two_way = registration.two_way
+    before = two_way.from_fixed(direction)
     if region is None:
         return Region(before)
     d = len(before) - 1
@@ -233,11 +220,9 @@ def _region(registration: Registration, direction: str, region: Any) -> Region:
         voxels = torch.from_numpy(voxels_of(region)).permute(d, *range(d))[None]
         check_mask("region", voxels, place.size)
         if registration.itk:
-            start = _start(registration, direction)
-            before = place.physical_to_unit() @ start
+            before = place.physical_to_unit() @ _start(two_way, direction)
         else:
-            own = registration.geometry_B if direction == DIRECTIONS[0] else None
-            check_mask("region", voxels, (own or registration.geometry_A).size)
+            check_mask("region", voxels, two_way.place(direction).size)
         return Region(before, (voxels[0] > 0).any(0))
     try:
         corners = np.asarray(region, dtype=np.float64)
@@ -255,4 +240,4 @@ def _region(registration: Registration, direction: str, region: Any) -> Region:
     into = torch.eye(d + 1, dtype=torch.float64)
     into[:d, :d] = torch.diag(1 / (high - low))
     into[:d, d] = -low / (high - low)
-    return Region(into @ _start(registration, direction))
+    return Region(into @ _start(two_way, direction))

@@ -1,7 +1,8 @@
 """Images too large to hold, read at samples: only the chunks around them are in memory.
 
-A `ChunkedImage` stands where the losses take an image ``[1, 1, *grid]``: it has a shape
-and is read at ICON-frame coordinates of the whole image, whichever level it is of.
+A `ChunkedImage` is a `icon_nephi.images.Readable`: it stands where the losses take an
+image ``[1, 1, *grid]``, and is read at ICON-frame coordinates of the whole image,
+whichever level it is of.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ class ChunkCache:
         return result
 
     def ahead(self, boxes: Sequence[Box]) -> None:
-        """Nothing; a thread reads the chunks of boxes that will be needed soon."""
+        """Read the chunks of boxes that will be needed soon, in a thread."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "read-ahead")
         if self._reading is not None and not self._reading.done():
@@ -148,13 +149,13 @@ class ChunkCache:
         numbers: set[int] = set()
         for box in boxes:
             piles = np.meshgrid(*self._piles(box), indexing="ij")
-            found = np.ravel_multi_index([p.ravel() for p in piles], self.counts)
-            numbers |= set(found.tolist())
+            flat = np.ravel_multi_index([p.ravel() for p in piles], self.counts)
+            numbers |= set(flat.tolist())
         room = sorted(numbers)[: max(1, self.slots // 4)]
         self._reading = self._thread.submit(self._fetch, room)
 
     def close(self) -> None:
-        """Nothing; ends the thread and lets go of what was read."""
+        """End the thread and let go of what was read."""
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
             self._thread = None
@@ -278,9 +279,12 @@ class ChunkedImage:
         self.focus: Tensor | None = None
         self.cell = torch.zeros(len(cache.shape))
 
-    def dim(self) -> int:
-        """The number of axes of ``shape``."""
-        return len(self.shape)
+    @classmethod
+    def of(cls, values: Tensor) -> ChunkedImage:
+        """An image ``[1, 1, *grid]`` in memory, all of it one chunk."""
+        array = np.ascontiguousarray(values[0, 0].cpu().numpy())
+        scale, shift = [n - 1.0 for n in array.shape], [0.0] * array.ndim
+        return cls(ChunkCache.of(array), scale, shift, lambda v: v, values.device)
 
     def sample(self, coordinates: Tensor) -> Tensor:
         """Intensities ``[1, 1, *any]`` at ICON-frame coordinates ``[1, d, *any]``.
@@ -322,7 +326,7 @@ class ChunkedImage:
         return rows.clamp(0, 1)[None].to(self.device, self.dtype)
 
     def close(self) -> None:
-        """Nothing; lets go of the chunks and of where samples were drawn."""
+        """Let go of the chunks and of where samples were drawn."""
         self.cache.close()
         self.focus = None
 
@@ -336,6 +340,3 @@ class ChunkedImage:
             )
             for (a, b), n in zip(ends.T.tolist(), self.cache.shape, strict=True)
         )
-
-
-Image: TypeAlias = Tensor | ChunkedImage

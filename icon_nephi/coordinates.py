@@ -7,13 +7,18 @@ millimetres, component order x, y(, z), which is the reverse of the tensor axes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Array: TypeAlias = npt.NDArray[Any]
+T = TypeVar("T")
 
 # What rounding may put a place of the unit box beyond its border, in float32.
 EDGE = 1e-6
@@ -100,6 +105,31 @@ def within(rows: Tensor) -> Tensor:
     return ((rows >= -EDGE) & (rows <= 1 + EDGE)).to(rows.dtype)
 
 
+def outside_grid(index: Array, size: Sequence[int]) -> Array:
+    """Return a boolean ``[N]``: which places lie beyond the voxels of a grid.
+
+    A voxel reaches half a step to every side of its centre; a place on its face, or
+    beyond that by rounding, is not outside.
+
+    Args:
+        index: ``[N, d]`` in voxels per tensor axis, 0 at the first centre.
+        size: voxels per tensor axis.
+    """
+    last = np.array(size) - 0.5
+    far: Array = (index < -0.5 - EDGE) | (index > last + EDGE)
+    return np.asarray(far.any(1))
+
+
+def other_order(values: Iterable[T]) -> tuple[T, ...]:
+    """Return numbers of the tensor axes in the order x, y(, z), or the way back."""
+    return tuple(values)[::-1]
+
+
+def other_components(values: Array) -> Array:
+    """Return ``[*any, d]`` with its components as `other_order` has them, a view."""
+    return values[..., ::-1]
+
+
 @dataclass(frozen=True)
 class Geometry:
     """Where an image lies in the physical frame.
@@ -122,7 +152,7 @@ class Geometry:
         dimension = len(size)
         return Geometry(
             size=tuple(int(n) for n in size),
-            spacing=tuple(1.0 / (n - 1) for n in reversed(size)),
+            spacing=tuple(1.0 / (n - 1) for n in other_order(size)),
             origin=(0.0,) * dimension,
             direction=tuple(map(tuple, np.eye(dimension).tolist())),
         )
@@ -136,8 +166,18 @@ class Geometry:
     def extent(self) -> tuple[float, ...]:
         """Millimetres from the first to the last voxel centre, per tensor axis."""
         return tuple(
-            (n - 1) * s for n, s in zip(self.size, reversed(self.spacing), strict=True)
+            (n - 1) * s for n, s in zip(self.size, self.tensor_spacing, strict=True)
         )
+
+    @property
+    def tensor_spacing(self) -> tuple[float, ...]:
+        """Millimetres from voxel to voxel, per tensor axis."""
+        return other_order(self.spacing)
+
+    @property
+    def itk_size(self) -> tuple[int, ...]:
+        """Voxels in the order x, y(, z)."""
+        return other_order(self.size)
 
     def resized(self, size: Sequence[int]) -> Geometry:
         """Another grid of voxels in the same box: its edges are kept, centres are not.
@@ -145,7 +185,7 @@ class Geometry:
         So ICON resizes images (``align_corners=False``).
         """
         old = np.array(self.spacing)
-        new = old * self.size[::-1] / np.array(size)[::-1]
+        new = old * self.itk_size / np.array(other_order(size))
         origin = self.origin + np.array(self.direction) @ ((new - old) / 2)
         return Geometry(
             size=tuple(int(n) for n in size),
@@ -157,7 +197,7 @@ class Geometry:
     def unit_to_physical(self) -> Tensor:
         """``[d + 1, d + 1]`` float64: homogeneous ICON frame -> LPS millimetres."""
         d = self.dimension
-        reverse = torch.eye(d, dtype=torch.float64)[list(reversed(range(d)))]
+        reverse = torch.eye(d, dtype=torch.float64).flip(0)
         direction = torch.tensor(self.direction, dtype=torch.float64)
         steps = torch.tensor(self.spacing, dtype=torch.float64)
         counts = torch.tensor([n - 1.0 for n in self.size], dtype=torch.float64)
@@ -170,6 +210,15 @@ class Geometry:
         """``[d + 1, d + 1]`` float64: homogeneous LPS millimetres -> ICON frame."""
         inverse: Tensor = torch.linalg.inv(self.unit_to_physical())
         return inverse
+
+    def outside(self, points: Array) -> Array:
+        """Return a boolean ``[N]``: which points lie beyond the image's voxels.
+
+        Args:
+            points: ``[N, d]`` float64, physical frame.
+        """
+        unit = apply_affine(self.physical_to_unit(), torch.from_numpy(points)).numpy()
+        return outside_grid(unit * (np.array(self.size) - 1.0), self.size)
 
 
 def apply_affine(matrix: Tensor, points: Tensor) -> Tensor:

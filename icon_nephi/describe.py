@@ -1,4 +1,4 @@
-"""What is in a saved registration or an ITK transform file, as a dictionary."""
+"""What is in a saved registration or ITK transform, and what a run gave, as text."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _count(field: nn.Module) -> int:
 
 def _place(geometry: Geometry) -> dict[str, Any]:
     return {
-        "size": list(reversed(geometry.size)),
+        "size": list(geometry.itk_size),
         "spacing": list(geometry.spacing),
         "origin": list(geometry.origin),
         "direction": [list(row) for row in geometry.direction],
@@ -123,3 +123,37 @@ def _inline(value: Any) -> str:
     if isinstance(value, float):
         return np.format_float_positional(value, 6, fractional=False, trim="-")
     return "unknown" if value is None else str(value)
+
+
+def summary_lines(summary: dict[str, Any]) -> list[str]:
+    """Return what nephi-register found, a line each for people."""
+    text = [f"registered in {summary['seconds']:.1f} s"]
+    if "folds_percent" in summary:
+        errors, lengths = summary["inverse_consistency_mm"], summary["displacement_mm"]
+        text += [
+            f"folds: {summary['folds_percent']:.3g} % of {summary['voxels_measured']} "
+            "voxels, both directions",
+            f"inverse consistency: mean {errors['mean']:.3f} mm, "
+            f"95th percentile {errors['p95']:.3f} mm",
+            f"displacement, fixed -> moving: mean {lengths['mean']:.2f} mm, "
+            f"largest {lengths['max']:.2f} mm",
+        ]
+    if "expected_error_mm" in summary:
+        errors = summary["expected_error_mm"]
+        text.append(
+            f"expected error: median {errors['median']:.2f} mm, 95th percentile "
+            f"{errors['p95']:.2f} mm"
+        )
+    if "landmarks_mm" in summary:
+        for when in ("before", "after"):
+            numbers = summary["landmarks_mm"][when]
+            text.append(
+                f"landmark error {when}: mean {numbers['mean']:.2f} mm, median "
+                f"{numbers['median']:.2f} mm, 95th percentile {numbers['p95']:.2f} mm"
+            )
+    if "dice" in summary:
+        for when in ("before", "after"):
+            numbers = summary["dice"][when]
+            each = ", ".join(f"{k}: {v:.3f}" for k, v in numbers["labels"].items())
+            text.append(f"Dice {when}: mean {numbers['mean']:.3f} ({each})")
+    return text + [f"{name}: {path}" for name, path in summary["outputs"].items()]

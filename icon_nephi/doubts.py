@@ -10,7 +10,7 @@ from torch import Tensor
 from icon_nephi.blocks import as_blocks, patch_maps
 from icon_nephi.coordinates import Geometry, inside, points_as_grid, sample_image
 from icon_nephi.folds import relative_determinant
-from icon_nephi.preprocess import missing_slices
+from icon_nephi.preprocess import PreparedImage
 from icon_nephi.sampling import Patches, draw_points
 from icon_nephi.transforms import AffinePair, Map, MatrixTransform
 
@@ -28,23 +28,17 @@ OPPOSED = 0.25  # share
 COARSE = 8.0  # 1/160 of the box
 
 
-def of_images(
-    image_A: Tensor, image_B: Tensor, geometry_A: Geometry, geometry_B: Geometry
-) -> dict[str, float]:
-    """What is doubtful before anything is done, of images ``[1, C, *grid]``.
+def of_images(image_A: PreparedImage, image_B: PreparedImage) -> dict[str, float]:
+    """What is doubtful before anything is done.
 
     ``coarse``: the longest side of a voxel of either, in 1/160 of image_B's box.
     ``gaps``: slices of either that are empty between some that are not.
     """
-    spacings = [*geometry_A.spacing, *geometry_B.spacing]
+    spacings = [*image_A.place.spacing, *image_B.place.spacing]
     return {
-        "coarse": 160 * max(spacings) / max(geometry_B.extent),
-        "gaps": float(_gaps(image_A) + _gaps(image_B)),
+        "coarse": 160 * max(spacings) / max(image_B.place.extent),
+        "gaps": float(image_A.gaps + image_B.gaps),
     }
-
-
-def _gaps(image: Tensor) -> int:
-    return sum(len(missing_slices(image, axis)) for axis in range(2, image.dim()))
 
 
 def evidence(
@@ -102,61 +96,61 @@ def evidence(
     }
 
 
-def doubts(found: dict[str, float], *, contrast: bool = False) -> list[str]:
+def doubts(numbers: dict[str, float], *, contrast: bool = False) -> list[str]:
     """What a user should know of a result, one sentence each.
 
     Args:
-        found: what `evidence` returns, and `of_images`.
+        numbers: what `evidence` returns, and `of_images`.
         contrast: the images may have other contrasts, so correlations say nothing.
     """
-    said = []
-    if found.get("coarse", 0) > COARSE:
-        said.append(
-            f"a voxel is {found['coarse']:.0f}/160 of image_B's longest side along "
+    sentences = []
+    if numbers.get("coarse", 0) > COARSE:
+        sentences.append(
+            f"a voxel is {numbers['coarse']:.0f}/160 of image_B's longest side along "
             "one axis: expect errors of a part of that"
         )
-    if found.get("gaps", 0):
-        said.append(
-            f"{found['gaps']:.0f} slices between others are empty: around them the map "
-            "is less exact; mask them if they are many"
+    if numbers.get("gaps", 0):
+        sentences.append(
+            f"{numbers['gaps']:.0f} slices between others are empty: around them the "
+            "map is less exact; mask them if they are many"
         )
-    if found["outside"] > OUTSIDE:
-        said.append(
-            f"{100 * found['outside']:.0f} % of what is registered in image_B maps "
+    if numbers["outside"] > OUTSIDE:
+        sentences.append(
+            f"{100 * numbers['outside']:.0f} % of what is registered in image_B maps "
             "outside image_A: it is extrapolated there"
         )
-    if found["folded"] > 0:
-        share = 100 * found["folded"]
-        said.append(f"the map folds at {share:.2g} % of image_B's content")
-    if found["return"] > RETURN:
-        said.append(
+    if numbers["folded"] > 0:
+        share = 100 * numbers["folded"]
+        sentences.append(f"the map folds at {share:.2g} % of image_B's content")
+    if numbers["return"] > RETURN:
+        sentences.append(
             "the two maps are not each other's inverse: points miss their start by "
-            f"{found['return']:.1f}/160 of image_B's longest side on average"
+            f"{numbers['return']:.1f}/160 of image_B's longest side on average"
         )
-    if found["uneven"] > UNEVEN:
-        said.append(
+    if numbers["uneven"] > UNEVEN:
+        sentences.append(
             "the map is very uneven: it grows and shrinks neighbouring places by "
-            f"factors of {math.exp(found['uneven']):.1f}"
+            f"factors of {math.exp(numbers['uneven']):.1f}"
         )
     if contrast:
-        return said
-    if found["opposed"] > OPPOSED:
-        said.append(
+        return sentences
+    if numbers["opposed"] > OPPOSED:
+        sentences.append(
             "bright places of one image lie on dark ones of the other: if contrasts "
             "differ, register with similarity 'lncc2', 'mind' or 'mi'"
         )
-    elif found["alike"] < ALIKE:
-        said.append(
+    elif numbers["alike"] < ALIKE:
+        sentences.append(
             "the images are little alike where they were laid on each other "
-            f"(correlation {found['alike']:.2f}): it may have failed"
+            f"(correlation {numbers['alike']:.2f}): it may have failed"
         )
-    elif found["alike"] < found["alike_start"] - LESS:
-        said.append(
+    elif numbers["alike"] < numbers["alike_start"] - LESS:
+        sentences.append(
             "the images are less alike than after the affine start (correlation "
-            f"{found['alike']:.2f}, there {found['alike_start']:.2f}): it may have "
+            f"{numbers['alike']:.2f}, there {numbers['alike_start']:.2f}): it may have "
             "failed"
         )
-    return said
+    return sentences
 
 
 def _correlations(
@@ -164,7 +158,7 @@ def _correlations(
 ) -> Tensor:
     """``[C, blocks]`` of image_A at where phi takes blocks of image_B."""
     unit = max(geometry.extent) / 160
-    stride = tuple(max(1.0, STRIDE * unit / s) for s in reversed(geometry.spacing))
+    stride = tuple(max(1.0, STRIDE * unit / s) for s in geometry.tensor_spacing)
     patches = Patches(rows.shape[1], SIZE, stride)
     at, moved = patch_maps(phi, patches, rows, image_B.shape[2:])
     tag = (inside(moved) & inside(at)).to(image_B.dtype)

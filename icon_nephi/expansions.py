@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 INFLATE = {torch.float64: 1 + 1e-9, torch.float32: 1 + 1e-3}
 
@@ -66,6 +66,13 @@ class Expansion:
         stray = (self.stray + 2 * unit(self.rows.to(dtype)) * self.size).to(dtype)
         rows, size = self.rows.to(dtype), self.size.to(dtype)
         return Expansion(rows, stray, size, self.dimension, self.degree)
+
+    def matching(self, other: Expansion) -> Expansion:
+        """The same of another's degree, at least the own one, and precision."""
+        new = len(monomials(other.dimension, other.degree)) - len(self.rows)
+        rows = F.pad(self.rows, (0, 0, 0, 0, 0, new))
+        raised = replace(self, rows=rows, degree=other.degree)
+        return raised.rounded(other.rows.dtype)
 
     @property
     def off(self) -> Tensor:
@@ -140,6 +147,12 @@ def _sums(dimension: int, degree: int, dtype: torch.dtype) -> Tensor:
     return table.flatten(0, 1)
 
 
+def by_degree(rows: Tensor, dimension: int, degree: int) -> Tensor:
+    """``[1 + degree, ...]``: sums of |coefficients| of rows ``[M, ...]`` by degree."""
+    table = _sums(dimension, degree, rows.dtype)[: 1 + degree]
+    return (table @ rows.abs().flatten(1)).view(-1, *rows.shape[1:])
+
+
 def _magnitudes(of: Expansion) -> Tensor:
     """``[1 + d, 1 + degree, N, C]``: sums of |coefficients| by degree.
 
@@ -161,6 +174,22 @@ def linear(inputs: Expansion, weight: Tensor, bias: Tensor | None = None) -> Exp
         size[0] += bias.abs()
         stray[0] += 4 * unit(rows) * size[0]
     return Expansion(rows, stray, size, inputs.dimension, inputs.degree)
+
+
+def through(layer: nn.Module, inputs: Expansion, factor: float = 1.0) -> Expansion:
+    """factor (W q + b) of an `nn.Linear`, in the precision of the inputs."""
+    assert isinstance(layer, nn.Linear)
+    like = inputs.rows
+    weight, bias = (layer.weight * factor).to(like), (layer.bias * factor).to(like)
+    return linear(inputs, weight, bias)
+
+
+def centred(points: Expansion) -> Expansion:
+    """2 x - 1."""
+    rows, stray = 2 * points.rows, 2 * points.stray
+    rows[0] -= 1
+    stray[0] += 4 * unit(rows)
+    return Expansion.of(rows, stray, points.dimension, points.degree)
 
 
 def add(first: Expansion, second: Expansion) -> Expansion:

@@ -7,41 +7,14 @@ stays where contrast and noise differ is the structure.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import combinations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from icon_nephi.coordinates import Geometry
-
 # Voxels between a place and those beside it, and of the blocks compared around them.
 REACH, RADIUS = 2, 1
-# Images with more voxels are read on a coarser grid, which bounds the memory.
-VOXELS = 4_000_000
-
-
-def coarser(
-    image: Tensor, mask: Tensor | None, geometry: Geometry, voxels: int = VOXELS
-) -> tuple[Tensor, Tensor | None, Geometry]:
-    """The same box with at most about that many voxels, about equally far apart."""
-    if image.shape[2:].numel() <= voxels:
-        return image, mask, geometry
-    d = geometry.dimension
-    far = (torch.tensor(geometry.extent).prod().item() / voxels) ** (1 / d)
-    size = [
-        min(n, max(3, round(length / far)))
-        for n, length in zip(image.shape[2:], geometry.extent, strict=True)
-    ]
-    mode = "bilinear" if d == 2 else "trilinear"
-    image = F.interpolate(image, size, mode=mode, align_corners=True)
-    if mask is not None:
-        mask = F.interpolate(mask, size, mode=mode, align_corners=True)
-        mask = (mask > 0).to(mask)
-    spacing = [e / (n - 1) for e, n in zip(geometry.extent, size, strict=True)]
-    place = replace(geometry, size=tuple(size), spacing=tuple(reversed(spacing)))
-    return image, mask, place
 
 
 def with_features(image: Tensor) -> Tensor:
@@ -52,18 +25,18 @@ def with_features(image: Tensor) -> Tensor:
     """
     d = image.dim() - 2
     sides = [(axis, sign * REACH) for axis in range(d) for sign in (1, -1)]
-    found = image.new_empty(image.shape[0], 2 * d * (d - 1), *image.shape[2:])
+    features = image.new_empty(image.shape[0], 2 * d * (d - 1), *image.shape[2:])
     pairs = (p for p in combinations(sides, 2) if p[0][0] != p[1][0])
     around = _padded(image, REACH)
     for channel, (first, second) in enumerate(pairs):
         different = _moved(around, *first) - _moved(around, *second)
         different.square_()
-        found[:, channel : channel + 1] = _box(different.sum(1, keepdim=True))
-    found -= found.amin(1, keepdim=True)
-    spread = found.mean(1, keepdim=True)
-    found /= -spread.clamp(min=1e-3 * float(spread.mean()) + 1e-12)
+        features[:, channel : channel + 1] = _box(different.sum(1, keepdim=True))
+    features -= features.amin(1, keepdim=True)
+    spread = features.mean(1, keepdim=True)
+    features /= -spread.clamp(min=1e-3 * float(spread.mean()) + 1e-12)
     layout = torch.channels_last if d == 2 else torch.channels_last_3d
-    return torch.cat([image, found.exp_()], 1).contiguous(memory_format=layout)
+    return torch.cat([image, features.exp_()], 1).contiguous(memory_format=layout)
 
 
 class FeatureDifference:

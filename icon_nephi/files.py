@@ -12,14 +12,7 @@ import hashlib
 import json
 import math
 import os
-import re
-import shutil
-import socket
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,17 +21,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from icon_nephi.atomic import written_whole
 from icon_nephi.codes import LatentCode
 from icon_nephi.coordinates import Geometry
-from icon_nephi.models import Fit, make_field
+from icon_nephi.fields import UnknownField, make_field, name_of_field
+from icon_nephi.models import Fit
+from icon_nephi.versions import versions
 
 #: Raised when a file's meaning changes; older files stay readable.
 FORMAT = 1
-_PACKAGES = ("icon_nephi", "icon_registration", "torch", "itk")
 _FIELDS = ("field_AB", "field_BA")
 _SUM = "sha256"
-# In the names of unfinished files: processes are numbered by each machine.
-_HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
 
 
 class Saved(NamedTuple):
@@ -62,6 +55,7 @@ def save_fit(
 
     Raises:
         OSError: the file cannot be written.
+        ValueError: a field that is not registered, or has no ``arguments``.
     """
     code, names = fit.code, list(fit.losses[0]) if fit.losses else []
     tensors: dict[str, Tensor] = {
@@ -74,8 +68,8 @@ def save_fit(
     tensors |= {f"code.local.{i}": grid for i, grid in enumerate(code.local_codes)}
     fields = {}
     for name in _FIELDS:
-        field: Any = getattr(fit, name)
-        fields[name] = {"kind": type(field).__name__, "arguments": field.arguments}
+        field: nn.Module = getattr(fit, name)
+        fields[name] = {"kind": name_of_field(field), "arguments": _arguments(field)}
         for key, value in field.state_dict().items():
             tensors[f"{name}.{key}"] = value
     header = {
@@ -89,7 +83,7 @@ def save_fit(
         "losses": names,
         "warnings": fit.warnings,
         "evidence": fit.evidence,
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": versions(),
     }
     # A tensor that shares memory with another is refused, hence the copies.
     owned = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
@@ -99,11 +93,23 @@ def save_fit(
         part.write_bytes(save(owned, metadata={"nephi": json.dumps(header)}))
 
 
+def _arguments(field: nn.Module) -> dict[str, float]:
+    """What a field is made again from; see `icon_nephi.fields`."""
+    arguments = getattr(field, "arguments", None)
+    if not isinstance(arguments, dict):
+        raise ValueError(
+            f"a {type(field).__name__} cannot be saved without its attribute "
+            "`arguments`, the numbers to make it again from; see icon_nephi.fields"
+        )
+    return arguments
+
+
 def load_fit(path: str | os.PathLike[str]) -> Saved:
     """The fit of a file written by `save_fit`, on the CPU.
 
     Raises:
-        ValueError: missing, not such a file, truncated, or of a newer format.
+        ValueError: missing, not such a file, truncated, of a newer format, or with a
+            field that is not registered.
     """
     path = Path(path)
     if not path.is_file():
@@ -131,6 +137,8 @@ def load_fit(path: str | os.PathLike[str]) -> Saved:
         )
     try:
         return _assemble(header, tensors)
+    except UnknownField as error:
+        raise ValueError(f"{path} cannot be read here: {error}") from error
     except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{path} is damaged: {error!r}; save it again") from error
     except (RuntimeError, ValueError) as error:
@@ -184,7 +192,7 @@ def _field(name: str, told: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Mo
     if told["arguments"].get("hidden_layers", 1) > len(state):
         raise ValueError(f"{name} has more layers than weights")
     with torch.device("meta"):
-        field = make_field(**told)
+        field = make_field(told["kind"], told["arguments"])
     field.load_state_dict(state, assign=True)
     if not all(v.is_floating_point() and v.isfinite().all() for v in state.values()):
         raise ValueError(f"{name} has weights that are not finite numbers")
@@ -235,61 +243,3 @@ def _geometry(numbers: dict[str, Any]) -> Geometry:
     ):
         raise ValueError(f"an image cannot lie at {numbers}")
     return place
-
-
-@contextmanager
-def written_whole(*paths: str | os.PathLike[str]) -> Iterator[list[Path]]:
-    """Paths to write to, in the same folders; they replace the real ones at the end.
-
-    After an error nothing is left and earlier files are as they were. The ending stays
-    the same, because ITK chooses the format by it.
-    """
-    wanted = [Path(path) for path in paths]
-    parts = [part_of(path, i) for i, path in enumerate(wanted)]
-    try:
-        yield parts
-        for part, path in zip(parts, wanted, strict=True):
-            os.replace(part, path)
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
-
-
-def part_of(path: Path, number: int = 0, kind: str = "part") -> Path:
-    """A name beside a path, of this process; those of dead processes are removed.
-
-    Args:
-        path: what is to be written.
-        number: of this process's parts.
-        kind: ``"part"``, or ``"old"``: what a path held before, which may be all there
-            is of it.
-    """
-    name = re.compile(rf"\.(part|old)-{_HOST}-(\d+)-\d+-{re.escape(path.name)}")
-    with suppress(OSError):  # the folder is missing, or the file another user's
-        for left in path.parent.iterdir():
-            match = name.fullmatch(left.name)
-            if match is None or _lives(int(match[2])):
-                continue
-            if match[1] == "part" or path.exists():
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-    return path.with_name(f".{kind}-{_HOST}-{os.getpid()}-{number}-{path.name}")
-
-
-def _lives(process: int) -> bool:
-    """Whether a process of this machine may still be there."""
-    if os.name != "posix":  # where asking would end it
-        return True
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # another user's
-        pass
-    return True
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

@@ -8,18 +8,18 @@ size by the prior alone.
 from __future__ import annotations
 
 import math
-import time
 from collections import deque
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from icon_nephi.chunks import ChunkedImage, Image
+from icon_nephi.chunks import ChunkedImage
 from icon_nephi.coordinates import points_as_grid, to_rows
 from icon_nephi.losses import GradientICONPoints
 from icon_nephi.models import Settings
-from icon_nephi.optimize import Stage, optimize
+from icon_nephi.optimize import Course, FitOptions, Stage, optimize
+from icon_nephi.preprocess import PreparedImage
 from icon_nephi.sampling import Patches, Points
 from icon_nephi.transforms import Map
 
@@ -34,82 +34,86 @@ _CHUNKS = 16
 _CELLS = 1_000_000  # mask voxels that are kept as places to draw samples
 
 
+def levels_of(
+    image_A: PreparedImage, image_B: PreparedImage
+) -> list[tuple[ChunkedImage, ChunkedImage]]:
+    """(moving, fixed) of every finer level, coarse to fine; none of images in memory.
+
+    The one with fewer levels stays at its coarsest for a while.
+    """
+    count = max(len(image_A.finer), len(image_B.finer))
+    sides = [
+        [ChunkedImage.of(i.values)] * (count - len(i.finer)) + [*i.finer]
+        for i in (image_A, image_B)
+        if count
+    ]
+    return list(zip(*sides, strict=True))
+
+
 def fit_levels(
     loss: GradientICONPoints,
-    levels: Sequence[tuple[Image, Image]],
+    levels: Sequence[tuple[ChunkedImage, ChunkedImage]],
     codes: nn.Module,
     settings: Settings,
     where: tuple[Tensor, Tensor],
     *,
     extras: dict[str, Tensor] | None = None,
-    said: list[str],
     points: int | None = None,
-    progress: bool = False,
-    time_limit: float | None = None,
-    keep_on_interrupt: bool = False,
-) -> list[dict[str, float]]:
-    """The loss history; the codes are left at their optimum for the last level.
+    options: FitOptions,
+) -> Course:
+    """The `Course` of all; the codes are left at their optimum for the last level.
+
+    After a level with a warning none follows.
 
     Args:
-        loss: with a network that is near already; its prior is left out from here on.
+        loss: with a network that is near already; its prior is left out.
         levels: (moving, fixed), coarse to fine, all over the same unit boxes.
         codes: what moves.
         settings: see `Settings`.
         where: masks ``[1, 1, *grid]`` of the two, on any grid over their unit boxes.
         extras: see `optimize`; label maps are on any grid, as masks.
-        said: see `optimize`; after a sentence of it no level follows.
         points: single points in place of each block, for a similarity of points.
-        progress: show a bar.
-        time_limit: seconds after which to stop early.
-        keep_on_interrupt: see `optimize`.
+        options: see `optimize`.
     """
     history: list[dict[str, float]] = []
-    loss.prior_lmbda, began = 0.0, time.monotonic()
+    loss = loss.changed(prior_lmbda=0.0)
+    steps = max(2, round(settings.steps * SHARE))
+    stages = [
+        Stage(
+            steps // len(STRIDES),
+            Points(points * settings.patches)
+            if points
+            # A block is a few voxels wide: any map is affine across it.
+            else Patches(settings.patches, settings.size, stride, corners=True),
+        )
+        for stride in STRIDES
+    ]
     for number, (image_A, image_B) in enumerate(levels, 1):
-        left, told = None, list[str]()
-        if time_limit is not None:
-            left = time_limit - (time.monotonic() - began)
-            if left <= 0:
-                break
-        steps = max(2, round(settings.steps * SHARE))
-        stages = [
-            Stage(
-                steps // len(STRIDES),
-                Points(points * settings.patches)
-                if points
-                # A block is a few voxels wide: any map is affine across it.
-                else Patches(settings.patches, settings.size, stride, corners=True),
-            )
-            for stride in STRIDES
-        ]
-        near = None
-        if isinstance(image_A, ChunkedImage) and isinstance(image_B, ChunkedImage):
-            near = _neighbourhoods(loss, image_A, image_B, where)
+        if options.late:
+            break
+        near = _neighbourhoods(loss, image_A, image_B, where)
         advance = None if near is None else lambda *_, n=near: n.advance(loss.phi_AB)
         try:
-            history += optimize(
+            course = optimize(
                 loss,
-                image_A,  # type: ignore[arg-type]  # the loss reads both kinds
-                image_B,  # type: ignore[arg-type]
+                image_A,
+                image_B,
                 stages,
                 [{"params": list(codes.parameters()), "lr": RATE * settings.code_rate}],
                 mask_A=where[0],
                 mask_B=where[1],
                 extras=extras,
-                progress=progress,
-                time_limit=left,
                 callback=advance,
-                said=told,
-                keep_on_interrupt=keep_on_interrupt,
+                options=options,
             )
         finally:
-            for image in (image_A, image_B):
-                if isinstance(image, ChunkedImage):
-                    image.close()
-        if told:
-            said += [f"on level {number} of {len(levels)}, {one}" for one in told]
-            break
-    return history
+            image_A.close()
+            image_B.close()
+        history += course.losses
+        if course.warnings:
+            place = f"on level {number} of {len(levels)}"
+            return Course(history, [f"{place}, {text}" for text in course.warnings])
+    return Course(history, [])
 
 
 def _neighbourhoods(
@@ -175,7 +179,7 @@ class Neighbourhoods:
         self._next: list[tuple[Tensor, Tensor]] = []
 
     def advance(self, phi_AB: Map) -> None:
-        """Nothing; the oldest boxes go, and the next ones come and are read ahead."""
+        """Leave the oldest boxes for the next ones, and read ahead."""
         self._active.extend(self._next)
         images = self.image_B, self.image_A
         for image, rows in zip(images, zip(*self._active, strict=True), strict=False):

@@ -85,7 +85,7 @@ def unfold(
     """
     optimizer = torch.optim.Adam(codes, lr=rate)
     d = image_B.dim() - 2
-    found = [torch.zeros(1, 0, d)] * 2
+    folded = [torch.zeros(1, 0, d)] * 2
     for _ in range(UNFOLD_ROUNDS):
         clean = True
         with torch.no_grad():
@@ -95,12 +95,12 @@ def unfold(
                 margin = relative_determinant(value_and_jacobian(phi, at)[1])
                 bad = rows[:, (margin < UNFOLD_BELOW).cpu()]
                 clean = clean and bad.shape[1] == 0
-                found[side] = torch.cat([found[side], bad], 1)[:, -UNFOLD_KEPT:]
+                folded[side] = torch.cat([folded[side], bad], 1)[:, -UNFOLD_KEPT:]
         if clean:
             return
         for _ in range(UNFOLD_STEPS):
             total = image_B.new_zeros(())
-            for phi, rows in zip(pair(image_A, image_B), found, strict=True):
+            for phi, rows in zip(pair(image_A, image_B), folded, strict=True):
                 # With others around, which say what a usual determinant is.
                 jitter = torch.randn(rows.shape, generator=generator)
                 near = (rows + 0.003 * jitter).clamp(0, 1)

@@ -10,14 +10,15 @@ from torch import Tensor
 from icon_nephi.coordinates import Geometry, apply_affine
 from icon_nephi.inputs import place_of
 from icon_nephi.physical import over_grid
-from icon_nephi.registration import DIRECTIONS, Registration
+from icon_nephi.registration import Registration
+from icon_nephi.two_way import FIXED_TO_MOVING, opposite
 
 
 def sampling_grid(
     result: Registration,
     image: Any = None,
     reference: Any = None,
-    direction: str = DIRECTIONS[0],
+    direction: str = FIXED_TO_MOVING,
     *,
     align_corners: bool = True,
 ) -> Tensor:
@@ -39,9 +40,9 @@ def sampling_grid(
         TypeError: an image or reference of another kind than was registered.
         ValueError: of another dimension, or an unknown direction.
     """
-    target = _place("image", image, result, direction == DIRECTIONS[0])
-    edge = [1.0 if align_corners else 1 - 1 / n for n in target.size[::-1]]
-    steps = zip(edge, target.size[::-1], strict=True)
+    target = _place("image", image, result, opposite(direction))
+    edge = [1.0 if align_corners else 1 - 1 / n for n in target.itk_size]
+    steps = zip(edge, target.itk_size, strict=True)
     eye = torch.eye(target.dimension).tolist()
     square = Geometry(  # grid_sample's frame is a place like any other
         size=target.size,
@@ -56,7 +57,7 @@ def monai_ddf(
     result: Registration,
     image: Any = None,
     reference: Any = None,
-    direction: str = DIRECTIONS[0],
+    direction: str = FIXED_TO_MOVING,
 ) -> Tensor:
     """``[1, d, *grid]`` float32: displacements for `monai.networks.blocks.Warp`.
 
@@ -73,9 +74,8 @@ def monai_ddf(
         TypeError: as `sampling_grid`.
         ValueError: as `sampling_grid`, or image and result differ in shape.
     """
-    forward = direction == DIRECTIONS[0]
-    target = _place("image", image, result, forward)
-    source = _place("reference", reference, result, not forward)
+    target = _place("image", image, result, opposite(direction))
+    source = _place("reference", reference, result, direction)
     if source.size != target.size:
         raise ValueError(
             f"MONAI's Warp needs images of one shape, but the result's is {source.size}"
@@ -89,31 +89,24 @@ def monai_ddf(
     return (there - here).float().contiguous()
 
 
-def _place(name: str, image: Any, result: Registration, moving: bool) -> Geometry:
+def _place(name: str, image: Any, result: Registration, direction: str) -> Geometry:
+    """Where an image lies, by default the one in which a direction starts."""
+    own = result.two_way.place(direction)
     if image is None:
-        return result.geometry_A if moving else result.geometry_B
-    d = result.geometry_B.dimension
-    return place_of(name, image, itk=result.itk, dimension=d)
-
-
-def _frame(result: Registration, place: Geometry) -> Tensor:
-    """The unit box -> the frame of the registration's points."""
-    unit = torch.eye(place.dimension + 1, dtype=torch.float64)
-    return place.unit_to_physical() if result.itk else unit
+        return own
+    return place_of(name, image, itk=result.itk, dimension=own.dimension)
 
 
 def _mapped(
     result: Registration, target: Geometry, out: Tensor, reference: Any, direction: str
 ) -> Tensor:
     """``[1, *grid, d]``: mapped voxel centres in a frame, ``out`` from the unit box."""
-    source = _place("reference", reference, result, direction != DIRECTIONS[0])
-    matrix = out @ torch.linalg.inv(_frame(result, target))
+    two_way, source = result.two_way, _place("reference", reference, result, direction)
+    matrix = out @ torch.linalg.inv(two_way.frame_of(target))
+    mapped = two_way.framed(direction)
     places = over_grid(
-        lambda p: apply_affine(
-            matrix, torch.from_numpy(result.transform_points(p, direction))
-        ).numpy(),
-        source.size,
-        _frame(result, source),
+        lambda p: apply_affine(matrix, torch.from_numpy(mapped(p))).numpy(),
+        *two_way.grid(direction, source),
         source.dimension,
     )
     return torch.from_numpy(places)[None]

@@ -12,14 +12,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from icon_nephi._check import check_image, check_mask
+from icon_nephi._check import check_dimension, check_image, check_labels, check_mask
 from icon_nephi.coordinates import Geometry
-from icon_nephi.physical import Array, over_grid, reader
+from icon_nephi.physical import Array, over_grid
+from icon_nephi.resampling import reader
 
 
 def is_itk(image: Any) -> bool:
     """Whether this is an ITK image, asked without importing ITK."""
     return hasattr(image, "GetLargestPossibleRegion")
+
+
+def check_kind(name: str, image: Any, other: str, expected: Any) -> None:
+    """Raise a TypeError unless both are ITK images, or neither is."""
+    if is_itk(image) != is_itk(expected):
+        raise TypeError(
+            f"{name} is {type(image).__name__} but {other} is "
+            f"{type(expected).__name__}; pass the same kind"
+        )
 
 
 def choose_device(
@@ -58,11 +68,8 @@ def place_of(name: str, image: Any, *, itk: bool, dimension: int) -> Geometry:
         place = geometry_of(image)
     else:
         place = voxel_geometry(check_tensor(name, image).shape[2:])
-    if place.dimension != dimension:
-        raise ValueError(
-            f"{name} is {place.dimension}D but the registered images are "
-            f"{dimension}D; pass an image of their space"
-        )
+    others, advice = "the registered images are", "pass an image of their space"
+    check_dimension(name, place.dimension, others, dimension, advice)
     return place
 
 
@@ -121,11 +128,8 @@ def read_input(
         ValueError: one that cannot be used.
     """
     name, mask_name = f"image_{letter}", f"mask_{letter}"
-    if mask is not None and is_itk(mask) != is_itk(image):
-        raise TypeError(
-            f"{mask_name} is {type(mask).__name__} but {name} is "
-            f"{type(image).__name__}; pass the same kind"
-        )
+    if mask is not None:
+        check_kind(mask_name, mask, name, image)
     if is_itk(image):
         return _from_itk(name, image, mask_name, mask)
     values = check_tensor(name, image).detach().float()
@@ -159,10 +163,7 @@ def read_label_map(name: str, labels: Any, place: Geometry, *, itk: bool) -> Ten
     values = voxels_of(labels)
     if values.shape[-1] != 1:
         raise ValueError(f"{name} has {values.shape[-1]} channels, expected one")
-    if not bool(((values >= 0) & (values == np.round(values))).all()):
-        raise ValueError(
-            f"{name} holds numbers that are negative or not whole: it is no label map"
-        )
+    values = check_labels(name, values, least=0)
     if not _same_place(own, place):
         read = reader(values, own.physical_to_unit(), "nearest", 0)
         values = over_grid(read, place.size, place.unit_to_physical(), 1, values.dtype)
@@ -195,11 +196,9 @@ def _from_itk(
     geometry, inside = itk_images.geometry_of(image), None
     if mask is not None:
         itk_images.check_itk_image(mask_name, mask)
-        if mask.GetImageDimension() != geometry.dimension:
-            raise ValueError(
-                f"{mask_name} is {mask.GetImageDimension()}D but {name} is "
-                f"{geometry.dimension}D; pass a mask of that image"
-            )
+        check_dimension(
+            mask_name, mask.GetImageDimension(), f"{name} is", geometry.dimension
+        )
         own = itk_images.tensor_of(mask)
         check_mask(mask_name, own, own.shape[2:])
         if not _same_place(itk_images.geometry_of(mask), geometry):

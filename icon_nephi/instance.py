@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from icon_nephi.codes import LatentCode
 from icon_nephi.losses import GradientICONPoints, PatchNCC
-from icon_nephi.optimize import Stage, optimize
+from icon_nephi.optimize import FitOptions, Stage, optimize
+from icon_nephi.parts import neural_parts
 from icon_nephi.sampling import Patches, Points
-from icon_nephi.transforms import Map, NeuralTransform
+from icon_nephi.transforms import Map
 
 # How a network is refined whose own loss needs dense grids.
 SAMPLER = Patches(600, 3, 2.0, corners=True)
@@ -96,13 +97,7 @@ def refine_pair(
     fields = {key: copy.deepcopy(field) for key, field in fields.items()}
     for transform, (code, field) in zip(transforms, originals, strict=True):
         transform.code, transform.field = codes[id(code)], fields[id(field)]
-    loss = _loss_on(Given(maps, list(codes.values())), model)
-    if regularity is not None:
-        loss.regularity = regularity
-        if loss.extent is None:
-            loss.extent = torch.ones(image_B.dim() - 2)
-    if seed is not None:
-        loss.generator = torch.Generator().manual_seed(seed)
+    loss = _loss_on(Given(maps), model, regularity, seed, image_B.dim() - 2)
     code_tensors = [
         t for c in codes.values() for t in (c.global_code, *c.local_codes) if t.numel()
     ]
@@ -122,7 +117,7 @@ def refine_pair(
     }
     extras = {k: v for k, v in segmentations.items() if v is not None}
     with torch.enable_grad():
-        history = optimize(
+        course = optimize(
             loss,
             image_A,
             image_B,
@@ -132,9 +127,10 @@ def refine_pair(
             mask_B=mask_B,
             extras=extras,
             patience=patience,
-            progress=progress,
             callback=callback,
+            options=FitOptions(progress=progress),
         )
+    history = course.complete()
     for transform in transforms:
         transform.code = transform.code.detached()
         if isinstance(transform.field, nn.Module):
@@ -148,7 +144,7 @@ def unrefined_maps(
     """(phi_AB, phi_BA) of a loss's network, or of a network, in ``eval()``.
 
     No graph is made, yet both maps share the codes and fields they share in training
-    (which maps made with gradients off do not: each owns a copy).
+    (those of maps made with gradients off are copies).
     """
     net: Any = getattr(model, "regis_net", model)
     with _untouched(net), torch.enable_grad():
@@ -158,53 +154,39 @@ def unrefined_maps(
     return maps[0], maps[1]
 
 
-def neural_parts(maps: Sequence[Map]) -> list[NeuralTransform]:
-    """The neural transforms that maps are made of, found through their closures."""
-    found: list[NeuralTransform] = []
-    seen: set[int] = set()
-    waiting: list[Any] = list(maps)
-    while waiting:
-        item = waiting.pop()
-        if id(item) in seen:
-            continue
-        seen.add(id(item))
-        if isinstance(item, NeuralTransform):
-            found.append(item)
-            continue
-        if isinstance(item, list | tuple):
-            waiting += item
-        for cell in getattr(item, "__closure__", None) or ():
-            waiting.append(cell.cell_contents)
-    return found
-
-
 class Given(RegistrationModule):
-    """A network that knows its answer; ``code`` of its parts is what the prior sees."""
+    """A network that knows its answer."""
 
-    def __init__(self, maps: tuple[Map, Map], codes: Sequence[LatentCode] = ()) -> None:
+    def __init__(self, maps: tuple[Map, Map]) -> None:
         super().__init__()
         self.maps = maps
-        self.parts = nn.ModuleList()
-        for code in codes:
-            part = nn.Module()
-            part.code = code  # type: ignore[assignment]
-            self.parts.append(part)
 
     def forward(self, image_A: Tensor, image_B: Tensor) -> tuple[Map, Map]:
         """The maps, whatever the images."""
         return self.maps
 
 
-def _loss_on(network: nn.Module, model: Any) -> GradientICONPoints:
+def _loss_on(
+    network: nn.Module,
+    model: nn.Module,
+    regularity: Callable[..., Tensor] | None,
+    seed: int | None,
+    dimension: int,
+) -> GradientICONPoints:
     """The model's loss on another network, at sampled points."""
+    changes: dict[str, Any] = {"regis_net": network}
     if not isinstance(model, GradientICONPoints):
         lmbda = float(getattr(model, "lmbda", 1.0))
-        return GradientICONPoints(
+        model = GradientICONPoints(
             network, PatchNCC(1e-3), lmbda, similarity_sampler=SAMPLER
         )
-    loss = copy.copy(model)
-    loss._modules = {**model._modules, "regis_net": network}
-    return loss
+    if regularity is not None:
+        changes["regularity"] = regularity
+        if model.extent is None:
+            changes["extent"] = torch.ones(dimension)
+    if seed is not None:
+        changes["generator"] = torch.Generator().manual_seed(seed)
+    return model.changed(**changes)
 
 
 def _stages(steps: int, sampler: Points | Patches, side: int) -> list[Stage]:

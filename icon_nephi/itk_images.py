@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from icon_nephi.coordinates import Geometry, apply_affine
+from icon_nephi._check import check_labels
+from icon_nephi.coordinates import Geometry, apply_affine, other_order
 from icon_nephi.memory import machine_memory
 from icon_nephi.physical import Array, FramedMap, linear_part, over_grid
 from icon_nephi.splines import spline_nodes, spline_solver
@@ -69,7 +70,7 @@ def geometry_of(image: Any) -> Geometry:
     """Where a 2D or 3D ITK image lies; size in tensor order, the rest in ITK's."""
     region = image.GetLargestPossibleRegion()
     return Geometry(
-        size=tuple(int(n) for n in reversed(tuple(region.GetSize()))),
+        size=other_order(int(n) for n in region.GetSize()),
         spacing=tuple(float(s) for s in image.GetSpacing()),
         # The first voxel there is: after cropping its index need not be zero.
         origin=tuple(
@@ -113,8 +114,26 @@ def image_of(array: Array, geometry: Geometry) -> Any:
     return image
 
 
-def read_image(name: str, path: str | os.PathLike[str]) -> Any:
-    """A scalar 2D or 3D image from a file, in the pixel type it is stored in.
+def check_label_map(name: str, image: Any) -> Any:
+    """Return the image, in an integer type if its whole numbers were floats.
+
+    Raises:
+        TypeError, ValueError: see `check_itk_image` and `check_labels`.
+    """
+    check_itk_image(name, image)
+    values = array_of(image)
+    labels = check_labels(name, values)
+    return image if labels is values else image_of(labels, geometry_of(image))
+
+
+def read_image(name: str, path: str | os.PathLike[str], kind: Any = None) -> Any:
+    """Return a scalar 2D or 3D image from a file.
+
+    Args:
+        name: of the argument, for errors.
+        path: of the file.
+        kind: of the voxels, such as ``itk.F``: colours of a 2D image become grey.
+            Default: as they are stored.
 
     Raises:
         ValueError: missing, unreadable or truncated file, or one that
@@ -132,7 +151,10 @@ def read_image(name: str, path: str | os.PathLike[str]) -> Any:
             header.ReadImageInformation()
             least = int(header.GetImageSizeInBytes())
             whole = least <= machine_memory() and _is_whole(path, least)
-            image = itk.imread(str(path)) if whole else None
+            parts = header.GetNumberOfComponents()
+            if parts > 1 and not (header.GetNumberOfDimensions() == 2 < parts < 5):
+                kind = None  # of vectors ITK would read nonsense
+            image = itk.imread(str(path), kind) if whole else None
     except Exception as error:  # ITK raises RuntimeError, AttributeError, KeyError...
         raise ValueError(f"{name}: {path} cannot be read as an image") from error
     if image is None:
@@ -183,15 +205,17 @@ def resample_to(image: Any, reference: Any) -> Any:
     return resample(image, reference, None, "nearest")
 
 
-def resample(image: Any, reference: Any, transform: Any, mode: str) -> Any:
+def resample(
+    image: Any, reference: Any, transform: Any, mode: str, outside: float = 0
+) -> Any:
     """An image through an ITK transform on a reference grid, by ITK.
 
     Args:
         image: of the space that the transform maps to.
         reference: its grid is the result's.
         transform: reference points -> image points, None for the identity.
-        mode: ``"linear"`` (float32 comes out, outside the image's least value) or
-            ``"nearest"`` (the pixel type stays, 0 outside).
+        mode: ``"linear"`` (float32 comes out) or ``"nearest"`` (the pixel type stays).
+        outside: the value where there is no image.
 
     Raises:
         ValueError: image, reference and transform of different dimensions.
@@ -218,7 +242,7 @@ def resample(image: Any, reference: Any, transform: Any, mode: str) -> Any:
         interpolator=interpolate.New(moving),
         use_reference_image=True,
         reference_image=reference,
-        default_pixel_value=float(values.min()) if mode == "linear" else 0.0,
+        default_pixel_value=float(outside),
         **({} if transform is None else {"transform": transform}),
     )
     if mode == "linear":
@@ -326,7 +350,7 @@ def composite_transform(
             values = np.moveaxis(np.tensordot(solve, values, (1, axis)), 0, axis)
         field[..., component] = np.round(values / quantum) * quantum
     spline = itk.BSplineTransform[itk.D, d, 3].New()
-    numbers = [*reversed(grid.size), *grid.origin, *grid.spacing]
+    numbers = [*grid.itk_size, *grid.origin, *grid.spacing]
     numbers += np.array(grid.direction).ravel().tolist()
     parameters = itk.OptimizerParameters[itk.D]
     spline.SetFixedParameters(parameters([float(x) for x in numbers]))
@@ -345,15 +369,12 @@ def composite_transform(
 
 def _padded(source: Geometry, nodes: Sequence[int], pads: list[int]) -> Geometry:
     """The grid of nodes: over the image's box and ``pads`` steps beyond each end."""
-    steps = [
-        e / (n - 1)
-        for e, n in zip(reversed(source.extent), reversed(nodes), strict=True)
-    ]
+    steps = other_order(e / (n - 1) for e, n in zip(source.extent, nodes, strict=True))
     direction = np.array(source.direction)
-    beyond = np.array(steps) * np.array(pads[::-1])
+    beyond = np.array(steps) * np.array(other_order(pads))
     return Geometry(
         size=tuple(n + 2 * p for n, p in zip(nodes, pads, strict=True)),
-        spacing=tuple(steps),
+        spacing=steps,
         origin=tuple((np.array(source.origin) - direction @ beyond).tolist()),
         direction=source.direction,
     )

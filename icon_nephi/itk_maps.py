@@ -18,91 +18,195 @@ from icon_nephi.itk_images import (
     image_of,
     resample,
 )
+from icon_nephi.metrics import fold_fraction
 from icon_nephi.physical import Array, over_grid
-from icon_nephi.resampling import reader
+from icon_nephi.resampling import least_value, reader
+from icon_nephi.two_way import (
+    DIRECTIONS,
+    FIXED_TO_MOVING,
+    MOVING_TO_FIXED,
+    check_direction,
+    direction_of,
+)
 
 STEP = 0.05  # of central differences, in the reference's smallest spacing
 
 
-class ItkMap:
-    """One ITK transform; points LPS mm ``[N, d]``, grids those of a reference image.
+class ItkPair:
+    """ITK transforms between two images, a `Mapping`; points LPS mm ``[N, d]``.
 
     Args:
-        transform: reference points -> image points.
+        phi_AB: fixed points -> moving points.
+        phi_BA: moving points -> fixed points, if there is one.
+        moving: ITK image, whose grid results of phi_BA have; else a reference's.
+        fixed: ITK image, whose grid results of phi_AB have; else a reference's.
     """
 
-    def __init__(self, transform: Any) -> None:
-        self.transform = transform
-        self.dimension = int(transform.GetInputSpaceDimension())
+    warnings: Sequence[str] = ()
 
-    def __call__(self, points: Array) -> Array:
-        """The mapped points ``[N, d]``, one `TransformPoint` each."""
-        moved = [tuple(self.transform.TransformPoint(p)) for p in points.tolist()]
+    def __init__(
+        self, phi_AB: Any, phi_BA: Any = None, moving: Any = None, fixed: Any = None
+    ) -> None:
+        self.phi_AB, self.phi_BA = phi_AB, phi_BA
+        self.dimension = int(phi_AB.GetInputSpaceDimension())
+        self._transforms = dict(zip(DIRECTIONS, (phi_AB, phi_BA), strict=True))
+        self._images = dict(zip(DIRECTIONS, (fixed, moving), strict=True))
+
+    @property
+    def geometry_A(self) -> Geometry:
+        """Where the moving image lies."""
+        return geometry_of(self._image(None, MOVING_TO_FIXED))
+
+    @property
+    def geometry_B(self) -> Geometry:
+        """Where the fixed image lies."""
+        return geometry_of(self._image(None, FIXED_TO_MOVING))
+
+    def lengths(self, direction: str) -> Array:
+        """Return ones ``[d]``: points are in millimetres."""
+        check_direction(direction)
+        return np.ones(self.dimension)
+
+    def transform_points(self, points: Any, direction: str = FIXED_TO_MOVING) -> Array:
+        """Return the mapped points ``[N, d]``, one `TransformPoint` each.
+
+        Raises:
+            ValueError: not a direction, or one without a transform.
+        """
+        transform = self._transform(direction)
+        rows = np.asarray(points, dtype=float).tolist()
+        moved = [tuple(transform.TransformPoint(p)) for p in rows]
         return np.array(moved, dtype=float).reshape(-1, self.dimension)
 
     def warp(
-        self, image: Any, reference: Any, mode: str, outside: float | None = None
+        self,
+        image: Any,
+        mode: str = "linear",
+        reference: Any = None,
+        *,
+        inverse: bool = False,
+        outside: float | None = None,
     ) -> Any:
-        """An image of the space mapped to, on the reference's grid.
+        """Return a moving-space image on the fixed image's grid: ``Registration.warp``.
 
         Args:
             image: ITK image.
-            reference: ITK image, of the space the transform takes points from.
             mode: see `icon_nephi.resampling`.
-            outside: the value beyond the image, for "cubic" and "onehot"; the others
-                take the image's least value (linear) or 0 (nearest).
+            reference: ITK image whose grid the result has instead.
+            inverse: take a fixed-space image to the moving image's grid.
+            outside: the value where there is no image; default: the image's least.
 
         Raises:
-            ValueError: images of another dimension than the transform's.
+            ValueError: images of another dimension than the transform's, no transform
+                of that direction, or no reference where one is needed.
         """
-        self._check(reference, image)
-        if mode in ("linear", "nearest"):
-            return resample(image, reference, self.transform, mode)
+        direction = direction_of(inverse=inverse)
+        transform = self._transform(direction)
+        reference = self._image(reference, direction)
+        self._check("image", image)
         values, place = array_of(image)[..., np.newaxis], geometry_of(image)
+        beyond = least_value(values) if outside is None else outside
+        if mode in ("linear", "nearest"):
+            return resample(image, reference, transform, mode, beyond)
         into = torch.linalg.inv(place.unit_to_physical())
-        read = reader(values, into, mode, outside)
+        read = reader(values, into, mode, beyond)
         target = geometry_of(reference)
-        positions = _displacements(self.transform, target).astype(np.float64)
+        positions = _displacements(transform, target).astype(np.float64)
         frame = target.unit_to_physical()
         positions += over_grid(lambda p: p, target.size, frame, self.dimension, float)
         result = read(positions.reshape(-1, self.dimension))
         return image_of(result.reshape(target.size), target)
 
-    def displacement_field(self, reference: Any) -> Any:
-        """Mapped minus own place at every voxel: ITK image of vectors, LPS mm."""
-        self._check(reference)
-        place = geometry_of(reference)
-        return image_of(_displacements(self.transform, place), place)
+    def warp_labels(
+        self, labels: Any, reference: Any = None, *, inverse: bool = False
+    ) -> Any:
+        """Return a moving-space label map on the fixed grid: nearest, 0 outside."""
+        return self.warp(labels, "nearest", reference, inverse=inverse, outside=0)
 
-    def jacobian(self, reference: Any) -> Any:
-        """d mapped_i / d place_j at every voxel, number d i + j; LPS axes, mm by mm.
+    def displacement_field(
+        self, reference: Any = None, direction: str = FIXED_TO_MOVING
+    ) -> Any:
+        """Return mapped minus own place at every voxel: ITK image of vectors, LPS mm.
+
+        On the grid of the image that the direction starts in, or the reference's.
+        """
+        place = geometry_of(self._image(reference, direction))
+        return image_of(_displacements(self._transform(direction), place), place)
+
+    def jacobian(self, reference: Any = None, direction: str = FIXED_TO_MOVING) -> Any:
+        """Return d mapped_i / d place_j at every voxel, number d i + j; LPS, mm by mm.
 
         Central differences of the transform, `STEP` of the smallest spacing apart: at
-        the nodes of a linearly read field the mean of the slopes on both sides.
+        the nodes of a linearly read field the mean of the slopes on both sides. Grids
+        as in `displacement_field`.
         """
-        place = geometry_of(reference)
-        matrices = self.jacobians(reference)
+        place = geometry_of(self._image(reference, direction))
+        matrices = self._jacobians(place, direction)
         return image_of(matrices.reshape(*place.size, -1), place)
 
-    def jacobian_determinant(self, reference: Any) -> Any:
-        """The determinant of `jacobian` at every voxel, an ITK image."""
-        values = np.linalg.det(self.jacobians(reference)).astype(np.float32)
-        return image_of(values, geometry_of(reference))
+    def jacobian_determinant(
+        self, reference: Any = None, direction: str = FIXED_TO_MOVING
+    ) -> Any:
+        """Return the determinant of `jacobian` at every voxel, an ITK image."""
+        place = geometry_of(self._image(reference, direction))
+        values = np.linalg.det(self._jacobians(place, direction))
+        return image_of(values.astype(np.float32), place)
 
-    def jacobians(self, reference: Any) -> Array:
-        """See `jacobian`: ``[*grid, d, d]`` float64."""
-        self._check(reference)
-        place, d = geometry_of(reference), self.dimension
-        frame = place.unit_to_physical()
+    def fold_fraction(self) -> float:
+        """Return the share of both grids where a determinant is not positive."""
+        images = [self.jacobian_determinant(None, d) for d in DIRECTIONS]
+        return fold_fraction(np.concatenate([array_of(i).ravel() for i in images]))
+
+    def inverse_consistency_error(self, reference: Any = None) -> Any:
+        """Return |phi_BA(phi_AB(x)) - x| in mm at every voxel of the fixed grid."""
+        both = itk.CompositeTransform[itk.D, self.dimension].New()
+        both.AddTransform(self._transform(MOVING_TO_FIXED))
+        both.AddTransform(self.phi_AB)
+        place = geometry_of(self._image(reference, FIXED_TO_MOVING))
+        missed = np.linalg.norm(_displacements(both, place), axis=-1)
+        return image_of(missed.astype(np.float32), place)
+
+    def _transform(self, direction: str) -> Any:
+        transform = self._transforms[check_direction(direction)]
+        if transform is None:
+            raise ValueError(
+                "an ITK transform goes one way, fixed_to_moving; take the transform "
+                "that was written for moving_to_fixed"
+            )
+        return transform
+
+    def _image(self, reference: Any, direction: str) -> Any:
+        """Return the reference, else the image in which a direction starts."""
+        own = self._images[check_direction(direction)]
+        image = own if reference is None else reference
+        if image is None:
+            raise ValueError(
+                "reference is needed with an ITK transform: the image whose grid the "
+                "result gets, usually the fixed image"
+            )
+        return self._check("reference", image)
+
+    def _check(self, name: str, image: Any) -> Any:
+        check_itk_image(name, image)
+        if image.GetImageDimension() != self.dimension:
+            raise ValueError(
+                f"the {name} is {image.GetImageDimension()}D but the transform "
+                f"{self.dimension}D; pass those of the same registration"
+            )
+        return image
+
+    def _jacobians(self, place: Geometry, direction: str) -> Array:
+        """Return the matrices of `jacobian`, ``[*grid, d, d]`` float64."""
+        d, frame = self.dimension, place.unit_to_physical()
         middle = (frame[:d, :d] @ torch.full((d,), 0.5).double() + frame[:d, d]).numpy()
         h = STEP * min(place.spacing)
         ends = middle + h * np.concatenate([np.eye(d), -np.eye(d), np.zeros((1, d))])
-        moved = self(ends)
+        moved = self.transform_points(ends, direction)
         linear = (moved[:d] - moved[d : 2 * d]).T / (2 * h)
         if not abs(np.linalg.det(linear)) > 1e-6:
             linear = np.eye(d)
         # ITK's fields are float32: what is left of the map is small, and so exact.
-        rest = _then_undone(self.transform, linear, moved[-1], middle)
+        rest = _then_undone(self._transform(direction), linear, moved[-1], middle)
         matrices = np.empty((*place.size, d, d))
         for axis, step in enumerate(h * np.eye(d)):
             forth, back = (
@@ -112,15 +216,6 @@ class ItkMap:
             slope[..., axis] += 1
             matrices[..., axis] = slope @ linear.T
         return matrices
-
-    def _check(self, *images: Any) -> None:
-        for name, image in zip(("reference", "image"), images, strict=False):
-            check_itk_image(name, image)
-            if image.GetImageDimension() != self.dimension:
-                raise ValueError(
-                    f"the {name} is {image.GetImageDimension()}D but the transform "
-                    f"{self.dimension}D; pass those of the same registration"
-                )
 
 
 def _shifted(place: Geometry, by: Array) -> Geometry:
@@ -148,7 +243,7 @@ def _displacements(transform: Any, place: Geometry) -> Array:
         itk.Image[itk.Vector[itk.F, d], d], itk.D
     ].New()
     field.SetTransform(transform)
-    field.SetSize([int(n) for n in reversed(place.size)])
+    field.SetSize(place.itk_size)
     field.SetOutputSpacing(place.spacing)
     field.SetOutputOrigin(place.origin)
     field.SetOutputDirection(itk.matrix_from_array(np.array(place.direction)))
@@ -157,74 +252,8 @@ def _displacements(transform: Any, place: Geometry) -> Array:
     return values
 
 
-class ItkPair:
-    """Two ITK transforms as a `Registration`, for what the commands ask of it.
-
-    Args:
-        phi_AB: fixed points -> moving points.
-        phi_BA: moving points -> fixed points.
-        moving: ITK image.
-        fixed: ITK image.
-    """
-
-    warnings: Sequence[str] = ()
-
-    def __init__(self, phi_AB: Any, phi_BA: Any, moving: Any, fixed: Any) -> None:
-        self.phi_AB, self.phi_BA = phi_AB, phi_BA
-        self.geometry_A, self.geometry_B = geometry_of(moving), geometry_of(fixed)
-        self._maps = {
-            "fixed_to_moving": (ItkMap(phi_AB), fixed),
-            "moving_to_fixed": (ItkMap(phi_BA), moving),
-        }
-
-    def warp(self, image: Any, mode: str = "linear", reference: Any = None) -> Any:
-        """A moving-space image on the fixed grid or the reference's."""
-        forward, fixed = self._maps["fixed_to_moving"]
-        return forward.warp(image, fixed if reference is None else reference, mode)
-
-    def warp_labels(self, labels: Any, reference: Any = None) -> Any:
-        """A moving-space label map on the fixed grid: nearest, 0 outside."""
-        return self.warp(labels, "nearest", reference)
-
-    def transform_points(
-        self, points: Array, direction: str = "fixed_to_moving"
-    ) -> Array:
-        """The mapped points ``[N, d]``, LPS mm."""
-        return self._maps[direction][0](points)
-
-    def displacement_field(
-        self, reference: Any = None, direction: str = "fixed_to_moving"
-    ) -> Any:
-        """See `ItkMap.displacement_field`; the grid is that of the map's own image."""
-        mapped, own = self._maps[direction]
-        return mapped.displacement_field(own if reference is None else reference)
-
-    def jacobian_determinant(
-        self, reference: Any = None, direction: str = "fixed_to_moving"
-    ) -> Any:
-        """See `ItkMap.jacobian`; the grid is that of the map's own image."""
-        mapped, own = self._maps[direction]
-        return mapped.jacobian_determinant(own if reference is None else reference)
-
-    def fold_fraction(self) -> float:
-        """The share of both images' voxels where the determinant is not positive."""
-        values = [np.asarray(self.jacobian_determinant(None, d)) for d in self._maps]
-        folded = sum(int((~(v > 0)).sum()) for v in values)
-        return folded / sum(v.size for v in values)
-
-    def inverse_consistency_error(self, reference: Any = None) -> Any:
-        """|phi_BA(phi_AB(x)) - x| in mm at every voxel of the fixed grid or another."""
-        fixed = self._maps["fixed_to_moving"][1] if reference is None else reference
-        both = itk.CompositeTransform[itk.D, fixed.GetImageDimension()].New()
-        both.AddTransform(self.phi_BA)
-        both.AddTransform(self.phi_AB)
-        place = geometry_of(fixed)
-        missed = np.linalg.norm(_displacements(both, place), axis=-1)
-        return image_of(missed.astype(np.float32), place)
-
-
 def write_image(image: Any, path: Path) -> None:
-    """Nothing; writes an ITK image, compressed.
+    """Write an ITK image, compressed.
 
     Raises:
         ValueError: its format cannot hold it.
@@ -239,7 +268,7 @@ def write_image(image: Any, path: Path) -> None:
 
 
 def write_transform(transform: Any, path: Path) -> None:
-    """Nothing; writes an ITK transform, compressed where its format can be.
+    """Write an ITK transform, compressed where its format can be.
 
     Raises:
         ValueError: ITK could not.

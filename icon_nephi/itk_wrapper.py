@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from icon_registration.losses import ICONLoss, to_floats
 from torch import Tensor, nn
 
-from icon_nephi._check import check_intensities
-from icon_nephi.coordinates import resize_image
+from icon_nephi._check import check_dimension, check_intensities
+from icon_nephi.coordinates import other_components, other_order, resize_image
 from icon_nephi.inputs import is_itk, read_input
 from icon_nephi.instance import refine_pair, unrefined_maps
 from icon_nephi.itk_images import (
@@ -247,11 +247,8 @@ def _network_images(letter: str, images: Sequence[Any], shape: Sequence[int]) ->
             )
         values, _, geometry = read_input(letter, image, None)
         check_intensities(f"image_{letter}", values)
-        if geometry.dimension != len(shape):
-            raise ValueError(
-                f"image_{letter} is {geometry.dimension}D but the model is "
-                f"{len(shape)}D"
-            )
+        name, advice = f"image_{letter}", "pass images as it was made for"
+        check_dimension(name, geometry.dimension, "the model is", len(shape), advice)
         if place is not None and geometry != place:
             raise ValueError(
                 f"image_{letter}: its modalities lie on different grids; resample them "
@@ -312,7 +309,7 @@ def _exported(
     scale = torch.tensor([(n - 1) / n * m for m, n in zip(size, shape, strict=True)])
     units = scale.to(device).reshape(-1, *(1,) * d)
     field = itk.Image[itk.Vector[itk.D, d], d].New()
-    field.SetRegions([int(m) for m in reversed(size)])
+    field.SetRegions(other_order(int(m) for m in size))
     field.Allocate()
     values = itk.array_view_from_image(field)
     rows = max(1, SLAB // math.prod(size[1:]))
@@ -320,7 +317,7 @@ def _exported(
         slab = [axes[0][start : start + rows], *axes[1:]]
         x = torch.stack(torch.meshgrid(*slab, indexing="ij"))[None].to(device)
         moves = ((phi(x) - x) * units)[0].movedim(0, -1).cpu().numpy()
-        values[start : start + rows] = moves[..., ::-1]
+        values[start : start + rows] = other_components(moves)
     middle = _field_transform(d).New()
     middle.SetDisplacementField(field)
     composite = itk.CompositeTransform[itk.D, d].New()

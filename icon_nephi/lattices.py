@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from icon_nephi.coordinates import points_as_grid, to_rows
-from icon_nephi.fields import LatentMLP
+from icon_nephi.fields import displacement_on_lines
 from icon_nephi.transforms import Composition, Map, MatrixTransform, NeuralTransform
 
 # Points whose lines are prepared together: whole planes of the lattice.
@@ -67,18 +67,9 @@ def _on_lines(phi: NeuralTransform, axes: Sequence[Tensor]) -> Iterator[Tensor]:
     for lines, start in zip(
         nodes.split(at_once, 1), starts.split(at_once), strict=True
     ):
-        moved = _displacement(phi, weights, lines).transpose(0, 1)  # [L, n, d]
+        moved = displacement_on_lines(phi.field, weights, lines, len(axes))
+        moved = moved.transpose(0, 1)  # [L, n, d]
         rows = moved.to(last).contiguous()
         rows[..., :-1] += start[:, None]
         rows[..., -1] += last
         yield rows.flatten(0, 1)
-
-
-def _displacement(phi: NeuralTransform, weights: Tensor, nodes: Tensor) -> Tensor:
-    """``[n, L, d]`` in the unit box."""
-    if isinstance(phi.field, LatentMLP) and len(phi.field.hidden):
-        return phi.field.on_lines(weights, nodes)
-    located = (weights @ nodes.flatten(1)).view(1, -1, nodes.shape[2])
-    d = nodes.shape[2] - phi.code.size
-    moved = phi.field(located[..., :d], located[..., d:])
-    return moved.view(len(weights), -1, d)

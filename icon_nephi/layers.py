@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,9 +18,11 @@ from icon_nephi import views
 from icon_nephi.coordinates import Geometry, apply_affine
 from icon_nephi.inputs import place_of, read_input, voxels_of
 from icon_nephi.pairs import as_volume, is_volume
-from icon_nephi.physical import Array, FramedMap, reader
+from icon_nephi.physical import Array
 from icon_nephi.preprocess import prepare
+from icon_nephi.resampling import reader
 from icon_nephi.trust import estimate, scatter, voxel_side
+from icon_nephi.two_way import MOVING_TO_FIXED, Mapping, TwoWay
 from icon_nephi.views import View
 
 PICTURE, MAP, FLAT = 240, 88, 640  # pixels of the longer side; FLAT: of the one of 2D
@@ -28,11 +30,25 @@ SLICES = 24
 _CT = 1.4  # of what `prepare` makes of CT, shown white: 400 HU
 
 
+class Registered(Mapping, Protocol):
+    """What a page shows: an `icon_nephi.Registration`, whose attributes these are."""
+
+    itk: bool
+    two_way: TwoWay
+    device: torch.device
+    images: tuple[Any, ...] | None
+    made_with: dict[str, Any]
+
+    @property
+    def losses(self) -> list[dict[str, float]]:
+        """The loss and its terms at every step."""
+
+
 class Scene:
     """The maps and images of a registration, ready to be read anywhere.
 
     Args:
-        result: an `icon_nephi.Registration` with its images.
+        result: with its images.
         others: of the same pair, for the spread.
 
     Attributes:
@@ -43,20 +59,21 @@ class Scene:
             the affine part of the registration.
     """
 
-    def __init__(self, result: Any, others: Sequence[Any] = ()) -> None:
-        self.itk: bool = result.itk
+    def __init__(self, result: Registered, others: Sequence[Registered] = ()) -> None:
+        assert result.images is not None  # `write_report` has looked
+        self.itk = result.itk
         self.unit = "mm" if result.itk else "voxels"
-        self.A: Geometry = result.geometry_A
-        self.B: Geometry = result.geometry_B
+        self.A, self.B = result.geometry_A, result.geometry_B
+        two_way = result.two_way.physical()
+        self.forward, self.backward = two_way.forward, two_way.backward
+        self.others = [r.two_way.physical().forward for r in others]
         out, into = self.A.unit_to_physical(), self.B.unit_to_physical()
-        self.forward = FramedMap(result.map_AB, into, out, result.device)
-        self.backward = FramedMap(result.map_BA, out, into, result.device)
-        self.others = [FramedMap(r.map_AB, into, out, r.device) for r in others]
         eye = torch.eye(self.B.dimension + 1, dtype=torch.float64)
         self.start = eye if self.itk else out @ torch.linalg.inv(into)
         self.apart = self._overlap() < 0.1
         if self.apart:
-            self.start = out @ result.fit.matrix.cpu() @ torch.linalg.inv(into)
+            affine = two_way.from_fixed(MOVING_TO_FIXED)
+            self.start = out @ affine @ torch.linalg.inv(into)
         moving, fixed, _, mask = result.images
         kinds = result.made_with.get("modality")
         kinds = kinds if isinstance(kinds, tuple) else (kinds, kinds)
@@ -73,11 +90,7 @@ class Scene:
 
     def outside(self, moved: Array) -> Array:
         """Boolean ``[N]``: points that lie outside the moving image."""
-        into = self.A.physical_to_unit()
-        unit = apply_affine(into, torch.from_numpy(moved)).numpy()
-        half = 0.5 / (np.array(self.A.size) - 1.0)
-        far: Array = np.any((unit < -half) | (unit > 1 + half), axis=1)
-        return far
+        return self.A.outside(moved)
 
     def errors(self, points: Array, moved: Array) -> tuple[Array, Array]:
         """Inverse consistency and expected error of points and where they go."""

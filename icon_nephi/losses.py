@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -10,12 +11,12 @@ from icon_registration import RegistrationModule
 from icon_registration.losses import ICONLoss
 from torch import Tensor, nn
 
-from icon_nephi._check import check_image, check_mask
+from icon_nephi._check import check_grid, check_image
 from icon_nephi.blocks import as_blocks, block_determinants, determinants, patch_maps
-from icon_nephi.chunks import ChunkedImage, Image
-from icon_nephi.codes import LatentCode
 from icon_nephi.coordinates import inside, points_as_grid, sample_image
-from icon_nephi.sampling import Patches, Points, draw_points
+from icon_nephi.images import Image, readable
+from icon_nephi.parts import neural_parts
+from icon_nephi.sampling import Patches, Points
 from icon_nephi.similarities import PatchNCC as PatchNCC
 from icon_nephi.similarities import dice_loss, shared_labels
 from icon_nephi.transforms import Map, value_and_jacobian
@@ -167,15 +168,20 @@ class GradientICONPoints(RegistrationModule):
         label_B: Tensor | None = None,
         segmentation_A: Tensor | None = None,
         segmentation_B: Tensor | None = None,
+        sampler: Points | Patches | None = None,
+        similarity: Callable[..., Tensor] | None = None,
     ) -> ICONLoss:
         """The loss of a batch of pairs ``[B, C, *grid]``, A moving, B fixed.
 
         Beside the images, what uniGradICON's loss takes: masks ``[B, 1, *grid]`` say
         where the samples of their image may lie; ``label_*`` are images (of another
         modality, say) that the similarity compares in the place of ``image_*``, which
-        the network sees; segmentations are label maps for the Dice term. Of a
-        `ChunkedImage`, only what the samples need is read, and masks are on any grid.
+        the network sees; segmentations are label maps for the Dice term. An image may
+        be a `Readable` as well: then only what the samples need is read, and masks are
+        on any grid. ``sampler`` and ``similarity`` take the place of the loss's own.
         """
+        sampler = sampler or self.similarity_sampler
+        agreement = similarity or self.similarity
         seen_A = image_A if label_A is None else label_A
         seen_B = image_B if label_B is None else label_B
         self._check(image_A, image_B, seen_A, seen_B)
@@ -183,19 +189,15 @@ class GradientICONPoints(RegistrationModule):
         self._check_maps("B", image_B, mask_B, segmentation_B)
         self.image_A, self.image_B = image_A, image_B
         maps = self.regis_net(image_A, image_B)
-        codes = self._codes()
         if not isinstance(maps, tuple):
             maps = maps, self.regis_net(image_B, image_A)
-            codes += self._codes()
         self.phi_AB, self.phi_BA = maps
-        to_A = self._samples(self.phi_AB, image_B, mask_B, self.volumes)
-        to_B = self._samples(self.phi_BA, image_A, mask_A, 1 / self.volumes)
-        similarity = compare(self.similarity, *to_A[:2], seen_A, seen_B, *to_A[2:])
-        similarity = similarity + compare(
-            self.similarity, *to_B[:2], seen_B, seen_A, *to_B[2:]
-        )
+        to_A = self._samples(sampler, self.phi_AB, image_B, mask_B, self.volumes)
+        to_B = self._samples(sampler, self.phi_BA, image_A, mask_A, 1 / self.volumes)
+        unlike = compare(agreement, *to_A[:2], seen_A, seen_B, *to_A[2:])
+        unlike = unlike + compare(agreement, *to_B[:2], seen_B, seen_A, *to_B[2:])
         regularity, magnitude, flips = self._regularity(image_A, image_B)
-        loss = similarity + self.lmbda * regularity
+        loss = unlike + self.lmbda * regularity
         if self.dice_loss_weight:
             a, b = cast(tuple[Tensor, Tensor], (segmentation_A, segmentation_B))
             labels = shared_labels(a, b)
@@ -203,17 +205,26 @@ class GradientICONPoints(RegistrationModule):
             self.dice = self.dice + dice_loss(b, a, *to_B[:2], labels)
             loss = loss + self.dice_loss_weight * self.dice
         if self.prior_lmbda:
-            self.prior = similarity.new_zeros(())
-            for code in codes:  # Eq. 7 of every code made in this step
+            self.prior = unlike.new_zeros(())
+            codes = {id(part.code): part.code for part in neural_parts(maps)}
+            for code in codes.values():  # Eq. 7 of every code the maps are made of
                 self.prior = self.prior + code.prior(self.sigma)
             loss = loss + self.prior_lmbda * self.prior
-        return ICONLoss(loss, regularity, similarity, magnitude, flips)
+        return ICONLoss(loss, regularity, unlike, magnitude, flips)
+
+    def changed(self, **changes: Any) -> GradientICONPoints:
+        """The same loss with other values of some attributes; this one stays."""
+        loss = copy.copy(self)
+        loss._modules = dict(self._modules)
+        for name, value in changes.items():
+            setattr(loss, name, value)
+        return loss
 
     def _check(
         self, image_A: Image, image_B: Image, seen_A: Image, seen_B: Image
     ) -> None:
         for name, image in (("image_A", image_A), ("image_B", image_B)):
-            if not isinstance(image, ChunkedImage):
+            if isinstance(image, Tensor):
                 check_image(name, image)
         for name, first, second in (
             ("image", image_A, image_B),
@@ -229,10 +240,9 @@ class GradientICONPoints(RegistrationModule):
         self, side: str, image: Image, mask: Tensor | None, labels: Tensor | None
     ) -> None:
         """What comes with an image lies on its grid."""
-        whole = isinstance(image, Tensor)
         for name, extra in (("mask", mask), ("segmentation", labels)):
-            if whole and extra is not None and extra.shape[2:] != image.shape[2:]:
-                check_mask(f"{name}_{side}", extra, image.shape[2:])
+            if isinstance(image, Tensor) and extra is not None:
+                check_grid(f"{name}_{side}", extra, image.shape[2:])
         if self.dice_loss_weight and labels is None:
             raise ValueError(
                 f"segmentation_{side} is missing: dice_loss_weight is "
@@ -240,11 +250,15 @@ class GradientICONPoints(RegistrationModule):
             )
 
     def _samples(
-        self, phi: Map, fixed: Image, mask: Tensor | None, volumes: float
+        self,
+        sampler: Points | Patches,
+        phi: Map,
+        fixed: Image,
+        mask: Tensor | None,
+        volumes: float,
     ) -> tuple[Tensor, Tensor, tuple[int, ...] | None, Tensor | None]:
         """Where phi takes fresh samples, they, their blocks, and `compare`'s gain."""
-        sampler = self.similarity_sampler
-        rows = self._rows(sampler.count, fixed, mask)
+        rows = readable(fixed).draw(sampler.count, mask, self.generator)
         if isinstance(sampler, Points):
             at = points_as_grid(rows)
             if not self.densities:
@@ -261,20 +275,6 @@ class GradientICONPoints(RegistrationModule):
     def _gain(self, determinant: Tensor, volumes: float) -> Tensor:
         return volumes * determinant.expand(-1, self.densities, *determinant.shape[2:])
 
-    def _rows(self, count: int, image: Image, mask: Tensor | None = None) -> Tensor:
-        """Fresh places ``[B, N, d]`` in an image; on disk, where it is being read."""
-        if isinstance(image, ChunkedImage):
-            return image.draw(count, mask, self.generator)
-        return draw_points(
-            count,
-            image.shape[0],
-            image.dim() - 2,
-            mask=mask,
-            generator=self.generator,
-            dtype=image.dtype,
-            device=image.device,
-        )
-
     def _regularity(
         self, image_A: Image, image_B: Image
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -285,7 +285,8 @@ class GradientICONPoints(RegistrationModule):
             (self.phi_BA, self.phi_AB, image_A),
             (self.phi_AB, self.phi_BA, image_B),
         ):
-            x = points_as_grid(self._rows(self.regularity_sampler.count, image))
+            count = self.regularity_sampler.count
+            x = points_as_grid(readable(image).draw(count, None, self.generator))
             moved, jacobian = value_and_jacobian(first, x)
             terms.append(self.regularity(then, x, moved, jacobian, self.extent))
         with torch.no_grad():
@@ -293,12 +294,6 @@ class GradientICONPoints(RegistrationModule):
             voxels = image_B.shape[2:].numel()
             flips = (determinants(jacobian) <= 0).to(magnitude.dtype).mean() * voxels
         return (terms[0] + terms[1]) / 2, magnitude, flips
-
-    def _codes(self) -> list[LatentCode]:
-        """The codes that the network made in its last call."""
-        parts = self.regis_net.modules()
-        codes = [getattr(part, "code", None) for part in parts]
-        return [code for code in codes if isinstance(code, LatentCode)]
 
     @property
     def phi_AB_vectorfield(self) -> Tensor:
@@ -347,7 +342,7 @@ def compare(
         blocks: shape of the samples as blocks, see `as_blocks`.
         gain: of the first k channels of the moving image, ``[B or blocks, k, *any]``.
     """
-    warped, target = _read(moving, moved), _read(fixed, at)
+    warped, target = readable(moving).sample(moved), readable(fixed).sample(at)
     if getattr(similarity, "isInterpolated", False):
         # Beyond either image there is only its repeated border.
         tag = inside(moved) & inside(at)
@@ -358,10 +353,3 @@ def compare(
         k = gain.shape[1]
         warped = torch.cat([warped[:, :k] * gain, warped[:, k:]], 1)
     return similarity(warped, target)
-
-
-def _read(image: Image, coordinates: Tensor) -> Tensor:
-    """Intensities at ICON-frame coordinates, see `sample_image`."""
-    if isinstance(image, ChunkedImage):
-        return image.sample(coordinates)
-    return sample_image(image, coordinates)

@@ -7,16 +7,13 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import TypeVar
 
 #: What a registration may take where nothing is said.
 MEMORY_LIMIT = "4GiB"
 # Bytes that fitting a pair on a level takes for each of its voxels, and in any case.
 _WORKING_BYTES, _RESERVE, _LEAST = 120, 300 * 2**20, 64 * 2**20
-# Points that a map is evaluated at together at least, however little memory there is.
-_POINTS = 2**8
 # What torch (CPU, CUDA, cuBLAS, Metal), NumPy and ITK say when there is none.
 _NONE_LEFT = re.compile(
     "out of memory|(can't|unable to|failed to) allocate|not enough memory|alloc_failed",
@@ -24,7 +21,6 @@ _NONE_LEFT = re.compile(
 )
 _ASKED = re.compile(r"allocate ([\d.]+ ?(?:[KMGT]i?B|bytes))", re.IGNORECASE)
 
-_Given = ParamSpec("_Given")
 _Result = TypeVar("_Result")
 
 
@@ -76,21 +72,23 @@ def machine_memory() -> float:
 
 
 def held_memory() -> int:
-    """The bytes of memory this process holds now."""
+    """Return the bytes of memory this process holds now, 0 where nobody says."""
     return _status("VmRSS")
 
 
 def peak_memory() -> int:
-    """The most bytes of memory this process has held."""
+    """Return the most bytes of memory this process has held, 0 where nobody says."""
     return _status("VmHWM")
 
 
 def _status(name: str) -> int:
     status = Path("/proc/self/status")
-    if status.exists():
+    if status.exists():  # ru_maxrss would begin with the memory of the parent process
         return int(status.read_text().split(f"{name}:")[1].split()[0]) * 1024
-    import resource  # not on Windows
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
@@ -158,27 +156,3 @@ def in_smaller_parts(
                 raise shortage(error, doing) from error
         # Not within `except`, where the error holds what was allocated.
         size //= 2
-
-
-def smaller_when_full(
-    work: Callable[Concatenate[Any, _Given], _Result],
-) -> Callable[Concatenate[Any, _Given], _Result]:
-    """The function, halving the ``chunk_size`` of a map while memory runs out.
-
-    It stays halved, as there will be no more memory next time.
-
-    Args:
-        work: its first argument is the map, or has it as ``phi``.
-    """
-
-    @wraps(work)
-    def run(owner: Any, /, *given: _Given.args, **named: _Given.kwargs) -> _Result:
-        phi = getattr(owner, "phi", owner)
-
-        def sized(size: int) -> _Result:
-            phi.chunk_size = size
-            return work(owner, *given, **named)
-
-        return in_smaller_parts(sized, phi.chunk_size, _POINTS, "the points of a map")
-
-    return run

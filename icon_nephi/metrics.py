@@ -1,9 +1,9 @@
-"""How good a registration is: landmarks, overlap, surfaces, folds."""
+"""How good a registration is: landmarks, overlap, folds."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +54,13 @@ def summarize(errors: Tensor | Array) -> dict[str, float]:
     }
 
 
+def landmark_summary(
+    points_moved: Tensor | Array, points_true: Tensor | Array
+) -> dict[str, float]:
+    """Return `summarize` of the `target_registration_error`, in mm."""
+    return summarize(target_registration_error(points_moved, points_true))
+
+
 def dice(
     labels_1: Tensor | Array,
     labels_2: Tensor | Array,
@@ -86,100 +93,22 @@ def dice(
     return result
 
 
-class SurfaceDistance(NamedTuple):
-    """How far two surfaces lie apart, in the unit of the spacing."""
-
-    mean: float  # over the border voxels of both surfaces
-    hausdorff95: float  # 95th percentile in the worse of the two directions
-
-
-def surface_distance(
+def mean_dice(
     labels_1: Tensor | Array,
     labels_2: Tensor | Array,
-    spacing: Sequence[float],
     labels: Sequence[int] | None = None,
-) -> dict[int, SurfaceDistance]:
-    """The distances between the surfaces of each label in two maps.
-
-    A surface is the voxels of a label with a face neighbour outside (beyond the image
-    is outside). A label that one map lacks gets NaN.
-
-    Args:
-        labels_1: a map of integers, [*grid], d = 2 or 3.
-        labels_2: the other one, same shape.
-        spacing: mm between voxels, one for each array axis (ITK's spacing reversed).
-        labels: those to measure. Default: all in either map but 0.
-
-    Raises:
-        ValueError: maps or a spacing that are not like this.
-    """
-    first, second = _label_maps(labels_1, labels_2)
-    if first.ndim not in (2, 3):
-        raise ValueError(
-            f"labels_1 must have 2 or 3 axes, got {first.shape}; take labels[0, 0]"
-        )
-    mm = _checked_spacing(spacing, first.ndim)
-    result = {}
-    for label in _asked_for(labels, first, second):
-        masks = first == label, second == label
-        if not (masks[0].any() and masks[1].any()):
-            result[label] = SurfaceDistance(np.nan, np.nan)
-            continue
-        # Distances within the box around both are the same as in the whole image.
-        inside = np.argwhere(masks[0] | masks[1])
-        box = tuple(map(slice, inside.min(0), inside.max(0) + 1))
-        border_1, border_2 = (_border(np.pad(m[box], 1)) for m in masks)
-        to_2 = _distances(border_2, mm)[border_1]
-        to_1 = _distances(border_1, mm)[border_2]
-        mean = float(np.concatenate((to_2, to_1)).mean())
-        worse = float(max(np.percentile(to_2, 95), np.percentile(to_1, 95)))
-        result[label] = SurfaceDistance(mean, worse)
-    return result
+) -> float:
+    """Return the mean of `dice` over the labels that are in a map."""
+    return float(np.nanmean(list(dice(labels_1, labels_2, labels).values())))
 
 
-def jacobian_determinant_of_displacement(
-    displacement: Tensor | Array,
-    spacing: Sequence[float],
-    scheme: Literal["central", "forward", "backward"] = "central",
-) -> Tensor:
-    """det(I + grad u) by finite differences.
-
-    "central" is smoother and can miss folds that the one-sided differences see, which
-    ICON's ``flips`` counts ("backward" in 3D, "forward" in 2D).
-
-    Args:
-        displacement: u, [d, *grid], d = 2 or 3; channel c moves along array axis c.
-        spacing: between voxels, in the unit of u: mm, or 1 / (n - 1) in the unit box.
-        scheme: "central" gives [*grid] (one-sided at the border), the others give a
-            number to each cell, [*(n - 1)].
-
-    Raises:
-        ValueError: another shape, spacing or scheme.
-    """
-    u = torch.as_tensor(displacement).detach()
-    d = u.dim() - 1
-    if d not in (2, 3) or u.shape[0] != d or min(u.shape[1:]) < 2:
-        raise ValueError(
-            "displacement must be [2, H, W] or [3, D, H, W], 2 voxels an axis or more, "
-            f"got shape {tuple(u.shape)}; take one field of a batch with u[0]"
-        )
-    u = u if u.is_floating_point() else u.double()
-    steps = _checked_spacing(spacing, d)
-    if scheme == "central":
-        columns = [torch.stack(torch.gradient(c, spacing=steps)) for c in u]
-        jacobian = torch.stack(columns, 1)  # [axis of the step, channel, *grid]
-    elif scheme in ("forward", "backward"):
-        jacobian = _one_sided(u, scheme) / u.new_tensor(steps).view(d, *[1] * (d + 1))
-    else:
-        raise ValueError(
-            f"scheme must be central, forward or backward, got {scheme!r}; choose one"
-        )
-    jacobian.diagonal().add_(1)
-    return _determinant(jacobian)
+def count_folds(determinants: Tensor | Array) -> int:
+    """Return how many determinants are not positive; NaN counts as folded."""
+    return int((~(determinants > 0)).sum())
 
 
 def fold_fraction(determinants: Tensor | Array) -> float:
-    """The share of determinants that are not positive, 0 to 1; NaN counts as folded.
+    """Return the share of determinants that are not positive, 0 to 1: `count_folds`.
 
     Raises:
         ValueError: no determinants.
@@ -187,7 +116,7 @@ def fold_fraction(determinants: Tensor | Array) -> float:
     values = torch.as_tensor(determinants)
     if not values.numel():
         raise ValueError("determinants must hold a number, got none; is a mask empty?")
-    return 1 - float((values > 0).double().mean())
+    return count_folds(values) / values.numel()
 
 
 def flips_percentage(phi_vectorfield: Tensor) -> float:
@@ -236,27 +165,6 @@ def _determinant(jacobian: Tensor) -> Tensor:
     return determinant
 
 
-def _border(mask: Array) -> Array:
-    """The voxels of a mask (none at the image's edge) with a face neighbour outside."""
-    inner = mask.copy()
-    for axis in range(mask.ndim):
-        inner &= np.roll(mask, 1, axis) & np.roll(mask, -1, axis)
-    return mask & ~inner
-
-
-def _distances(border: Array, spacing: Sequence[float]) -> Array:
-    """The distance of every voxel to the nearest border voxel."""
-    import itk  # here, because machines without it still measure landmarks and folds
-
-    image = itk.image_from_array(border.astype(np.uint8))
-    image.SetSpacing([float(s) for s in reversed(spacing)])
-    distances = itk.signed_maurer_distance_map_image_filter(
-        image, squared_distance=False, use_image_spacing=True
-    )
-    values: Array = itk.array_from_image(distances)
-    return values.clip(min=0)  # ITK's rounding leaves -5e-6 on the border itself
-
-
 def _to_numpy(values: Tensor | Array) -> Array:
     return np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
 
@@ -264,16 +172,6 @@ def _to_numpy(values: Tensor | Array) -> Array:
 def _check_finite(name: str, values: Array) -> None:
     if bad := int((~np.isfinite(values)).sum()):
         raise ValueError(f"{name} must be finite, got {bad} NaN or inf; leave them out")
-
-
-def _checked_spacing(spacing: Sequence[float], dimension: int) -> list[float]:
-    numbers = [float(s) for s in spacing]
-    if len(numbers) != dimension or not all(0 < s < np.inf for s in numbers):
-        raise ValueError(
-            f"spacing must be {dimension} positive numbers, one for each array axis, "
-            f"got {numbers}; ITK's spacing comes in the reverse order"
-        )
-    return numbers
 
 
 def _label_maps(labels_1: Tensor | Array, labels_2: Tensor | Array) -> list[Array]:

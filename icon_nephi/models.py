@@ -15,16 +15,11 @@ from torch import Tensor, nn
 
 from icon_nephi.codes import LatentCode, LatentCodeTable
 from icon_nephi.encoders import HybridEncoder
-from icon_nephi.fields import LatentMLP, ModulatedSiren
+from icon_nephi.fields import make_field
 from icon_nephi.folds import guarded_term
 from icon_nephi.losses import GradientICONPoints, inverse_consistency_term
 from icon_nephi.sampling import Patches, Points
 from icon_nephi.transforms import NePhi, TwoStepPair
-
-_CLASSES: dict[str, Callable[..., nn.Module]] = {
-    "ModulatedSiren": ModulatedSiren,
-    "LatentMLP": LatentMLP,
-}
 
 
 @dataclass(frozen=True)
@@ -32,7 +27,7 @@ class Settings:
     """How a pair is registered from scratch; lengths are in 1/160 of the box.
 
     Attributes:
-        field: class of both fields.
+        field: of both directions: a name in `icon_nephi.fields.FIELDS`.
         arguments: of the fields, beside dimension and code size.
         grids: nodes a side of the local codes, coarse to fine.
         channels: of the local codes.
@@ -201,17 +196,6 @@ class Fit:
     evidence: dict[str, float] = field(default_factory=dict)
 
 
-def make_field(kind: str, arguments: dict[str, Any]) -> nn.Module:
-    """A field of a class by name, from its constructor's arguments.
-
-    Raises:
-        ValueError: unknown class.
-    """
-    if kind not in _CLASSES:
-        raise ValueError(f"field must be one of {sorted(_CLASSES)}, got {kind!r}")
-    return _CLASSES[kind](**arguments)
-
-
 def make_pair(
     settings: Settings, extent: Sequence[float], generator: torch.Generator
 ) -> NePhi:
@@ -240,10 +224,10 @@ def make_pair(
     arguments = {
         "dimension": len(extent),
         "code_size": sum(settings.channels),
-        **{k: int(v) if k != "omega" else v for k, v in settings.arguments},
+        **dict(settings.arguments),
+        "generator": generator,
     }
-    make = _CLASSES[settings.field]
-    field_AB, field_BA = (make(**arguments, generator=generator) for _ in "AB")
+    field_AB, field_BA = (make_field(settings.field, arguments) for _ in "AB")
     return NePhi(table, field_AB, field_BA)
 
 
@@ -253,7 +237,7 @@ class NetworkSettings:
 
     Attributes:
         encoder: arguments of `HybridEncoder`.
-        field: class of both fields.
+        field: of both directions: a name in `icon_nephi.fields.FIELDS`.
         arguments: of the fields, beside dimension and code size.
         similarity_points: a pair and direction, by dimension.
         regularity_points: a pair and direction, by dimension.
@@ -377,11 +361,13 @@ def _predicted_pair(
     """A network that returns (phi_AB, phi_BA) of two images, coarse to fine."""
     dimension = len(input_shape) - 2
     encoder = HybridEncoder(input_shape, **settings.encoder, generator=generator)
-    make = _CLASSES[settings.field]
-    field_AB, field_BA = (
-        make(dimension, encoder.code_size, **settings.arguments, generator=generator)
-        for _ in "AB"
-    )
+    arguments = {
+        "dimension": dimension,
+        "code_size": encoder.code_size,
+        **settings.arguments,
+        "generator": generator,
+    }
+    field_AB, field_BA = (make_field(settings.field, arguments) for _ in "AB")
     pair = NePhi(encoder, field_AB, field_BA)
     if levels == 1:
         return pair

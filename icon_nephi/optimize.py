@@ -4,22 +4,78 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from icon_registration.losses import ICONLoss
 from torch import Tensor
 from tqdm import tqdm
 
+from icon_nephi.images import Image, gaussian_blur
 from icon_nephi.losses import GradientICONPoints
 from icon_nephi.sampling import Patches, Points
 
 #: How the sentence begins that says of a kept interrupt.
 STOPPED = "stopped by the user"
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """What all parts of one fit go by; its time runs from when this was made.
+
+    Attributes:
+        seed: of everything random.
+        progress: show a bar.
+        time_limit: seconds for all of the fit, after which it stops early.
+        keep_on_interrupt: once a step is done Ctrl-C only ends the optimisation.
+
+    Raises:
+        ValueError: a limit that is not positive.
+    """
+
+    seed: int = 0
+    progress: bool = True
+    time_limit: float | None = None
+    keep_on_interrupt: bool = False
+    began: float = field(default_factory=lambda: time.monotonic(), repr=False)
+
+    def __post_init__(self) -> None:
+        """Refuse a limit that is not positive."""
+        if self.time_limit is not None and not self.time_limit > 0:
+            raise ValueError(
+                f"time_limit must be positive seconds, got {self.time_limit}"
+            )
+
+    @property
+    def seconds(self) -> float:
+        """The time that the fit has taken so far."""
+        return time.monotonic() - self.began
+
+    @property
+    def late(self) -> bool:
+        """Whether the time is over."""
+        return self.time_limit is not None and self.seconds > self.time_limit
+
+
+@dataclass(frozen=True)
+class Course:
+    """How an optimisation went.
+
+    Attributes:
+        losses: the loss and its terms, one entry a step.
+        warnings: why it ended before its time, if it did, in words.
+    """
+
+    losses: list[dict[str, float]]
+    warnings: list[str]
+
+    def complete(self) -> list[dict[str, float]]:
+        """The losses; a ValueError where it ended before its time."""
+        if self.warnings:
+            raise ValueError(self.warnings[0])
+        return self.losses
 
 
 @dataclass(frozen=True)
@@ -37,48 +93,24 @@ class Stage:
     blur: float = 0.0
 
 
-def gaussian_blur(image: Tensor, sigma: Sequence[float]) -> Tensor:
-    """``[B, C, *grid]`` smoothed by a Gaussian of sigma voxels along each axis."""
-    for axis, s in enumerate(sigma):
-        reach = math.ceil(2.5 * s)
-        reach = min(reach, image.shape[2 + axis] - 1)
-        if s < 0.3 or reach < 1:
-            continue
-        x = torch.arange(-reach, reach + 1, dtype=torch.float64)
-        kernel = torch.exp(-0.5 * (x / s) ** 2)
-        pads = [0, 0] * (len(sigma) - 1 - axis) + [reach, reach] + [0, 0] * axis
-        padded = F.pad(image, pads, mode="replicate")
-        # Sums of shifted views: three times quicker than conv1d on one channel.
-        parts = [
-            padded.narrow(2 + axis, i, image.shape[2 + axis]) for i in range(len(x))
-        ]
-        weights = (kernel / kernel.sum()).tolist()
-        image = parts[0] * weights[0]
-        for part, weight in zip(parts[1:], weights[1:], strict=True):
-            image.add_(part, alpha=weight)
-    return image
-
-
 def optimize(
     loss: GradientICONPoints,
-    image_A: Tensor,
-    image_B: Tensor,
+    image_A: Image,
+    image_B: Image,
     stages: Sequence[Stage],
     parameters: Sequence[dict[str, object]],
     *,
     mask_A: Tensor | None = None,
     mask_B: Tensor | None = None,
     extras: dict[str, Tensor] | None = None,
+    similarity: Callable[[int], Callable[..., Tensor]] | None = None,
     spacing_A: Sequence[float] | None = None,
     spacing_B: Sequence[float] | None = None,
-    progress: bool = False,
-    time_limit: float | None = None,
     patience: int | None = None,
     callback: Callable[[int, ICONLoss], None] | None = None,
-    said: list[str] | None = None,
-    keep_on_interrupt: bool = False,
-) -> list[dict[str, float]]:
-    """The loss history, one entry a step; the network is left at its optimum.
+    options: FitOptions | None = None,
+) -> Course:
+    """The `Course` of the losses; the network is left at its optimum.
 
     Adam with a cosine decay to zero over all stages. Where the loss is no longer a
     finite number it ends, at the weights that had the last one that was.
@@ -92,19 +124,18 @@ def optimize(
         mask_A: see `GradientICONPoints`.
         mask_B: see `GradientICONPoints`.
         extras: what else the loss takes by name, such as segmentations.
+        similarity: in place of the loss's own, by the number of steps done.
         spacing_A: voxel size along each tensor axis, for the blur (default 1).
         spacing_B: the same of image_B.
-        progress: show a bar.
-        time_limit: seconds after which to stop early.
         patience: steps without a new lowest moving average of the loss after which a
             stage ends early (default: never).
         callback: called after every step with its number and ICONLoss.
-        said: a sentence is added if the loss was not finite, or for an interrupt.
-        keep_on_interrupt: once a step is done Ctrl-C only ends the optimisation.
+        options: default: no bar, no limit of time.
 
     Raises:
-        ValueError: the loss was not finite, at once or with nobody to tell.
+        ValueError: the loss was not finite at once.
     """
+    options = options or FitOptions(progress=False)
     total = sum(stage.steps for stage in stages)
     optimizer = torch.optim.Adam(parameters, betas=(0.9, 0.99), fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
@@ -112,28 +143,30 @@ def optimize(
     weights = [w for group in parameters for w in cast(list[Tensor], group["params"])]
     good = [w.detach().clone() for w in weights]
     mask_A, mask_B = (None if m is None else m > 0 for m in (mask_A, mask_B))
-    ends = None if time_limit is None else time.monotonic() + time_limit
-    with (
-        _until_interrupted(history, total, said, keep_on_interrupt),
-        tqdm(total=total, disable=not progress, desc="registering", leave=False) as bar,
-    ):
+    warnings: list[str] = []
+    bar = tqdm(
+        total=total, disable=not options.progress, desc="registering", leave=False
+    )
+    try:
         for stage in stages:
             images = [
-                gaussian_blur(
-                    image,
-                    [stage.blur / s for s in spacing or [1.0] * (image.dim() - 2)],
-                )
+                _blurred(image, stage.blur, spacing)
                 for image, spacing in ((image_A, spacing_A), (image_B, spacing_B))
             ]
-            loss.similarity_sampler = stage.sampler
             average, lowest, waited = None, math.inf, 0
             for _ in range(stage.steps):
-                result = loss(*images, mask_A, mask_B, **(extras or {}))
+                result = loss(
+                    *images,
+                    mask_A,
+                    mask_B,
+                    sampler=stage.sampler,
+                    similarity=similarity and similarity(len(history)),
+                    **(extras or {}),
+                )
                 values = {k: float(v.detach()) for k, v in result._asdict().items()}
                 if not math.isfinite(values["all_loss"]):
                     _copy(good, weights)
-                    _tell(len(history), said)
-                    return history
+                    return Course(history, [_not_finite(len(history))])
                 _copy(weights, good)
                 optimizer.zero_grad(set_to_none=True)
                 result.all_loss.backward()
@@ -149,51 +182,47 @@ def optimize(
                 average = level if average is None else 0.9 * average + 0.1 * level
                 waited = 0 if average < lowest else waited + 1
                 lowest = min(lowest, average)
-                if patience is not None and waited >= patience:
+                if options.late or (patience is not None and waited >= patience):
                     break
-                if ends is not None and time.monotonic() > ends:
-                    break
-            if ends is not None and time.monotonic() > ends:
+            if options.late:
                 break
+    except KeyboardInterrupt:
+        # Weights may be those of a step that only part of them has made: a step is
+        # small enough for any part of it to be as good.
+        if not (options.keep_on_interrupt and history):
+            raise
+        warnings.append(
+            f"{STOPPED} after {len(history)} of {total} steps: the map is what was "
+            "reached"
+        )
+    finally:
+        bar.close()
     if not all(bool(w.isfinite().all()) for w in weights):  # by the last step
         _copy(good, weights)
-        _tell(len(history), said)
-    return history
+        warnings.append(_not_finite(len(history)))
+    return Course(history, warnings)
 
 
-@contextmanager
-def _until_interrupted(
-    history: list[dict[str, float]], total: int, said: list[str] | None, keep: bool
-) -> Iterator[None]:
-    """Within, Ctrl-C ends the block; it goes on as ever where nothing is to be kept.
-
-    Weights may then be those of a step that only part of them has made: a step is small
-    enough for any part of it to be as good.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not (keep and history):
-            raise
-        if said is not None:
-            said.append(
-                f"{STOPPED} after {len(history)} of {total} steps: the map is what was "
-                "reached"
-            )
+def _blurred(image: Image, blur: float, spacing: Sequence[float] | None) -> Image:
+    """The image smoothed by a Gaussian of so many units of the spacing."""
+    if not blur:
+        return image
+    sigma = [blur / s for s in spacing or [1.0] * (len(image.shape) - 2)]
+    return gaussian_blur(cast(Tensor, image), sigma)  # coarse stages are in memory
 
 
 def _copy(source: Sequence[Tensor], to: Sequence[Tensor]) -> None:
     with torch.no_grad():
-        for one, other in zip(source, to, strict=True):
-            other.copy_(one)
+        for values, place in zip(source, to, strict=True):
+            place.copy_(values)
 
 
-def _tell(steps: int, said: list[str] | None) -> None:
-    """Say that the loss was finite for these steps only."""
+def _not_finite(steps: int) -> str:
+    """The sentence that says that the loss was finite for these steps only."""
     sentence = (
         f"the loss was not a finite number after {steps} steps: what they reached was "
         "kept; lower the learning rates, or look for extreme intensities"
     )
-    if said is None or not steps:
+    if not steps:
         raise ValueError(sentence)
-    said.append(sentence)
+    return sentence

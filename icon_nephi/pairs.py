@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from icon_nephi._check import check_both, check_intensities
-from icon_nephi.chunks import ChunkCache, ChunkedImage, Level
+from icon_nephi._check import (
+    check_both,
+    check_dimension,
+    check_grid,
+    check_intensities,
+    check_mask,
+)
+from icon_nephi.chunks import Level
 from icon_nephi.coordinates import (
     Geometry,
     apply_affine,
@@ -29,59 +36,13 @@ from icon_nephi.inputs import (
     voxel_geometry,
 )
 from icon_nephi.memory import plan, to_bytes
-from icon_nephi.preprocess import find_scale, prepare
+from icon_nephi.preprocess import PreparedImage, find_scale, prepare
 from icon_nephi.similarities import shared_labels
 from icon_nephi.volumes import WORKING, Volume, open_volume
 
 #: Voxels from which an image in memory is fitted on coarser levels first, as those on
 #: disk are: nothing of its size is then made beside it.
 LARGE = 30_000_000
-
-
-class Input(NamedTuple):
-    """One image as the fit takes it: see `read_input`; intensities by modality.
-
-    Of a `Volume`: its working level, where the finest lies, and all finer ones, coarse
-    to fine. ``labels``: int64, on its grid. ``placed``: points are LPS millimetres, as
-    they are of all but tensors.
-    """
-
-    values: Tensor
-    mask: Tensor | None
-    place: Geometry
-    whole: Geometry
-    placed: bool
-    finer: Sequence[ChunkedImage] = ()
-    labels: Tensor | None = None
-
-    def beside(self, fixed: Input) -> dict[str, Any]:
-        """What `fit_pair` takes of this moving image and of a fixed one, by name."""
-        levels: list[tuple[ChunkedImage, ChunkedImage]] = []
-        count = max(len(self.finer), len(fixed.finer))
-        if count:
-            # The one with fewer levels stays at its coarsest for a while.
-            sides = [
-                [i.held()] * (count - len(i.finer)) + [*i.finer] for i in (self, fixed)
-            ]
-            levels = list(zip(*sides, strict=True))
-        return {
-            "image_A": self.values,
-            "geometry_A": self.place,
-            "mask_A": self.mask,
-            "image_B": fixed.values,
-            "geometry_B": fixed.place,
-            "mask_B": fixed.mask,
-            "levels": levels,
-            "segmentation_A": self.labels,
-            "segmentation_B": fixed.labels,
-        }
-
-    def held(self) -> ChunkedImage:
-        """The values, as the finer levels are read."""
-        array = np.ascontiguousarray(self.values[0, 0].cpu().numpy())
-        scale, shift = [n - 1.0 for n in array.shape], [0.0] * array.ndim
-        cache = ChunkCache.of(array)
-        return ChunkedImage(cache, scale, shift, lambda v: v, self.values.device)
 
 
 def read_pair(
@@ -94,7 +55,7 @@ def read_pair(
     memory_limit: int | str | None = None,
     progress: bool = False,
     segmentations: Sequence[Any] = (None, None),
-) -> tuple[Input, Input]:
+) -> tuple[PreparedImage, PreparedImage]:
     """Both images on one device, None chosen as by `choose_device`.
 
     Images of `LARGE` size and more, on the CPU, are taken as `Volume`s.
@@ -114,21 +75,13 @@ def read_pair(
     if any(is_volume(i) or (where.type == "cpu" and _is_large(i)) for i in images):
         A, B = _read_volumes(images, masks, modalities, where, memory_limit, progress)
     else:
-        found = []
-        for letter, image, mask, kind in zip(
-            "AB", images, masks, modalities, strict=True
-        ):
-            values, inside, place = read_input(letter, image, mask)
-            check_intensities(f"image_{letter}", values)
-            looked_at = None if inside is None else inside.to(where)
-            prepared = prepare(values.to(where), kind)
-            found.append(Input(prepared, looked_at, place, place, is_itk(image)))
-        A, B = found
-    if A.place.dimension != B.place.dimension:
-        raise ValueError(
-            f"image_A is {A.place.dimension}D but image_B is "
-            f"{B.place.dimension}D; pass two 2D or two 3D images"
+        A, B = (
+            _read_whole(letter, image, mask, kind, where)
+            for letter, image, mask, kind in zip(
+                "AB", images, masks, modalities, strict=True
+            )
         )
+    check_dimension("image_A", A.place.dimension, "image_B is", B.place.dimension)
     if A.values.shape[1] != B.values.shape[1]:
         raise ValueError(
             f"image_A has {A.values.shape[1]} channels but image_B has "
@@ -140,16 +93,27 @@ def read_pair(
             for k, labels, i in zip("AB", segmentations, (A, B), strict=True)
         )
         shared_labels(first, second)
-        A, B = A._replace(labels=first), B._replace(labels=second)
+        A, B = replace(A, labels=first), replace(B, labels=second)
     return A, B
 
 
-def _label_map(name: str, labels: Any, image: Input) -> Tensor:
-    if isinstance(labels, Tensor) and labels.shape[2:] != image.whole.size:
-        raise ValueError(
-            f"{name} has grid {tuple(labels.shape[2:])} but its image has "
-            f"{image.whole.size}; resample the labels to the image"
-        )
+def _read_whole(
+    letter: str, image: Any, mask: Any, modality: str | None, where: torch.device
+) -> PreparedImage:
+    values, inside, place = read_input(letter, image, mask)
+    check_intensities(f"image_{letter}", values)
+    return PreparedImage.of(
+        prepare(values.to(where), modality),
+        place,
+        mask=None if inside is None else inside.to(where),
+        modality=modality,
+        placed=is_itk(image),
+    )
+
+
+def _label_map(name: str, labels: Any, image: PreparedImage) -> Tensor:
+    if isinstance(labels, Tensor):
+        check_grid(name, labels, image.whole.size)
     return read_label_map(name, labels, image.place, itk=image.placed)
 
 
@@ -206,7 +170,7 @@ def _read_volumes(
     where: torch.device,
     memory_limit: int | str | None,
     progress: bool,
-) -> list[Input]:
+) -> list[PreparedImage]:
     """Working levels of two images that are read in parts, and their finer ones."""
     volumes = [
         as_volume(f"image_{letter}", image, memory_limit)
@@ -217,46 +181,38 @@ def _read_volumes(
         limit = min(v.memory_limit for v in volumes)
         limit = limit if memory_limit is None else to_bytes(memory_limit)
         voxels, cache = plan(limit, WORKING)
-    found = []
+    results = []
     for letter, image, volume, mask, kind in zip(
         "AB", images, volumes, masks, modalities, strict=True
     ):
-        level = volume.working(voxels, progress)
-        values, place = volume.whole(level)
+        values, place = volume.whole(volume.working(voxels, progress))
         check_intensities(f"image_{letter}", values)
         inside = None
         if mask is not None:
             inside = _mask_on(f"mask_{letter}", mask, place, voxels).to(where)
         scale = find_scale(values.to(where), kind)
-        found.append(
-            Input(
+        results.append(
+            PreparedImage.of(
                 scale(values.to(where)),
-                inside,
                 place,
-                volume.geometry,
-                in_millimetres(image),
-                volume.finer(level, cache, scale, where),
+                whole=volume.geometry,
+                finer=volume.finer(voxels, cache, scale, where),
+                mask=inside,
+                modality=kind,
+                placed=in_millimetres(image),
             )
         )
-    return found
+    return results
 
 
 def _mask_on(name: str, mask: Any, place: Geometry, voxels: int) -> Tensor:
     """A mask, read in parts, on the grid of a working level: 0 or 1."""
     volume = as_volume(name, mask)
     values, own = volume.whole(volume.working(voxels))
-    if own.dimension != place.dimension:
-        raise ValueError(
-            f"{name} is {own.dimension}D but its image is {place.dimension}D; pass a "
-            "mask of that image"
-        )
+    check_dimension(name, own.dimension, "its image is", place.dimension)
     between = own.physical_to_unit() @ place.unit_to_physical()
     rows = apply_affine(between, to_rows(identity_map(place.size).double()))
     at = points_as_grid(rows.float())
     inside = (sample_image(values, at) > 0).float().reshape(1, 1, *place.size)
-    if not bool(inside.any()):
-        raise ValueError(
-            f"{name} is empty: no voxel of it above zero lies in its image; leave it "
-            "out to use all of the image"
-        )
+    check_mask(name, inside, place.size)
     return inside

@@ -235,7 +235,8 @@ def warp_parser() -> Parser:
 
 Images and label maps go from the moving image's space to the fixed image's grid;
 points go from the fixed image to the moving image. --inverse turns both around, or
-say --to fixed, --to moving: the image in whose space the result lies.
+say --to fixed, --to moving: the image in whose space the result lies. Where there is
+no image the result has the image's least value (air in CT); beside label maps 0.
 
 Coordinates are LPS mm, unless the file says RAS: .fcsv and .mrk.json name their frame,
 .vtk may (SPACE=RAS), .gii is RAS. Other columns, triangles and data are kept.""",

@@ -19,11 +19,10 @@ from icon_nephi.coordinates import (
     Geometry,
     apply_affine,
     points_as_grid,
-    sample_image,
     to_rows,
 )
 from icon_nephi.lattices import on_lattice
-from icon_nephi.metrics import fold_fraction
+from icon_nephi.metrics import count_folds
 from icon_nephi.transforms import Map, value_and_jacobian
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -187,48 +186,12 @@ def folded_share(maps: Iterable[tuple[FramedMap, Sequence[int], Tensor]]) -> flo
     Args:
         maps: each with the grid it is looked at on, as of `over_grid`.
     """
-    folds = total = 0.0
+    folds = total = 0
     for mapped, size, frame in maps:
         for _, rows in slabs(size, frame):
-            folds += fold_fraction(mapped.determinants(rows)) * len(rows)
+            folds += count_folds(mapped.determinants(rows))
             total += len(rows)
     return folds / total
-
-
-def reader(
-    voxels: Array, into: Tensor, mode: str = "linear", outside: float | None = None
-) -> Callable[[Array], Array]:
-    """A function of rows ``[N, d]`` in a frame: the image's values there, ``[N, C]``.
-
-    Args:
-        voxels: ``[*grid, C]``; ``"nearest"`` keeps their type to the last bit.
-        into: homogeneous matrix, the frame -> the image's unit box.
-        mode: ``"linear"`` (float32 comes out) or ``"nearest"``.
-        outside: the value half a voxel beyond the image and farther, default: the
-            nearest border's.
-    """
-    limits = np.array(voxels.shape[:-1]) - 1.0
-    tensor = None
-    if mode == "linear":
-        tensor = torch.from_numpy(voxels.astype(np.float32)).movedim(-1, 0)[None]
-
-    def read(points: Array) -> Array:
-        unit = apply_affine(into, torch.from_numpy(points))
-        index = unit.numpy() * limits
-        if tensor is None:
-            near = np.clip(np.floor(index + 0.5), 0, limits).astype(np.int64)
-            values: Array = voxels[tuple(near.T)]
-        else:
-            at = points_as_grid(unit[None].float())
-            values = sample_image(tensor, at)[0].flatten(1).T.numpy()
-        if outside is not None:
-            far = np.any((index < -0.5) | (index > limits + 0.5), axis=1)
-            values = np.where(
-                far[:, np.newaxis], np.asarray(outside, values.dtype), values
-            )
-        return values
-
-    return read
 
 
 def linear_part(

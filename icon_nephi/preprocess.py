@@ -3,16 +3,94 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from icon_nephi.chunks import ChunkedImage
+from icon_nephi.coordinates import Geometry, other_order
 
 MODALITIES = (None, "ct", "mri")
 # Lung detail to soft tissue on one scale: a thousandth is one Hounsfield unit.
 _HOUNSFIELD = (-1000.0, 500.0)
 # Quantiles are read from at most this many voxels.
 _VOXELS = 500_000
+#: Images with more voxels are made coarser where they get features: that takes memory.
+FEATURED = 4_000_000
+
+
+@dataclass(frozen=True)
+class PreparedImage:
+    """One image as the fit takes it, with all that is known of it; see `of`.
+
+    Attributes:
+        values: ``[1, C, *grid]``, about [0, 1]: `prepare`, then `fill_missing`.
+        place: where that grid lies.
+        noise: standard deviation of the noise, see `noise`.
+        gaps: slices between others that stayed empty.
+        whole: where the finest level lies; ``place`` unless it is read in parts.
+        finer: levels finer than ``values``, coarse to fine, over the same unit box.
+        mask: ``[1, 1, *grid]``, where it is to be matched; None: wherever it can be.
+        labels: label map ``[1, 1, *any]`` over its box, int64.
+        modality: one of `MODALITIES`.
+        placed: points are LPS millimetres, as they are of all but tensors.
+    """
+
+    values: Tensor
+    place: Geometry
+    noise: float
+    gaps: int
+    whole: Geometry
+    finer: Sequence[ChunkedImage] = ()
+    mask: Tensor | None = None
+    labels: Tensor | None = None
+    modality: str | None = None
+    placed: bool = False
+
+    @classmethod
+    def of(
+        cls, values: Tensor, place: Geometry, whole: Geometry | None = None, **rest: Any
+    ) -> PreparedImage:
+        """The image of scaled intensities; lost slices are filled in, see `prepare`.
+
+        Args:
+            values: ``[1, C, *grid]``, about [0, 1].
+            place: where that grid lies.
+            whole: see above (default: ``place``).
+            rest: the attributes after it.
+        """
+        values = fill_missing(values)
+        axes = range(2, values.dim())
+        gaps = sum(len(missing_slices(values, axis)) for axis in axes)
+        return cls(values, place, noise(values), gaps, whole or place, **rest)
+
+
+def coarser(image: PreparedImage, voxels: int = FEATURED) -> PreparedImage:
+    """The same box with at most about that many voxels, about equally far apart."""
+    size, extent = image.values.shape[2:], image.place.extent
+    if size.numel() <= voxels:
+        return image
+    d = len(size)
+    far = (torch.tensor(extent).prod().item() / voxels) ** (1 / d)
+    fewer = [
+        min(n, max(3, round(length / far)))
+        for n, length in zip(size, extent, strict=True)
+    ]
+
+    def resized(values: Tensor) -> Tensor:
+        mode = "bilinear" if d == 2 else "trilinear"
+        return F.interpolate(values, fewer, mode=mode, align_corners=True)
+
+    mask = image.mask
+    if mask is not None:
+        mask = (resized(mask) > 0).to(mask)
+    spacing = [length / (n - 1) for length, n in zip(extent, fewer, strict=True)]
+    place = replace(image.place, size=tuple(fewer), spacing=other_order(spacing))
+    return replace(image, values=resized(image.values), mask=mask, place=place)
 
 
 def prepare(image: Tensor, modality: str | None = None) -> Tensor:
@@ -107,15 +185,13 @@ def fill_missing(image: Tensor) -> Tensor:
         if len(gone) == 0:
             continue
         slices = image.movedim(axis, 0).clone()
-        kept = torch.ones(len(slices), dtype=torch.bool, device=image.device)
-        kept[gone] = False
-        full = kept.nonzero().flatten()
+        there = torch.ones(len(slices), dtype=torch.bool, device=image.device)
+        there[gone] = False
+        full = there.nonzero().flatten()
         after = torch.searchsorted(full, gone)
         low, high = full[after - 1], full[after]
         pairs = torch.stack([slices[low], slices[high]]).flatten(2)
-        pairs = torch.nn.functional.normalize(
-            pairs - pairs.mean(2, keepdim=True), dim=2
-        )
+        pairs = F.normalize(pairs - pairs.mean(2, keepdim=True), dim=2)
         alike = pairs.prod(0).sum(1) > 0.5
         share = (
             ((gone - low) / (high - low)).to(image).view(-1, *(1,) * (image.dim() - 1))

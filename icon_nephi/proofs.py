@@ -1,9 +1,9 @@
 """The search for a proof: boxes that cover a region, split until each is decided.
 
 Boxes lie in the unit box of the neural map psi(x) = x + u(x), or beyond it, where u is
-that of the nearest border point. `icon_nephi.determinants` says how low the determinant
-can fall in a box. What cannot be proven is split, until it is proven, refuted by a
-point, or too small.
+that of the nearest border point. `icon_nephi.determinant_bounds` says how low the
+determinant can fall in a box. What cannot be proven is split, until it is proven,
+refuted by a point, or too small.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from icon_nephi.bounds import knots
 from icon_nephi.codes import LatentCode
-from icon_nephi.determinants import Bounds, bound_determinant, degree_for
+from icon_nephi.determinant_bounds import Bounds, bound_determinant, degree_for
 from icon_nephi.expansions import monomials
 from icon_nephi.regions import Region
 
@@ -71,7 +71,7 @@ class Search:
     """What is proven about one neural map over a region, and what not.
 
     Args:
-        field: `LatentMLP` or `ModulatedSiren`.
+        field: with ``expand``, see `icon_nephi.fields`.
         code: what it reads, of batch 1.
         region: where.
 
@@ -140,10 +140,14 @@ class Search:
 
     def _batch(self) -> int:
         """How many boxes to expand at once."""
-        layers = [m for m in self.field.modules() if isinstance(m, nn.Linear)]
+        widths = [
+            part.out_features
+            for part in self.field.modules()
+            if isinstance(part, nn.Linear)
+        ]
         dimension = len(self.region.frame) - 1
         count = len(monomials(dimension, degree_for(self.field)))
-        return max(1, BATCH // count // max(m.out_features for m in layers))
+        return max(1, BATCH // count // max(widths, default=self.code.size))
 
     def _bound(self, boxes: Boxes) -> Bounds:
         """In float32 first; in float64 what that calls a fold, or leaves when small."""

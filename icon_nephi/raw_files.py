@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from icon_nephi.chunks import Array, Box
-from icon_nephi.coordinates import Geometry
+from icon_nephi.coordinates import Geometry, other_order
 
 SUFFIXES = (".nii", ".mha", ".mhd", ".nrrd", ".nhdr")
 _NIFTI = {
@@ -136,7 +136,7 @@ def geometry_in(path: Path) -> Geometry:
         count, axes = header.GetNumberOfComponents(), header.GetNumberOfDimensions()
         columns = [map(float, header.GetDirection(a)) for a in range(axes)]
         place = Geometry(
-            size=tuple(int(header.GetDimensions(a)) for a in reversed(range(axes))),
+            size=other_order(int(header.GetDimensions(a)) for a in range(axes)),
             spacing=tuple(float(header.GetSpacing(a)) for a in range(axes)),
             origin=tuple(float(header.GetOrigin(a)) for a in range(axes)),
             direction=tuple(zip(*columns, strict=True)),
@@ -173,7 +173,7 @@ def write_meta_header(
             f"TransformMatrix = {row(np.array(geometry.direction).T.ravel())}",
             f"Offset = {row(geometry.origin)}",
             f"ElementSpacing = {row(geometry.spacing)}",
-            f"DimSize = {' '.join(str(n) for n in reversed(geometry.size))}",
+            f"DimSize = {' '.join(str(n) for n in geometry.itk_size)}",
             f"ElementNumberOfChannels = {channels}",
             f"ElementType = {names[stored.str[1:]]}",
             "ElementDataFile = LOCAL\n",

@@ -7,30 +7,28 @@ the ICON frame: tensor axes, unit box). ITK is imported only where ITK images co
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from icon_nephi.coordinates import Geometry
 from icon_nephi.files import load_fit, save_fit
 from icon_nephi.fitting import fit_pair
 from icon_nephi.inputs import check_points, place_of, voxels_of
 from icon_nephi.memory import peak_memory
-from icon_nephi.metrics import fold_fraction
 from icon_nephi.models import Fit, Settings
+from icon_nephi.optimize import FitOptions
 from icon_nephi.pairs import read_pair
-from icon_nephi.physical import Array, FramedMap, folded_share, over_grid
+from icon_nephi.physical import Array, FramedMap, over_grid
 from icon_nephi.report import write_report
-from icon_nephi.resampling import MODES, reader
+from icon_nephi.resampling import MODES, least_value, reader
 from icon_nephi.transforms import Composition, MatrixTransform, NeuralTransform
 from icon_nephi.trust import error_estimate, inverse_consistency
-
-DIRECTIONS = ("fixed_to_moving", "moving_to_fixed")
+from icon_nephi.two_way import FIXED_TO_MOVING, MOVING_TO_FIXED, TwoWay, direction_of
 
 
 def register(
@@ -79,7 +77,8 @@ def register(
         seed: of every random number.
         device: default: the tensors' own; for ITK images a GPU if there is one.
         progress: show a bar.
-        time_limit: seconds after which the optimisation stops early.
+        time_limit: seconds after which the optimisation stops early; reading the
+            images and the search for a start count.
         memory_limit: bytes, or as "4GiB": what images on disk may take in all.
         keep_on_interrupt: Ctrl-C stops the optimisation early; `warnings` say so.
 
@@ -87,26 +86,21 @@ def register(
         TypeError: an argument of another kind than this.
         ValueError: images or masks that cannot be registered; one sentence says why.
     """
-    begin = time.perf_counter()
-    if time_limit is not None and not time_limit > 0:
-        raise ValueError(f"time_limit must be positive seconds, got {time_limit}")
+    options = FitOptions(seed, progress, time_limit, keep_on_interrupt)
     modalities = modality if isinstance(modality, tuple) else (modality, modality)
     images = (image_A, image_B, mask_A, mask_B)
     labels = (segmentation_A, segmentation_B)
     A, B = read_pair(*images, modalities, device, memory_limit, progress, labels)
-    choices: dict[str, Any] = {"similarity": similarity, "field": field, "seed": seed}
-    choices |= {"affine": affine, "keep_on_interrupt": keep_on_interrupt}
-    choices |= {"time_limit": time_limit, "mass_preserving": mass_preserving}
-    kind = modalities[0] if modalities[0] == modalities[1] else None
+    choices: dict[str, Any] = {"similarity": similarity, "field": field}
+    choices |= {"affine": affine, "mass_preserving": mass_preserving}
     with torch.enable_grad():
-        fit = fit_pair(**A.beside(B), **choices, modality=kind, progress=progress)
-    result = Registration(fit, A.whole, B.whole, itk=A.placed)
-    result.images = images
-    choices |= {"memory_limit": memory_limit, "peak_memory": peak_memory()}
-    result.made_with = {"modality": modality, **choices}
-    result.made_with["segmentations"] = A.labels is not None
-    result.made_with["seconds"] = time.perf_counter() - begin
-    return result
+        fit = fit_pair(A, B, **choices, options=options)
+    choices |= {"modality": modality, "seed": seed, "time_limit": time_limit}
+    choices |= {"memory_limit": memory_limit, "keep_on_interrupt": keep_on_interrupt}
+    numbers = {"peak_memory": peak_memory(), "seconds": options.seconds}
+    made_with = choices | numbers | {"segmentations": A.labels is not None}
+    placed: dict[str, Any] = {"itk": A.placed, "images": images}
+    return Registration(fit, A.whole, B.whole, **placed, made_with=made_with)
 
 
 def ensemble(
@@ -138,23 +132,27 @@ class Registration:
         geometry_A: where the moving image lies.
         geometry_B: where the fixed image lies.
         itk: whether the images were ITK images.
+        images: what was registered, (moving, fixed, moving mask, fixed mask), if kept.
+        made_with: the choices of `register` and the seconds it took.
 
     Attributes:
         map_AB: the map in ICON frames, fixed unit box -> moving unit box.
         map_BA: its counterpart, moving -> fixed.
-        images: what was registered, (moving, fixed, moving mask, fixed mask); None
-            after loading.
-        made_with: the choices of `register` and the seconds it took; empty after
-            loading.
+        two_way: both with their grids, in the frame of the registration's points.
     """
 
     def __init__(
-        self, fit: Fit, geometry_A: Geometry, geometry_B: Geometry, *, itk: bool
+        self,
+        fit: Fit,
+        geometry_A: Geometry,
+        geometry_B: Geometry,
+        *,
+        itk: bool,
+        images: tuple[Any, ...] | None = None,
+        made_with: dict[str, Any] | None = None,
     ) -> None:
         self.fit, self.geometry_A, self.geometry_B = fit, geometry_A, geometry_B
-        self.itk = itk
-        self.images: tuple[Any, ...] | None = None
-        self.made_with: dict[str, Any] = {}
+        self.itk, self.images, self.made_with = itk, images, made_with or {}
         self.device = fit.code.global_code.device
         self._inverse = torch.linalg.inv(fit.matrix)
         with torch.no_grad():
@@ -163,6 +161,8 @@ class Registration:
             )
             self.map_AB = Composition(MatrixTransform(fit.matrix[None]), forward)
             self.map_BA = Composition(backward, MatrixTransform(self._inverse[None]))
+        ways = (self.map_AB, self.map_BA, geometry_A, geometry_B, self.device)
+        self.two_way = TwoWay(*ways, "physical" if itk else "unit", fit.matrix)
 
     @property
     def losses(self) -> list[dict[str, float]]:
@@ -177,12 +177,12 @@ class Registration:
     @cached_property
     def phi_AB(self) -> Any:
         """Fixed points to moving points: itk.CompositeTransform, or the tensor map."""
-        return self._exported("fixed_to_moving") if self.itk else self.map_AB
+        return self._exported(FIXED_TO_MOVING) if self.itk else self.map_AB
 
     @cached_property
     def phi_BA(self) -> Any:
         """Moving points to fixed points; see `phi_AB`."""
-        return self._exported("moving_to_fixed") if self.itk else self.map_BA
+        return self._exported(MOVING_TO_FIXED) if self.itk else self.map_BA
 
     def warp(
         self,
@@ -202,26 +202,28 @@ class Registration:
                 ``"onehot"`` (same pixel type): see `icon_nephi.resampling`.
             reference: another grid to warp to: an ITK image, or a tensor.
             inverse: take a fixed-space image to the moving image's grid instead.
-            outside: the value where there is no image; default: the nearest border's.
+            outside: the value where there is no image; default: the image's least (0
+                is what label maps need, see `warp_labels`).
 
         Raises:
             ValueError: unknown mode, or an image that `register` would refuse.
         """
         if mode not in MODES:
             raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
-        direction = DIRECTIONS[1 if inverse else 0]
-        mapped = self._map(direction)
-        size, frame = self._grid(reference, direction)
+        direction = direction_of(inverse=inverse)
         place, values = self._place_of("image", image), voxels_of(image)
-        read = reader(values, torch.linalg.inv(self._frame(place)), mode, outside)
-        kind = np.float32 if mode in ("linear", "cubic") else values.dtype
-        result = over_grid(
-            lambda _, at: read(at), size, frame, values.shape[-1], kind, mapped=mapped
+        into = torch.linalg.inv(self.two_way.frame_of(place))
+        beyond = least_value(values) if outside is None else outside
+        read = reader(values, into, mode, beyond)
+        warped = self._on_grid(
+            lambda _, moved: read(moved)[:, 0] if self.itk else read(moved),
+            reference,
+            direction,
+            None if self.itk else values.shape[-1],
+            dtype=np.float32 if mode in ("linear", "cubic") else values.dtype,
+            mapped=self.two_way.framed(direction),
         )
-        if self.itk:
-            return self._as_image(result[..., 0], reference, direction)
-        moved = torch.from_numpy(result).movedim(-1, 0)[None]
-        return moved.contiguous().to(image.device)
+        return warped if self.itk else warped.to(image.device)
 
     def warp_labels(
         self, labels: Any, reference: Any = None, *, inverse: bool = False
@@ -229,7 +231,7 @@ class Registration:
         """A moving-space label map on the fixed grid: nearest, 0 outside (`warp`)."""
         return self.warp(labels, "nearest", reference, inverse=inverse, outside=0)
 
-    def transform_points(self, points: Any, direction: str = DIRECTIONS[0]) -> Array:
+    def transform_points(self, points: Any, direction: str = FIXED_TO_MOVING) -> Array:
         """The mapped points, numpy ``[N, d]`` float64.
 
         Args:
@@ -239,10 +241,14 @@ class Registration:
         Raises:
             ValueError: another shape or direction, or numbers that are not finite.
         """
-        return self._map(direction)(self._points(points))
+        return self.two_way.transform_points(self._points(points), direction)
+
+    def lengths(self, direction: str) -> Array:
+        """Lengths of the points' units, ``[d]``: mm (tensors: voxels), see `TwoWay`."""
+        return self.two_way.lengths(direction)
 
     def displacement_field(
-        self, reference: Any = None, direction: str = DIRECTIONS[0]
+        self, reference: Any = None, direction: str = FIXED_TO_MOVING
     ) -> Any:
         """Mapped minus own place at every voxel, from the exact map.
 
@@ -250,41 +256,33 @@ class Registration:
         the ICON frame. The grid is the fixed image's (``"moving_to_fixed"``: the
         moving image's), or the reference's.
         """
-        mapped, d = self._map(direction), self.geometry_B.dimension
-        size, frame = self._grid(reference, direction)
-        field = over_grid(lambda p, q: q - p, size, frame, d, mapped=mapped)
-        if self.itk:
-            return self._as_image(field, reference, direction)
-        return torch.from_numpy(field).movedim(-1, 0)[None].contiguous()
+        mapped, d = self.two_way.framed(direction), self.geometry_B.dimension
+        return self._on_grid(
+            lambda here, there: there - here, reference, direction, d, mapped=mapped
+        )
 
     def jacobian_determinant(
-        self, reference: Any = None, direction: str = DIRECTIONS[0]
+        self, reference: Any = None, direction: str = FIXED_TO_MOVING
     ) -> Any:
         """Analytic determinant at every voxel: volume there over volume here.
 
         In physical units (mm by mm) for ITK images, whatever their directions; for
         tensors ``[1, 1, *grid]`` by unit boxes. Grids as in `displacement_field`.
         """
-        mapped = self._map(direction)
-        size, frame = self._grid(reference, direction)
-        values = over_grid(mapped.determinants, size, frame)
-        return self._as_image(values, reference, direction)
+        mapped = self.two_way.framed(direction)
+        return self._on_grid(mapped.determinants, reference, direction)
 
-    def jacobian(self, reference: Any = None, direction: str = DIRECTIONS[0]) -> Any:
+    def jacobian(self, reference: Any = None, direction: str = FIXED_TO_MOVING) -> Any:
         """Analytic d mapped_i / d place_j at every voxel, number d i + j of the voxel.
 
         For ITK images ``d * d`` numbers a voxel, millimetres by millimetres, LPS axes;
         for tensors ``[1, d, d, *grid]``, ICON frame. Grids as in `displacement_field`.
         """
-        mapped, d = self._map(direction), self.geometry_B.dimension
-        size, frame = self._grid(reference, direction)
-        flat = over_grid(
-            lambda p: mapped.jacobians(p).reshape(-1, d * d), size, frame, d * d
+        mapped, d = self.two_way.framed(direction), self.geometry_B.dimension
+        matrices = self._on_grid(
+            lambda p: mapped.jacobians(p).reshape(-1, d**2), reference, direction, d**2
         )
-        if self.itk:
-            return self._as_image(flat, reference, direction)
-        matrices = torch.from_numpy(flat).movedim(-1, 0).reshape(1, d, d, *size)
-        return matrices.contiguous()
+        return matrices if self.itk else matrices.unflatten(1, (d, d))
 
     def fold_fraction(self, points: Any = None) -> float:
         """The share of places, 0 to 1, where an analytic determinant is not positive.
@@ -293,13 +291,8 @@ class Registration:
         (backward: of the moving image), or at fixed-space points ``[N, d]`` and where
         they are mapped to.
         """
-        forward, backward = (self._map(direction) for direction in DIRECTIONS)
-        if points is not None:
-            rows = self._points(points)
-            values = [forward.determinants(rows), backward.determinants(forward(rows))]
-            return fold_fraction(np.concatenate(values))
-        grids = [self._grid(None, direction) for direction in DIRECTIONS]
-        return folded_share([(forward, *grids[0]), (backward, *grids[1])])
+        rows = None if points is None else self._points(points)
+        return self.two_way.fold_fraction(rows)
 
     def inverse_consistency_error(self, reference: Any = None) -> Any:
         """``|phi_BA(phi_AB(x)) - x|`` at every voxel of the fixed grid or reference.
@@ -307,15 +300,15 @@ class Registration:
         Millimetres for ITK images; for tensors ``[1, 1, *grid]`` in the fixed image's
         voxels.
         """
-        size, frame = self._grid(reference, DIRECTIONS[0])
-        errors = over_grid(lambda p: inverse_consistency(self, p), size, frame)
-        return self._as_image(errors, reference, DIRECTIONS[0])
+        return self._on_grid(
+            lambda p: inverse_consistency(self.two_way, p), reference, FIXED_TO_MOVING
+        )
 
     def error_estimate(
         self,
         points: Any,
         others: Sequence[Registration] = (),
-        direction: str = DIRECTIONS[0],
+        direction: str = FIXED_TO_MOVING,
     ) -> Array:
         """About how far off each mapped point is, ``[N]``: see `icon_nephi.trust`.
 
@@ -330,12 +323,12 @@ class Registration:
         self, reference: Any = None, others: Sequence[Registration] = ()
     ) -> Any:
         """`error_estimate` at every voxel of the fixed grid or the reference."""
-        size, frame = self._grid(reference, DIRECTIONS[0])
-        errors = over_grid(lambda p: error_estimate(self, p, others), size, frame)
-        return self._as_image(errors, reference, DIRECTIONS[0])
+        return self._on_grid(
+            lambda p: error_estimate(self, p, others), reference, FIXED_TO_MOVING
+        )
 
     def report(self, path: str | os.PathLike[str], **extras: Any) -> None:
-        """Nothing; writes one HTML page that shows and measures this registration.
+        """Write one HTML page that shows and measures this registration.
 
         Args:
             path: of the page.
@@ -348,7 +341,7 @@ class Registration:
         write_report(path, self, **extras)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Nothing; writes one file that `load` reads, whole or not at all."""
+        """Write one file that `load` reads, whole or not at all."""
         save_fit(path, self.fit, self.geometry_A, self.geometry_B, itk=self.itk)
 
     def _exported(self, direction: str) -> Any:
@@ -356,24 +349,9 @@ class Registration:
 
         A, B = self.geometry_A, self.geometry_B
         way = (self.map_AB, B, A, self.fit.matrix)
-        if direction != DIRECTIONS[0]:
+        if direction == MOVING_TO_FIXED:
             way = (self.map_BA, A, B, self._inverse)
         return composite_transform(*way, device=self.device)
-
-    def _frame(self, geometry: Geometry) -> Tensor:
-        """The unit box -> the frame that points are given in."""
-        unit = torch.eye(geometry.dimension + 1, dtype=torch.float64)
-        return geometry.unit_to_physical() if self.itk else unit
-
-    def _map(self, direction: str) -> FramedMap:
-        if direction not in DIRECTIONS:
-            raise ValueError(
-                f"direction must be one of {DIRECTIONS}, got {direction!r}"
-            )
-        A, B = self._frame(self.geometry_A), self._frame(self.geometry_B)
-        if direction == "fixed_to_moving":
-            return FramedMap(self.map_AB, B, A, self.device)
-        return FramedMap(self.map_BA, A, B, self.device)
 
     def _points(self, points: Any) -> Array:
         return check_points("points", points, self.geometry_B.dimension)
@@ -381,20 +359,35 @@ class Registration:
     def _place_of(self, name: str, image: Any) -> Geometry:
         return place_of(name, image, itk=self.itk, dimension=self.geometry_B.dimension)
 
-    def _place(self, reference: Any, direction: str) -> Geometry:
-        """The grid results are on: the reference's, else where the map starts."""
+    def _on_grid(
+        self,
+        function: Callable[..., Array],
+        reference: Any,
+        direction: str,
+        channels: int | None = None,
+        *,
+        dtype: npt.DTypeLike = np.float32,
+        mapped: FramedMap | None = None,
+    ) -> Any:
+        """Return a function at every voxel: an ITK image, or ``[1, C, *grid]``.
+
+        Args:
+            function: as of `over_grid`.
+            reference: whose grid it is, default: that of the direction's start.
+            direction: see `displacement_field`.
+            channels: as of `over_grid`.
+            dtype: of the result.
+            mapped: as of `over_grid`.
+        """
+        place = self.two_way.place(direction)
         if reference is not None:
-            return self._place_of("reference", reference)
-        return self.geometry_B if direction == DIRECTIONS[0] else self.geometry_A
+            place = self._place_of("reference", reference)
+        size, frame = self.two_way.grid(direction, place)
+        values = over_grid(function, size, frame, channels, dtype, mapped=mapped)
+        if self.itk:
+            from icon_nephi.itk_images import image_of
 
-    def _grid(self, reference: Any, direction: str) -> tuple[tuple[int, ...], Tensor]:
-        place = self._place(reference, direction)
-        return place.size, self._frame(place)
-
-    def _as_image(self, values: Array, reference: Any, direction: str) -> Any:
-        """One number a voxel as an ITK image, or as a tensor ``[1, 1, *grid]``."""
-        if not self.itk:
+            return image_of(values, place)
+        if channels is None:
             return torch.from_numpy(values)[None, None]
-        from icon_nephi.itk_images import image_of
-
-        return image_of(values, self._place(reference, direction))
+        return torch.from_numpy(values).movedim(-1, 0)[None].contiguous()

@@ -6,21 +6,26 @@ import os
 import platform
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from icon_nephi import views
-from icon_nephi.files import written_whole
-from icon_nephi.layers import SLICES, Scales, Scene, draw, layers_of
-from icon_nephi.measures import Measured, label_overlap, landmark_errors, warnings_of
+from icon_nephi.atomic import written_whole
+from icon_nephi.layers import SLICES, Registered, Scales, Scene, draw, layers_of
+from icon_nephi.measure import (
+    SceneMeasured,
+    measure_scene,
+    scene_landmarks,
+    scene_overlap,
+)
 from icon_nephi.memory import peak_memory
 from icon_nephi.metrics import summarize
 from icon_nephi.physical import Array
+from icon_nephi.versions import versions
 
-_PACKAGES = ("icon_nephi", "icon_registration", "torch", "itk", "numpy")
 _TERMS = {
     "all_loss": "Loss",
     "similarity_loss": "Dissimilarity of the images",
@@ -31,17 +36,17 @@ _STATISTICS = ("mean", "median", "p95", "max")
 
 def write_report(
     path: str | os.PathLike[str],
-    result: Any,
+    result: Registered,
     *,
     landmarks_fixed: Any = None,
     landmarks_moving: Any = None,
     labels_fixed: Any = None,
     labels_moving: Any = None,
-    others: Sequence[Any] = (),
+    others: Sequence[Registered] = (),
     command: str | None = None,
     seconds: float | None = None,
 ) -> None:
-    """Nothing; writes the page, whole or not at all.
+    """Write the page, whole or not at all.
 
     Args:
         path: ends in .html or .htm.
@@ -70,13 +75,13 @@ def write_report(
             "write it from what icon_nephi.register returned"
         )
     scene = Scene(result, others)
-    landmarks = landmark_errors(scene, landmarks_fixed, landmarks_moving)
-    overlap = label_overlap(scene, labels_fixed, labels_moving)
-    measured = Measured(scene)
-    scales = measured.scales()
+    landmarks = scene_landmarks(scene, landmarks_fixed, landmarks_moving)
+    overlap = scene_overlap(scene, labels_fixed, labels_moving)
+    measured = measure_scene(scene)
+    scales = _scales(measured)
     page = {
         "tiles": _tiles(scene, measured, landmarks, overlap, result, seconds),
-        "warnings": warnings_of(scene, measured, landmarks, overlap, result),
+        "warnings": _warnings(scene, measured, landmarks, overlap, result),
         "layers": layers_of(scene, scales),
         "palettes": {k: views.colours(k) for k in ("diverging", "sequential")},
         "views": [_view(scene, v, scales) for v in _views(scene)],
@@ -84,7 +89,11 @@ def write_report(
         "tables": _tables(scene, measured, landmarks, overlap),
         "curves": _curves(result.losses),
         "command": command or _call(result),
-        "versions": _versions(),
+        "versions": [
+            ("Python", platform.python_version()),
+            *((name, number) for name, number in versions().items() if number),
+            ("System", f"{platform.system()} {platform.machine()}"),
+        ],
         "seed": result.made_with.get("seed"),
         "made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
@@ -93,12 +102,66 @@ def write_report(
         part.write_text(html, encoding="utf-8")
 
 
-def _tiles(
+def _scales(measured: SceneMeasured) -> Scales:
+    """Where the colours end: hardly any voxel is beyond."""
+    good = measured.determinants[measured.determinants > 0]
+    growth = np.abs(np.log2(good)) if len(good) else np.ones(1)
+    missed, expected = measured.inverse_consistency, measured.expected_error
+    return Scales(
+        determinant=max(0.25, float(np.quantile(growth, 0.99))),
+        consistency=max(1e-6, float(np.quantile(missed, 0.99))),
+        error=max(1e-6, float(np.quantile(expected, 0.99))),
+    )
+
+
+def _warnings(
     scene: Scene,
-    measured: Measured,
+    measured: SceneMeasured,
     landmarks: tuple[Array, Array, Array] | None,
     overlap: list[tuple[int, float, float]],
-    result: Any,
+    result: Registered,
+) -> list[str]:
+    """What a reader should doubt, a sentence each."""
+    found = [
+        str(w)
+        .replace("image_B", "the fixed image")
+        .replace("image_A", "the moving one")
+        for w in result.warnings
+    ]
+    if measured.outside > 0.05 and not any("extrapolated" in w for w in found):
+        found.append(
+            f"{100 * measured.outside:.0f} % of what lies {measured.where} maps "
+            "outside the moving image: it is extrapolated there"
+        )
+    if measured.folds and not any("folds" in w for w in found):
+        found.append(
+            f"the map folds at {100 * measured.fold_fraction:.2g} % of the voxels"
+        )
+    limit = 2 * max(scene.B.spacing)
+    if np.quantile(measured.inverse_consistency, 0.95) > limit:
+        found.append(
+            "the way there and back misses by more than two voxels at one point in "
+            "twenty: do not trust the map there (see the layer Inverse consistency)"
+        )
+    if landmarks is not None and landmarks[1].mean() > landmarks[0].mean():
+        found.append("the landmarks lie farther apart than before registration")
+    worse = [str(label) for label, before, after in overlap if after < before - 0.01]
+    if worse:
+        found.append(f"labels that overlap less than before: {', '.join(worse)}")
+    if scene.apart:
+        found.append(
+            "the headers put the images beside each other: 'before' is after the "
+            "affine start, and displacements are measured from there"
+        )
+    return [w[0].upper() + w[1:].rstrip(".") + "." for w in found]
+
+
+def _tiles(
+    scene: Scene,
+    measured: SceneMeasured,
+    landmarks: tuple[Array, Array, Array] | None,
+    overlap: list[tuple[int, float, float]],
+    result: Registered,
     seconds: float | None,
 ) -> list[dict[str, str]]:
     """The numbers at the top: name, value, what it means."""
@@ -112,15 +175,18 @@ def _tiles(
         which = f"mean of {len(overlap)} labels" if len(overlap) > 1 else "one label"
         note = f"{which}; before {before:.3f}"
         tiles.append(("Dice", f"{after:.3f}", note))
-    percent = f"{100 * measured.folds:.2g} %" if measured.folds else "none"
+    percent = f"{100 * measured.fold_fraction:.2g} %" if measured.folds else "none"
     note = f"at {measured.count:,} voxels, both directions, analytic determinant"
     tiles.append(("Folds", percent, note))
-    missed, error = summarize(measured.missed), summarize(measured.error)
+    missed, error = (
+        summarize(measured.inverse_consistency),
+        summarize(measured.expected_error),
+    )
     note = f"95th percentile {measured.where}; median {missed['median']:.2f} {unit}"
     tiles.append(("Inverse consistency", f"{missed['p95']:.2f} {unit}", note))
     note = f"median {measured.where}, estimated without landmarks"
     tiles.append(("Expected error", f"{error['median']:.2f} {unit}", note))
-    shift = summarize(measured.shift)
+    shift = summarize(measured.displacement)
     note = f"mean {measured.where}; at most {shift['max']:.1f} {unit}"
     tiles.append(("Displacement", f"{shift['mean']:.1f} {unit}", note))
     took = result.made_with.get("seconds") if seconds is None else seconds
@@ -132,7 +198,7 @@ def _tiles(
     return [{"name": n, "value": v, "note": t} for n, v, t in tiles]
 
 
-def _notes(scene: Scene, measured: Measured) -> list[str]:
+def _notes(scene: Scene, measured: SceneMeasured) -> list[str]:
     """How to read the pictures and the tables."""
     notes = []
     if scene.itk and scene.B.dimension == 3:
@@ -147,23 +213,23 @@ def _notes(scene: Scene, measured: Measured) -> list[str]:
                 f"{tilted:.0f}° against the body's."
             )
     notes.append(
-        f"Maps are measured at {len(measured.shift):,} voxel centres, evenly spread "
-        f"{measured.where}."
+        f"Maps are measured at {len(measured.displacement):,} voxel centres, evenly "
+        f"spread {measured.where}."
     )
     return notes
 
 
 def _tables(
     scene: Scene,
-    measured: Measured,
+    measured: SceneMeasured,
     landmarks: tuple[Array, Array, Array] | None,
     overlap: list[tuple[int, float, float]],
 ) -> list[dict[str, Any]]:
     """Caption, header and rows of text."""
     lengths = {
-        "Displacement": measured.shift,
-        "Inverse consistency error": measured.missed,
-        "Expected error": measured.error,
+        "Displacement": measured.displacement,
+        "Inverse consistency error": measured.inverse_consistency,
+        "Expected error": measured.expected_error,
     }
     if landmarks is not None:
         lengths |= {
@@ -192,7 +258,7 @@ def _tables(
         tables.append({"caption": "Dice overlap", "header": header, "rows": rows})
     rows = []
     for name, place in (("Moving", scene.A), ("Fixed", scene.B)):
-        size = " × ".join(str(n) for n in place.size[::-1])
+        size = " × ".join(str(n) for n in place.itk_size)
         spacing = " × ".join(f"{s:.4g}" for s in place.spacing)
         rows.append([name, size, f"{spacing} mm" if scene.itk else "a tensor"])
     header = ["", "voxels", "spacing"]
@@ -254,7 +320,7 @@ def _smooth(values: Array, width: int) -> Array:
     return middle
 
 
-def _call(result: Any) -> str:
+def _call(result: Registered) -> str:
     """The Python call, with the choices that are not the defaults."""
     defaults = {"modality": None, "similarity": None, "field": "auto", "affine": True}
     defaults |= {"time_limit": None, "memory_limit": None, "mass_preserving": False}
@@ -263,6 +329,7 @@ def _call(result: Any) -> str:
         if name in defaults and value != defaults[name]:
             plain = isinstance(value, str | int | float | bool | tuple)
             given.append(f"{name}={value!r}" if plain else f"{name}={value}")
+    assert result.images is not None  # `write_report` has looked
     masks = zip(("mask_A", "mask_B"), result.images[2:], strict=True)
     given += [f"{name}={name}" for name, mask in masks if mask is not None]
     if result.made_with.get("segmentations"):
@@ -270,16 +337,6 @@ def _call(result: Any) -> str:
     given.append(f"seed={result.made_with.get('seed', 0)}")
     lines = "".join(f"    {argument},\n" for argument in ("moving", "fixed", *given))
     return f"icon_nephi.register(\n{lines})"
-
-
-def _versions() -> list[tuple[str, str]]:
-    found = [("Python", platform.python_version())]
-    for name in _PACKAGES:
-        try:
-            found.append((name, metadata.version(name)))
-        except metadata.PackageNotFoundError:
-            continue
-    return [*found, ("System", f"{platform.system()} {platform.machine()}")]
 
 
 def _render(page: dict[str, Any]) -> str:

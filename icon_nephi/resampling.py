@@ -9,8 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from icon_nephi import physical
-from icon_nephi.coordinates import apply_affine
+from icon_nephi.coordinates import (
+    apply_affine,
+    outside_grid,
+    points_as_grid,
+    sample_image,
+)
 from icon_nephi.physical import Array
 
 #: The ways; the last two give the image's own values, the others float32.
@@ -36,21 +40,52 @@ def reader(
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
-    if mode in ("linear", "nearest"):
-        return physical.reader(voxels, into, mode, outside)
-    limits = np.array(voxels.shape[:-1]) - 1.0
-    inner = _cubic(voxels) if mode == "cubic" else _largest_share(voxels)
+    size = voxels.shape[:-1]
+    limits = np.array(size) - 1.0
+    values_at = _KINDS[mode](voxels)
 
     def read(points: Array) -> Array:
-        index = apply_affine(into, torch.from_numpy(points)).numpy() * limits
-        values = inner(np.clip(index, 0, limits))
+        unit = apply_affine(into, torch.from_numpy(points)).numpy()
+        index = unit * limits
+        values = values_at(unit if mode == "linear" else np.clip(index, 0, limits))
         if outside is not None:
-            far = np.any((index < -0.5) | (index > limits + 0.5), axis=1)
-            value = np.asarray(outside, values.dtype)
-            values = np.where(far[:, np.newaxis], value, values)
+            far = outside_grid(index, size)[:, np.newaxis]
+            values = np.where(far, np.asarray(outside, values.dtype), values)
         return values
 
     return read
+
+
+def _linear(voxels: Array) -> Callable[[Array], Array]:
+    """Positions ``[N, d]`` in the image's unit box -> values ``[N, C]`` float32."""
+    image = torch.from_numpy(voxels.astype(np.float32)).movedim(-1, 0)[None]
+
+    def read(unit: Array) -> Array:
+        at = points_as_grid(torch.from_numpy(unit)[None].float())
+        values: Array = sample_image(image, at)[0].flatten(1).T.numpy()
+        return values
+
+    return read
+
+
+def _nearest(voxels: Array) -> Callable[[Array], Array]:
+    """Voxel positions ``[N, d]`` -> the closest voxel's values ``[N, C]``."""
+
+    def read(at: Array) -> Array:
+        values: Array = voxels[tuple(np.floor(at + 0.5).astype(np.int64).T)]
+        return values
+
+    return read
+
+
+def least_value(voxels: Array) -> float:
+    """Return the least voxel that is a number, what is shown where there is no image.
+
+    The border's value would go on as streaks that look like tissue, and 0 is water in
+    CT; the least is air there, and 0 in most other images.
+    """
+    least: float = np.fmin.reduce(voxels, axis=None).item()
+    return least
 
 
 def _cubic(voxels: Array) -> Callable[[Array], Array]:
@@ -81,9 +116,17 @@ def _largest_share(voxels: Array) -> Callable[[Array], Array]:
         for corner in product((0, 1), repeat=at.shape[1]):
             labels.append(voxels[tuple((base + corner).T)])
             weights.append(np.where(corner, part, 1 - part).prod(1))
-        found, weight = np.stack(labels), np.stack(weights)[..., np.newaxis]
-        shares = np.stack([(weight * (found == one)).sum(0) for one in found])
-        best: Array = np.take_along_axis(found, shares.argmax(0)[np.newaxis], 0)[0]
+        corners, weight = np.stack(labels), np.stack(weights)[..., np.newaxis]
+        shares = np.stack([(weight * (corners == label)).sum(0) for label in corners])
+        best: Array = np.take_along_axis(corners, shares.argmax(0)[np.newaxis], 0)[0]
         return best
 
     return read
+
+
+_KINDS = {
+    "linear": _linear,
+    "cubic": _cubic,
+    "nearest": _nearest,
+    "onehot": _largest_share,
+}

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from icon_nephi import itk_images, scores
+from icon_nephi import itk_images
+from icon_nephi._check import check_dimension, check_mask_numbers
 from icon_nephi.physical import Array
 
 
@@ -36,11 +37,12 @@ class Inputs:
         for side in ("moving", "fixed"):
             mask = self.images.get(f"{side}_mask")
             if mask is not None:
-                _check_mask(f"--{side}_mask: {getattr(given, f'{side}_mask')}", mask)
+                flag = f"--{side}_mask: {getattr(given, f'{side}_mask')}"
+                check_mask_numbers(flag, itk_images.array_of(mask))
             name = f"{side}_segmentation"
             if name in self.images:
                 image = self.images[name]
-                self.images[name] = scores.check_label_map(f"--{name}", image)
+                self.images[name] = itk_images.check_label_map(f"--{name}", image)
             self.images[side] = _windowed(given, side, self.images[side])
         d = self.images["fixed"].GetImageDimension()
         self.landmarks: tuple[Array, Array] | None = None
@@ -51,12 +53,9 @@ class Inputs:
             maps = []
             for flag in ("labels_fixed", "labels_moving"):
                 image = itk_images.read_image(f"--{flag}", getattr(given, flag))
-                if image.GetImageDimension() != d:
-                    raise ValueError(
-                        f"--{flag} is {image.GetImageDimension()}D but the images are "
-                        f"{d}D"
-                    )
-                maps.append(scores.check_label_map(f"--{flag}", image))
+                found = image.GetImageDimension()
+                check_dimension(f"--{flag}", found, "the images are", d)
+                maps.append(itk_images.check_label_map(f"--{flag}", image))
             self.labels = (maps[0], maps[1])
 
     def _read_landmarks(self, given: argparse.Namespace, d: int) -> tuple[Array, Array]:
@@ -67,9 +66,10 @@ class Inputs:
             flag = f"--landmarks_{side}"
             points = read_points(flag, getattr(given, f"landmarks_{side}")).points
             found.append(points)
-        scores.check_landmarks(found[0], found[1], d)
+        _check_landmarks(found[0], found[1], d)
         for side, points in zip(("fixed", "moving"), found, strict=True):
-            far = outside(points, itk_images.geometry_of(self.images[side]))
+            place = itk_images.geometry_of(self.images[side])
+            far = int(place.outside(points).sum())
             if far:
                 self.warnings.append(
                     f"{far} of {len(points)} landmarks lie outside the {side} image; "
@@ -78,22 +78,18 @@ class Inputs:
         return found[0], found[1]
 
 
-def outside(points: Array, place: Any) -> int:
-    """How many points lie more than half a voxel beyond a grid."""
-    matrix = place.physical_to_unit().numpy()
-    d = place.dimension
-    index = (points @ matrix[:d, :d].T + matrix[:d, d]) * (np.array(place.size) - 1.0)
-    far = (index < -0.5 - 1e-6) | (index > np.array(place.size) - 0.5 + 1e-6)
-    return int(far.any(1).sum())
-
-
-def _check_mask(name: str, mask: Any) -> None:
-    values = itk_images.array_of(mask)
-    odd = ~np.isfinite(values) if values.dtype.kind == "f" else np.zeros(1, bool)
-    if odd.any() or values.min() < 0 or (values[values > 1] % 1).any():
+def _check_landmarks(fixed: Array, moving: Array, dimension: int) -> None:
+    """Refuse landmarks of another dimension, or not a row to each in both."""
+    for name, points in (("fixed", fixed), ("moving", moving)):
+        if points.shape[1] != dimension:
+            raise ValueError(
+                f"--landmarks_{name} has {points.shape[1]} coordinates a point but the "
+                f"images are {dimension}D"
+            )
+    if len(fixed) != len(moving) or not len(fixed):
         raise ValueError(
-            f"{name} does not look like a mask: it holds negative numbers or fractions "
-            "above 1; were image and mask swapped?"
+            f"--landmarks_fixed has {len(fixed)} points and --landmarks_moving "
+            f"{len(moving)}: they must correspond row by row"
         )
 
 

@@ -7,16 +7,20 @@ import json
 import shlex
 import time
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from icon_nephi import itk_images, scores
-from icon_nephi.files import written_whole
+from icon_nephi import itk_images
+from icon_nephi.atomic import written_whole
 from icon_nephi.itk_maps import ItkPair, write_image, write_transform
+from icon_nephi.measure import label_scores, landmark_scores, summary
 from icon_nephi.parsers import IMAGES, TRANSFORMS, VECTORS, check_output
 from icon_nephi.run_inputs import Inputs
+from icon_nephi.two_way import MOVING_TO_FIXED
+from icon_nephi.versions import versions
 
 OUTPUTS = {
     "transform_out": TRANSFORMS,
@@ -137,7 +141,7 @@ def find_outputs(given: argparse.Namespace) -> dict[str, Path]:
 
 
 def run(given: argparse.Namespace, command: list[str]) -> dict[str, Any]:
-    """Register, write every output, and the summary of it (see `scores.summary`).
+    """Register, write every output, and return the summary (see `measure.summary`).
 
     Args:
         given: the flags, checked.
@@ -164,14 +168,14 @@ def run(given: argparse.Namespace, command: list[str]) -> dict[str, Any]:
         "flags": flags_of(given),
     }
     if not given.quiet or given.json is not None:
-        found |= scores.summary(result, others)
+        found |= summary(result, others)
     found["warnings"] = [in_flags(w) for w in (*result.warnings, *read.warnings)]
     if read.landmarks is not None:
-        found["landmarks_mm"] = scores.landmark_scores(result, *read.landmarks)
+        found["landmarks_mm"] = landmark_scores(result, *read.landmarks)
     if read.labels is not None:
-        found["dice"] = scores.label_scores(result, *read.labels)
+        found["dice"] = label_scores(result, *read.labels)
     found["outputs"] = {name: str(path) for name, path in outputs.items()}
-    found["versions"] = scores.versions()
+    found["versions"] = versions()
     with written_whole(*outputs.values()) as parts:
         each = zip(outputs, parts, strict=True)
         bar = tqdm(each, "writing", len(outputs), disable=given.quiet, leave=False)
@@ -201,29 +205,25 @@ def _from_scratch(given: argparse.Namespace, images: dict[str, Any]) -> list[Any
     ]
     size = itk_images.geometry_of(images["fixed"]).size
     modality = kinds[0] if kinds[0] == kinds[1] else None
-    # lncc is what the default compares, with all it does beside.
-    similarity = given.similarity or (None if given.io_sim == "lncc" else "lncc2")
+    # What `register` calls as its flag is called needs no line here.
+    known = signature(register).parameters
+    choices = {name: value for name, value in vars(given).items() if name in known}
+    choices |= {
+        "modality": (kinds[0], kinds[1]),
+        "mask_A": images.get("moving_mask"),
+        "mask_B": images.get("fixed_mask"),
+        "segmentation_A": images.get("moving_segmentation"),
+        "segmentation_B": images.get("fixed_segmentation"),
+        # lncc is what the default compares, with all it does beside.
+        "similarity": given.similarity or (None if given.io_sim == "lncc" else "lncc2"),
+        "field": "auto"
+        if given.preset == "default"
+        else find_effort(given.preset, size, modality),
+        "affine": not given.no_affine,
+        "progress": not given.quiet,
+    }
     return [
-        register(
-            images["moving"],
-            images["fixed"],
-            modality=(kinds[0], kinds[1]),
-            mask_A=images.get("moving_mask"),
-            mask_B=images.get("fixed_mask"),
-            segmentation_A=images.get("moving_segmentation"),
-            segmentation_B=images.get("fixed_segmentation"),
-            similarity=similarity,
-            field="auto"
-            if given.preset == "default"
-            else find_effort(given.preset, size, modality),
-            affine=not given.no_affine,
-            mass_preserving=given.mass_preserving,
-            seed=seed,
-            device=given.device,
-            progress=not given.quiet,
-            time_limit=given.time_limit,
-            keep_on_interrupt=given.keep_on_interrupt,
-        )
+        register(images["moving"], images["fixed"], **choices | {"seed": seed})
         for seed in range(given.seed, given.seed + given.seeds)
     ]
 
@@ -243,7 +243,7 @@ def _through_model(given: argparse.Namespace, images: dict[str, Any]) -> list[An
         given.model, neural="residual", weights=weights
     ).to(device)
     if given.io_sim == "lncc2":
-        model.similarity = PatchNCC(1e-3, squared=True)
+        model = model.changed(similarity=PatchNCC(1e-3, squared=True))
     moving, fixed = (_for_model(given, images, side) for side in ("moving", "fixed"))
     phi_AB, phi_BA = register_pair_with_mask(
         model,
@@ -283,7 +283,6 @@ def _write(
     found: dict[str, Any],
 ) -> None:
     result, others = results
-    backward = {"direction": "moving_to_fixed"}
     if name == "transform_out":
         write_transform(result.phi_AB, path)
     elif name == "inverse_transform_out":
@@ -293,7 +292,7 @@ def _write(
     elif name == "displacement_out":
         write_image(result.displacement_field(), path)
     elif name == "inverse_displacement_out":
-        write_image(result.displacement_field(**backward), path)
+        write_image(result.displacement_field(None, MOVING_TO_FIXED), path)
     elif name == "jacobian_out":
         write_image(result.jacobian_determinant(), path)
     elif name == "error_out":

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from icon_nephi._check import check_mask
+
 # Masks are drawn from by rejection; below this acceptance their voxels are listed.
 _ROUNDS = 50
 
@@ -127,9 +129,8 @@ def _draw_in_mask(
         missing -= len(good)
         if missing == 0:
             return torch.cat(kept)
+    check_mask("mask", mask[None, None], mask.shape)
     voxels = (mask > 0).nonzero().to(device=source, dtype=torch.float64)
-    if len(voxels) == 0:
-        raise ValueError("mask is empty: no voxel is above zero")
     chosen = torch.randint(len(voxels), (missing,), generator=generator, device=source)
     shape = (missing, mask.dim())
     jitter = torch.rand(shape, generator=generator, device=source, dtype=torch.float64)

@@ -16,7 +16,8 @@ from icon_nephi.coordinates import (
     sample_image,
 )
 from icon_nephi.features import with_features
-from icon_nephi.optimize import gaussian_blur
+from icon_nephi.images import gaussian_blur
+from icon_nephi.preprocess import PreparedImage
 from icon_nephi.similarities import Comparison, MutualInformation
 
 # Local spread of intensities below which there is nothing to match.
@@ -24,46 +25,48 @@ CONTENT = 0.05
 
 
 class Images:
-    """A pair with its geometries, label maps, and where its samples are drawn."""
+    """A pair with its label maps, and where its samples are drawn.
+
+    Args:
+        image_A: moving.
+        image_B: fixed.
+        densities: channels, from the first, whose mass is kept.
+    """
 
     def __init__(
-        self,
-        image_A: Tensor,
-        image_B: Tensor,
-        geometry_A: Geometry,
-        geometry_B: Geometry,
-        mask_A: Tensor | None,
-        mask_B: Tensor | None,
-        labels: tuple[Tensor | None, Tensor | None] = (None, None),
+        self, image_A: PreparedImage, image_B: PreparedImage, densities: int = 0
     ) -> None:
-        self.image_A, self.image_B = image_A, image_B
-        self.geometry_A, self.geometry_B = geometry_A, geometry_B
-        self.unit = max(geometry_B.extent) / 160
-        self.spacing_A = tuple(reversed(geometry_A.spacing))
-        self.spacing_B = tuple(reversed(geometry_B.spacing))
-        self.masks = mask_A, mask_B
-        self.densities = 0  # channels, from the first, whose mass is kept
-        boxes = [g.unit_to_physical().det() for g in (geometry_A, geometry_B)]
+        self.image_A, self.image_B = image_A.values, image_B.values
+        self.geometries = image_A.place, image_B.place
+        self.geometry_A, self.geometry_B = self.geometries
+        self.unit = max(self.geometry_B.extent) / 160
+        self.spacing_A = self.geometry_A.tensor_spacing
+        self.spacing_B = self.geometry_B.tensor_spacing
+        self.masks = image_A.mask, image_B.mask
+        self.densities = densities
+        boxes = [i.place.unit_to_physical().det() for i in (image_A, image_B)]
         self.volumes = float(boxes[0] / boxes[1])
-        pairs = zip("AB", labels, (image_A, image_B), strict=True)
         self.extras = {
-            f"segmentation_{k}": _labels_on(i, x) for k, x, i in pairs if x is not None
+            f"segmentation_{side}": _labels_on(image.values, image.labels)
+            for side, image in (("A", image_A), ("B", image_B))
+            if image.labels is not None
         }
-        self.where_A = self._where("A", image_A, mask_A, self.spacing_A)
-        self.where_B = self._where("B", image_B, mask_B, self.spacing_B)
+        self.where_A = self._where("A", image_A, self.spacing_A)
+        self.where_B = self._where("B", image_B, self.spacing_B)
 
     def _where(
-        self, side: str, image: Tensor, mask: Tensor | None, spacing: Sequence[float]
+        self, side: str, prepared: PreparedImage, spacing: Sequence[float]
     ) -> Tensor:
         """The mask, or the voxels with something to match around them, or a label."""
-        if mask is not None:
-            return mask > 0
+        if prepared.mask is not None:
+            return prepared.mask > 0
+        image = prepared.values
         sigma = [2 * self.unit / s for s in spacing]
         spread = gaussian_blur((image - gaussian_blur(image, sigma)).square(), sigma)
-        found = (spread.sqrt() > CONTENT).any(dim=1, keepdim=True)
+        content = (spread.sqrt() > CONTENT).any(dim=1, keepdim=True)
         if self.extras:
-            found = found | (self.extras[f"segmentation_{side}"] > 0)
-        return found if bool(found.any()) else torch.ones_like(found)
+            content = content | (self.extras[f"segmentation_{side}"] > 0)
+        return content if bool(content.any()) else torch.ones_like(content)
 
     @cached_property
     def featured(self) -> tuple[Tensor, Tensor]:
@@ -133,10 +136,9 @@ def find_affine(
         _between(images.geometry_A, images.geometry_B, None, None),
         _between(images.geometry_A, images.geometry_B, images.where_A, images.where_B),
     ]
-    geometries = images.geometry_A, images.geometry_B
     best = search(
         *images.blurred(2.7),
-        *geometries,
+        *images.geometries,
         starts,
         angles=range(-180, 180, 15) if d == 2 else (),
         mask_B=None if images.masks[1] is None else images.where_B.cpu(),
@@ -146,7 +148,7 @@ def find_affine(
     )
     return refine(
         *images.blurred(2.0),
-        *geometries,
+        *images.geometries,
         best,
         strides=(12 * images.unit, 6 * images.unit),
         steps=50,

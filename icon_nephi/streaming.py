@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from icon_nephi.block_files import BLOCK, written_blocks
-from icon_nephi.chunks import Array, Box, ChunkCache
-from icon_nephi.coordinates import Geometry, apply_affine, points_as_grid, sample_image
+from icon_nephi import block_files
+from icon_nephi.chunks import Array, Box, ChunkCache, Level
+from icon_nephi.coordinates import (
+    Geometry,
+    apply_affine,
+    outside_grid,
+    points_as_grid,
+    sample_image,
+)
 from icon_nephi.memory import in_smaller_parts, plan, to_bytes
 from icon_nephi.pairs import as_volume
 from icon_nephi.physical import FramedMap, over_grid
-from icon_nephi.registration import DIRECTIONS, Registration
+from icon_nephi.registration import Registration
+from icon_nephi.resampling import least_value
+from icon_nephi.two_way import FIXED_TO_MOVING, direction_of
 from icon_nephi.volumes import WORKING
 
 #: Voxels by which a place may be off; determinants: the number itself.
@@ -66,7 +74,8 @@ def warp_to(
         reference: a `Volume` or the like whose grid is written; default: the fixed.
         mode: ``"linear"`` or ``"nearest"``.
         inverse: take a fixed-space image to the moving grid instead.
-        outside: the value where there is no image; default: the nearest border's.
+        outside: the value where there is no image; default: the image's least, for
+            which it is read once more.
         memory_limit: bytes, or as "4GiB"; default: that of the image.
         tolerance: voxels of the image by which a place may be off.
         progress: show a bar.
@@ -77,10 +86,12 @@ def warp_to(
     if mode not in ("linear", "nearest"):
         raise ValueError(f"mode must be 'linear' or 'nearest', got {mode!r}")
     volume = as_volume("image", image, memory_limit)
-    place = _place(registration, reference, inverse)
+    direction = direction_of(inverse=inverse)
+    place = _place(registration, reference, direction)
     level, limit = volume.levels[0], to_bytes(memory_limit or volume.memory_limit)
     cache = level.cache(0 if level.array is not None else 2 * plan(limit, WORKING)[1])
-    mapped, into = _framed(registration, inverse), volume.geometry.physical_to_unit()
+    mapped = _framed(registration, direction)
+    into = volume.geometry.physical_to_unit()
     last = np.array(volume.geometry.size) - 1.0
 
     def index(_: Array, moved: Array) -> Array:
@@ -88,11 +99,10 @@ def warp_to(
         voxels: Array = unit * last
         return voxels
 
-    def values(at: Array) -> Array:
-        return _read(cache, at, mode, outside)
+    values = _Image(level, cache, mode, outside).read
 
     try:
-        border = _field(registration, inverse)
+        border = _field(registration, direction)
         task = _Task(place, mapped, index, tolerance, border, 2)
         return _stream(path, task, values, (), level.dtype, progress, "warping")
     finally:
@@ -104,7 +114,7 @@ def displacement_to(
     path: str | os.PathLike[str],
     *,
     reference: Any = None,
-    direction: str = DIRECTIONS[0],
+    direction: str = FIXED_TO_MOVING,
     tolerance: float = TOLERANCE,
     progress: bool = True,
 ) -> float:
@@ -116,9 +126,8 @@ def displacement_to(
     Raises:
         ValueError: unknown direction, or a path that cannot be used.
     """
-    inverse = _inverse(direction)
-    place = _place(registration, reference, inverse)
-    mapped = _framed(registration, inverse)
+    place = _place(registration, reference, direction)
+    mapped = _framed(registration, direction)
     width = min(place.spacing)
 
     def moves(points: Array, moved: Array) -> Array:
@@ -127,7 +136,7 @@ def displacement_to(
 
     return _stream(
         path,
-        _Task(place, mapped, moves, tolerance, _field(registration, inverse), 2),
+        _Task(place, mapped, moves, tolerance, _field(registration, direction), 2),
         lambda found: found * np.float32(width),
         (place.dimension,),
         np.dtype(np.float32),
@@ -141,7 +150,7 @@ def jacobian_to(
     path: str | os.PathLike[str],
     *,
     reference: Any = None,
-    direction: str = DIRECTIONS[0],
+    direction: str = FIXED_TO_MOVING,
     tolerance: float = TOLERANCE_DETERMINANT,
     progress: bool = True,
 ) -> float:
@@ -152,12 +161,11 @@ def jacobian_to(
     Raises:
         ValueError: unknown direction, or a path that cannot be used.
     """
-    inverse = _inverse(direction)
-    place = _place(registration, reference, inverse)
-    determinants = _framed(registration, inverse).determinants
+    place = _place(registration, reference, direction)
+    determinants = _framed(registration, direction).determinants
     return _stream(
         path,
-        _Task(place, None, determinants, tolerance, _field(registration, inverse), 1),
+        _Task(place, None, determinants, tolerance, _field(registration, direction), 1),
         lambda found: found[..., 0],
         (),
         np.dtype(np.float32),
@@ -166,32 +174,21 @@ def jacobian_to(
     )
 
 
-def _inverse(direction: str) -> bool:
-    if direction not in DIRECTIONS:
-        raise ValueError(f"direction must be one of {DIRECTIONS}, got {direction!r}")
-    return direction == DIRECTIONS[1]
-
-
-def _framed(registration: Registration, inverse: bool) -> FramedMap:
+def _framed(registration: Registration, direction: str) -> FramedMap:
     """The map between the millimetres (tensors: voxels) of the two images."""
-    A = registration.geometry_A.unit_to_physical()
-    B = registration.geometry_B.unit_to_physical()
-    if inverse:
-        return FramedMap(registration.map_BA, A, B, registration.device)
-    return FramedMap(registration.map_AB, B, A, registration.device)
+    return registration.two_way.physical().framed(direction)
 
 
-def _field(registration: Registration, inverse: bool) -> Tensor:
+def _field(registration: Registration, direction: str) -> Tensor:
     """Millimetres of the source -> the unit box in which the field is evaluated."""
-    if not inverse:
-        return registration.geometry_B.physical_to_unit()
-    back: Tensor = torch.linalg.inv(registration.fit.matrix.cpu())
-    return back @ registration.geometry_A.physical_to_unit()
+    into = registration.two_way.place(direction).physical_to_unit()
+    back: Tensor = torch.linalg.inv(registration.two_way.from_fixed(direction))
+    return back @ into
 
 
-def _place(registration: Registration, reference: Any, inverse: bool) -> Geometry:
+def _place(registration: Registration, reference: Any, direction: str) -> Geometry:
     if reference is None:
-        return registration.geometry_A if inverse else registration.geometry_B
+        return registration.two_way.place(direction)
     if isinstance(reference, Geometry):
         return reference
     return as_volume("reference", reference).geometry
@@ -261,16 +258,16 @@ def _stream(
         progress: show a bar.
         name: for the bar.
     """
-    worst, place = 0.0, task.place
-    starts = list(product(*(range(0, n, BLOCK) for n in place.size)))
+    worst, place, width = 0.0, task.place, block_files.BLOCK
+    starts = list(product(*(range(0, n, width) for n in place.size)))
     # Neighbours follow each other, so that what one read the next finds.
-    starts.sort(key=lambda s: (*(i // (NEAR * BLOCK) for i in s), *s))
+    starts.sort(key=lambda s: (*(i // (NEAR * width) for i in s), *s))
     generator = np.random.default_rng(0)
-    with written_blocks(Path(path), place, channels, dtype) as write:
+    with block_files.written_blocks(Path(path), place, channels, dtype) as write:
 
         def work(block: Box, side: int) -> float:
             error = 0.0
-            for box in _parts(block, side):
+            for box in _parts(block, [side] * len(block)):
                 found, missed = _in_block(task, box, generator)
                 error, values = max(error, missed), finish(found)
                 if dtype.kind in "iu":
@@ -280,19 +277,28 @@ def _stream(
             return error
 
         for start in tqdm(starts, desc=name, disable=not progress, leave=False):
-            ends = (min(s + BLOCK, n) for s, n in zip(start, place.size, strict=True))
+            ends = (min(s + width, n) for s, n in zip(start, place.size, strict=True))
             block = tuple(map(slice, start, ends))
-            error = in_smaller_parts(partial(work, block), BLOCK, LEAST, f"the {name}")
+            error = in_smaller_parts(partial(work, block), width, LEAST, f"the {name}")
             worst = max(worst, error)
     return worst
 
 
-def _parts(block: Box, side: int) -> Iterator[Box]:
-    """A box in boxes of at most so many voxels a side."""
-    for starts in product(*(range(b.start, b.stop, side) for b in block)):
+def _parts(block: Box, sides: Sequence[int]) -> Iterator[Box]:
+    """A box in boxes of at most so many voxels along each axis."""
+    axes = [range(b.start, b.stop, n) for b, n in zip(block, sides, strict=True)]
+    for starts in product(*axes):
         yield tuple(
-            slice(s, min(s + side, b.stop)) for s, b in zip(starts, block, strict=True)
+            slice(s, min(s + n, b.stop))
+            for s, n, b in zip(starts, sides, block, strict=True)
         )
+
+
+def _least(level: Level) -> float:
+    """The least voxel of a level, see `least_value`."""
+    whole = tuple(slice(0, n) for n in level.geometry.size)
+    parts = _parts(whole, [-(-block_files.BLOCK // c) * c for c in level.chunk])
+    return least_value(np.array([least_value(level.read(part)) for part in parts]))
 
 
 def _in_block(
@@ -347,26 +353,42 @@ def _cubic(count: int, nodes: int) -> Array:
     return weights
 
 
-def _read(cache: ChunkCache, at: Array, mode: str, outside: float | None) -> Array:
-    """Values ``[*block]`` of an image at voxel indices ``[*block, d]`` float32."""
-    rows = torch.from_numpy(at).flatten(0, -2)
-    box = []
-    ends = zip(rows.amin(0).tolist(), rows.amax(0).tolist(), cache.shape, strict=True)
-    for low, high, n in ends:
-        start = min(max(math.floor(low) - 1, 0), n - 2)
-        box.append(slice(start, min(max(math.ceil(high) + 2, start + 2), n)))
-    values = cache.box(tuple(box))
-    index = rows - rows.new_tensor([b.start for b in box])
-    last = rows.new_tensor(values.shape) - 1
-    if mode == "nearest":
-        near = (index + 0.5).floor().clamp(min=0).minimum(last).long()
-        read: Array = values[tuple(near.T.numpy())]
-    else:
-        tensor = torch.from_numpy(values.astype(np.float32))[None, None]
-        unit = points_as_grid((index / last)[None])
-        read = sample_image(tensor, unit).flatten().numpy()
-    if outside is not None:
-        far = (rows < -0.5) | (rows > rows.new_tensor(cache.shape) - 0.5)
-        read = np.where(far.any(1).numpy(), np.asarray(outside, read.dtype), read)
-    result: Array = read.reshape(at.shape[:-1])
-    return result
+@dataclass(frozen=True)
+class _Image:
+    """An image read between its voxels; see `warp_to`."""
+
+    level: Level
+    cache: ChunkCache
+    mode: str
+    outside: float | None
+
+    @cached_property
+    def beyond(self) -> float:
+        """The value where there is no image: all of it may be read for that, once."""
+        return _least(self.level) if self.outside is None else self.outside
+
+    def read(self, at: Array) -> Array:
+        """Values ``[*block]`` at voxel indices ``[*block, d]`` float32."""
+        rows = torch.from_numpy(at).flatten(0, -2)
+        box = []
+        ends = zip(
+            rows.amin(0).tolist(), rows.amax(0).tolist(), self.cache.shape, strict=True
+        )
+        for low, high, n in ends:
+            start = min(max(math.floor(low) - 1, 0), n - 2)
+            box.append(slice(start, min(max(math.ceil(high) + 2, start + 2), n)))
+        values = self.cache.box(tuple(box))
+        index = rows - rows.new_tensor([b.start for b in box])
+        last = rows.new_tensor(values.shape) - 1
+        if self.mode == "nearest":
+            near = (index + 0.5).floor().clamp(min=0).minimum(last).long()
+            read: Array = values[tuple(near.T.numpy())]
+        else:
+            tensor = torch.from_numpy(values.astype(np.float32))[None, None]
+            unit = points_as_grid((index / last)[None])
+            read = sample_image(tensor, unit).flatten().numpy()
+        far = outside_grid(rows.numpy(), self.cache.shape)
+        if far.any():
+            read = np.where(far, np.asarray(self.beyond, read.dtype), read)
+        result: Array = read.reshape(at.shape[:-1])
+        return result

@@ -28,10 +28,11 @@ from icon_nephi._check import check_coordinates
 from icon_nephi.codes import LatentCode
 from icon_nephi.coordinates import from_rows, to_rows, within
 from icon_nephi.derivatives import derived
-from icon_nephi.memory import smaller_when_full
+from icon_nephi.memory import in_smaller_parts
 
 Map = Callable[[Tensor], Tensor]
 CHUNK_SIZE = 2**13  # its layers fit the caches of a core (docs/performance.md)
+_LEAST = 2**8  # points at once, however little memory there is
 _TWICE = (
     b"autograd cannot derive a neural map twice: get its exact Jacobian from "
     b"icon_nephi.transforms.value_and_jacobian, and derive that once"
@@ -40,8 +41,8 @@ _TWICE = (
 _TWO_STEPS = "TwoStepRegistration.forward.<locals>.<lambda>"
 
 
-class _Transform:
-    """What our maps share."""
+class Composed:
+    """What our maps share: what they are made of is in ``__closure__``."""
 
     @property
     def __closure__(self) -> tuple[types.CellType, ...]:
@@ -55,13 +56,14 @@ class _Transform:
         return value_and_jacobian(cast(Map, self), coordinates)[1]
 
 
-class NeuralTransform(_Transform):
+class NeuralTransform(Composed):
     """phi(x) = x + u(x, z(x)), callable on ICON-frame coordinates ``[B, d, *any]``.
 
     Coordinates of batch 1 are evaluated for every item of the code's batch. Outside
     the unit box the displacement is that of the nearest border point. More than
     ``chunk_size`` points are evaluated in chunks, which are recomputed in the backward
-    pass, so memory does not follow their number.
+    pass, so memory does not follow their number; where it runs out all the same,
+    ``chunk_size`` is halved and stays so.
 
     Args:
         field: see `icon_nephi.fields`.
@@ -78,9 +80,7 @@ class NeuralTransform(_Transform):
         chunk_size: int = CHUNK_SIZE,
         owned: bool | None = None,
     ) -> None:
-        if owned is None:
-            owned = not torch.is_grad_enabled()
-        if owned:
+        if owned or (owned is None and not torch.is_grad_enabled()):
             code = code.detached()
             if isinstance(field, nn.Module):
                 field = copy.deepcopy(field).requires_grad_(False)
@@ -89,17 +89,16 @@ class NeuralTransform(_Transform):
     def __call__(self, coordinates: Tensor) -> Tensor:
         """phi of ICON-frame coordinates ``[B, d, *any]``."""
         coordinates = self._expand(coordinates)
-        (moved,) = self._in_chunks(False, to_rows(coordinates))
+        (moved,) = self._as_memory_allows(self._in_chunks, False, to_rows(coordinates))
         return coordinates + from_rows(moved, coordinates).to(coordinates.dtype)
 
     def value_and_jacobian(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
         """phi and its Jacobian at ICON-frame coordinates, in one forward pass."""
         coordinates = self._expand(coordinates)
-        dimension = coordinates.shape[1]
-        moved, slopes = self._in_chunks(True, to_rows(coordinates))
-        identity = torch.eye(dimension, dtype=slopes.dtype, device=slopes.device)
-        jacobian = from_rows((slopes + identity).flatten(2), coordinates)
-        jacobian = jacobian.unflatten(1, (dimension, dimension))
+        d, rows = coordinates.shape[1], to_rows(coordinates)
+        moved, slopes = self._as_memory_allows(self._in_chunks, True, rows)
+        slopes = slopes + torch.eye(d, dtype=slopes.dtype, device=slopes.device)
+        jacobian = from_rows(slopes.flatten(2), coordinates).unflatten(1, (d, d))
         values = coordinates + from_rows(moved, coordinates).to(coordinates.dtype)
         return values, jacobian.to(coordinates.dtype)
 
@@ -118,12 +117,20 @@ class NeuralTransform(_Transform):
             )
         return coordinates
 
-    @smaller_when_full
+    def _as_memory_allows(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """What ``work`` returns; while memory runs out, again with smaller chunks."""
+
+        def sized(size: int) -> Any:
+            self.chunk_size = size
+            return work(*arguments)
+
+        return in_smaller_parts(sized, self.chunk_size, _LEAST, "the points of a map")
+
     def _in_chunks(self, jets: bool, rows: Tensor) -> tuple[Tensor, ...]:
         """Displacements of rows; with ``jets`` their derivatives too."""
         rows = rows.to(self.code.global_code.dtype)
         live, chunks = torch.is_grad_enabled(), self._split(jets, rows)
-        ours = isinstance(self.field, fields.ModulatedSiren | fields.LatentMLP)
+        ours = fields.knows_its_jet(self.field)
         if live and ours and not getattr(self.field, "_is_replica", False):
             codes = self.code.global_code, *self.code.local_codes
             weights = [*codes, *cast(nn.Module, self.field).parameters()]
@@ -174,25 +181,28 @@ class _Recomputed(torch.autograd.Function):
         return tuple(t.detach() for t in ctx.kept[0][1])
 
     @staticmethod
-    @smaller_when_full
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        phi, rows, derive = ctx.phi, ctx.saved_tensors[0], ctx.needs_input_grad[2]
-        slopes, sums = [], list[Tensor]()
-        split = (lambda t: (t,)) if ctx.kept else partial(phi._split, ctx.jets)
-        for chunk, *outer in zip(*map(split, (rows, *grads)), strict=True):
-            x, out = ctx.kept.pop() if ctx.kept else _with_graph(ctx, chunk)
-            inputs = (*ctx.weights, x) if derive else ctx.weights
-            found = [*torch.autograd.grad(out, inputs, [g.detach() for g in outer])]
-            slopes.append(found.pop() if derive else x)
-            sums = list(map(torch.add, sums, found)) if sums else found
-        sums.append(torch.cat(slopes, dim=1))
-        if torch.is_grad_enabled():
-            once = torch._C._functions.DelayedError(_TWICE, len(sums))
-            sums = list(once(*(t.requires_grad_() for t in sums)))
-            if not ctx.jets:
-                jacobian = phi._in_chunks(True, rows)[1]
-                sums[-1] = torch.einsum("bnij,bni->bnj", jacobian, grads[0])
-        return None, None, sums[-1] if derive else None, *sums[:-1]
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return ctx.phi._as_memory_allows(_gradients, ctx, *grads)
+
+
+def _gradients(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    phi, rows, derive = ctx.phi, ctx.saved_tensors[0], ctx.needs_input_grad[2]
+    slopes, sums = [], list[Tensor]()
+    split = (lambda t: (t,)) if ctx.kept else partial(phi._split, ctx.jets)
+    for chunk, *outer in zip(*map(split, (rows, *grads)), strict=True):
+        x, out = ctx.kept.pop() if ctx.kept else _with_graph(ctx, chunk)
+        inputs = (*ctx.weights, x) if derive else ctx.weights
+        found = [*torch.autograd.grad(out, inputs, [g.detach() for g in outer])]
+        slopes.append(found.pop() if derive else x)
+        sums = list(map(torch.add, sums, found)) if sums else found
+    sums.append(torch.cat(slopes, dim=1))
+    if torch.is_grad_enabled():
+        once = torch._C._functions.DelayedError(_TWICE, len(sums))
+        sums = list(once(*(t.requires_grad_() for t in sums)))
+        if not ctx.jets:
+            jacobian = phi._in_chunks(True, rows)[1]
+            sums[-1] = torch.einsum("bnij,bni->bnj", jacobian, grads[0])
+    return None, None, sums[-1] if derive else None, *sums[:-1]
 
 
 def _with_graph(ctx: Any, rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -204,7 +214,7 @@ def _with_graph(ctx: Any, rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
 _recomputed = cast(Callable[..., tuple[Tensor, ...]], _Recomputed.apply)
 
 
-class MatrixTransform(_Transform):
+class MatrixTransform(Composed):
     """An affine map of the unit box: homogeneous ``[B or 1, d + 1, d + 1]``."""
 
     def __init__(self, matrix: Tensor) -> None:
@@ -228,7 +238,7 @@ class MatrixTransform(_Transform):
         )
 
 
-class Composition(_Transform):
+class Composition(Composed):
     """phi o psi: psi first, then phi; Jacobians by the chain rule."""
 
     def __init__(self, phi: Map, psi: Map) -> None:
@@ -286,8 +296,8 @@ class FunctionFromNeuralField(RegistrationModule):
 
     def forward(self, image_A: Tensor, image_B: Tensor) -> NeuralTransform:
         """phi_AB, fixed-space to moving-space coordinates, ICON frame."""
-        self.code = self.net(image_A, image_B)
-        return NeuralTransform(self.field, self.code, chunk_size=self.chunk_size)
+        code = self.net(image_A, image_B)
+        return NeuralTransform(self.field, code, chunk_size=self.chunk_size)
 
 
 class NePhi(RegistrationModule):
@@ -315,9 +325,11 @@ class NePhi(RegistrationModule):
         self, image_A: Tensor, image_B: Tensor
     ) -> tuple[NeuralTransform, NeuralTransform]:
         """(phi_AB, phi_BA) from one code, ICON frame."""
-        self.code = self.net(image_A, image_B)
-        make = partial(NeuralTransform, code=self.code, chunk_size=self.chunk_size)
-        return make(self.field_AB), make(self.field_BA)
+        code = self.net(image_A, image_B)
+        make = partial(NeuralTransform, code=code, chunk_size=self.chunk_size)
+        phi_AB, phi_BA = make(self.field_AB), make(self.field_BA)
+        phi_BA.code = phi_AB.code  # where they own it, too, it is one
+        return phi_AB, phi_BA
 
 
 class TwoStepPair(RegistrationModule):
@@ -371,10 +383,8 @@ class AffinePair(RegistrationModule):
     ) -> tuple[Composition, Composition]:
         """(phi_AB, phi_BA); each in its own image's ICON frame."""
         psi_AB, psi_BA = self.net(image_A, image_B)
-        return (
-            Composition(MatrixTransform(self.matrix), psi_AB),
-            Composition(psi_BA, MatrixTransform(self.inverse)),
-        )
+        there, back = MatrixTransform(self.matrix), MatrixTransform(self.inverse)
+        return Composition(there, psi_AB), Composition(psi_BA, back)
 
 
 class FirstTransform(RegistrationModule):

@@ -14,39 +14,40 @@ import numpy as np
 
 from icon_nephi.coordinates import Geometry
 from icon_nephi.physical import Array
+from icon_nephi.two_way import FIXED_TO_MOVING, PointMapping, opposite
 
 #: What `estimate` weighs the voxel, the inverse consistency and the spread with;
 #: measured on five real pairs (`python -m evaluation.trust`).
 ALONE = (0.35, 1.3)
 ENSEMBLE = (0.35, 0.5, 1.0)
-_BACK = {"fixed_to_moving": "moving_to_fixed", "moving_to_fixed": "fixed_to_moving"}
 
 
 def inverse_consistency(
-    registration: Any, points: Any, direction: str = "fixed_to_moving"
+    mapping: PointMapping, points: Any, direction: str = FIXED_TO_MOVING
 ) -> Array:
     """How far each point comes back from where it started, ``[N]``.
 
     Tensors: in voxels of the image the points lie in.
 
     Args:
-        registration: an `icon_nephi.Registration`.
+        mapping: an `icon_nephi.Registration`, or another map in both directions.
         points: ``[N, d]``, as of ``Registration.transform_points``.
         direction: where they go first, ``"fixed_to_moving"`` or ``"moving_to_fixed"``.
 
     Raises:
         ValueError: points or a direction that ``transform_points`` refuses.
     """
-    moved = registration.transform_points(points, direction)
-    back = registration.transform_points(moved, _BACK[direction])
+    moved = mapping.transform_points(points, direction)
+    back = mapping.transform_points(moved, opposite(direction))
     start = np.asarray(points.detach().cpu() if hasattr(points, "detach") else points)
-    unit = _unit(registration, direction)
-    missed: Array = np.linalg.norm((back - start) * unit, axis=1)
+    missed: Array = np.linalg.norm((back - start) * mapping.lengths(direction), axis=1)
     return missed
 
 
 def spread(
-    registrations: Sequence[Any], points: Any, direction: str = "fixed_to_moving"
+    registrations: Sequence[PointMapping],
+    points: Any,
+    direction: str = FIXED_TO_MOVING,
 ) -> Array:
     """How far registrations of one pair lie apart at points, ``[N]``.
 
@@ -66,7 +67,7 @@ def spread(
             f"registrations must be two or more, got {len(moved)}; "
             "icon_nephi.ensemble makes them"
         )
-    return scatter(np.stack(moved) * _unit(registrations[0], _BACK[direction]))
+    return scatter(np.stack(moved) * registrations[0].lengths(opposite(direction)))
 
 
 def scatter(moved: Array) -> Array:
@@ -99,10 +100,10 @@ def estimate(voxel: float, missed: Array, apart: Array | None = None) -> Array:
 
 
 def error_estimate(
-    registration: Any,
+    registration: PointMapping,
     points: Any,
-    others: Sequence[Any] = (),
-    direction: str = "fixed_to_moving",
+    others: Sequence[PointMapping] = (),
+    direction: str = FIXED_TO_MOVING,
 ) -> Array:
     """About how far off each mapped point is, ``[N]``; see `estimate`.
 
@@ -124,12 +125,3 @@ def error_estimate(
 def voxel_side(geometry: Geometry) -> float:
     """The side of a cube (square) of a voxel's volume."""
     return float(np.prod(geometry.spacing) ** (1 / geometry.dimension))
-
-
-def _unit(registration: Any, start: str) -> Any:
-    """What turns differences in the space where a direction starts into lengths."""
-    if registration.itk:
-        return 1.0
-    fixed = start == "fixed_to_moving"
-    place = registration.geometry_B if fixed else registration.geometry_A
-    return np.array(place.size) - 1.0

@@ -130,7 +130,7 @@ def pixel_grid(view: View, geometry: Geometry, side: int) -> Array:
     pixels and not much finer than its voxels.
     """
     d = geometry.dimension
-    steps = np.array(geometry.spacing[::-1])
+    steps = np.array(geometry.tensor_spacing)
     lengths = steps * geometry.size
     plane = [view.rows, view.columns]
     pixel = max(max(lengths[plane]) / side, min(steps[plane]) / 2)
@@ -174,7 +174,7 @@ def resized(values: Array, size: Sequence[int]) -> Array:
 def aspect(view: View, geometry: Geometry) -> float:
     """Width over height of a slice, from edge to edge."""
     lengths = [
-        s * n for s, n in zip(geometry.spacing[::-1], geometry.size, strict=True)
+        s * n for s, n in zip(geometry.tensor_spacing, geometry.size, strict=True)
     ]
     return float(lengths[view.columns] / lengths[view.rows])
 

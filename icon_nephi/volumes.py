@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from icon_nephi.chunks import CHUNK, ChunkedImage, Level
-from icon_nephi.coordinates import Geometry, identity_map
+from icon_nephi.coordinates import Geometry, identity_map, other_components, other_order
 from icon_nephi.memory import MEMORY_LIMIT, to_bytes
 from icon_nephi.raw_files import SUFFIXES, find_voxels, geometry_in
 from icon_nephi.zarr_files import zarr_levels
@@ -44,6 +44,7 @@ class Volume:
     ) -> None:
         self.levels = sorted(levels, key=lambda level: -level.voxels)
         self.name = name
+        self._pyramids: dict[int, Sequence[Level]] = {}
         self.memory_limit = to_bytes(memory_limit or MEMORY_LIMIT)
         size = self.geometry.size
         if len(size) not in (2, 3) or min(size) < 2:
@@ -77,37 +78,47 @@ class Volume:
             device: see `ChunkedImage`.
         """
         ours, its = self.geometry, level.geometry
-        steps = np.array(its.spacing)[::-1]
+        steps = np.array(its.tensor_spacing)
         between = np.array(ours.origin) - np.array(its.origin)
-        shift = (np.linalg.inv(np.array(its.direction)) @ between)[::-1] / steps
+        along = np.linalg.inv(np.array(its.direction)) @ between
+        shift = other_components(along) / steps
         scale = np.array(ours.extent) / steps
         cache = level.cache(limit)
         return ChunkedImage(cache, scale.tolist(), shift.tolist(), intensities, device)
 
-    def working(self, voxels: int = WORKING, progress: bool = False) -> Level:
-        """The finest level with at most that many voxels; made where there is none.
+    def pyramid(self, voxels: int = WORKING, progress: bool = False) -> Sequence[Level]:
+        """The levels down to the finest with at most that many voxels, fine to coarse.
 
-        What is made is kept in memory as a further level: means of blocks, read once
+        Where there is none it is made, and kept in memory: means of blocks, read once
         from the coarsest level there is, and one level between if the way is far.
         """
+        if voxels in self._pyramids:
+            return self._pyramids[voxels]
+        levels = list(self.levels)
         for goal in (max(BETWEEN, voxels), voxels):
-            last = self.levels[-1]
+            last = levels[-1]
             far = goal > voxels and last.voxels < 8 * voxels
             if last.voxels > goal and not far:
-                self.levels.append(_averaged(last, goal, self.name, progress))
-        return next(level for level in self.levels if level.voxels <= voxels)
+                levels.append(_averaged(last, goal, self.name, progress))
+        finer = [level for level in levels if level.voxels > voxels]
+        self._pyramids[voxels] = levels[: len(finer) + 1]
+        return self._pyramids[voxels]
+
+    def working(self, voxels: int = WORKING, progress: bool = False) -> Level:
+        """The coarsest level of the `pyramid`."""
+        return self.pyramid(voxels, progress)[-1]
 
     def finer(
         self,
-        than: Level,
+        voxels: int,
         limit: int,
         scale: Callable[[Tensor], Tensor],
         device: torch.device | str = "cpu",
     ) -> list[ChunkedImage]:
-        """The levels finer than one, coarse to fine.
+        """The levels of the `pyramid` finer than the working one, coarse to fine.
 
         Args:
-            than: one of ``levels``.
+            voxels: of the working level, at most.
             limit: bytes of chunks held of each, one after the other.
             scale: intensities of tensors ``[1, 1, *any]``, see `find_scale`.
             device: where intensities are given.
@@ -117,8 +128,8 @@ class Volume:
         def seen(values: Tensor) -> Tensor:
             return scale(values.reshape(*ones, -1)).reshape(values.shape)
 
-        found = [level for level in self.levels if level.voxels > than.voxels]
-        return [self.image(level, limit, seen, device) for level in reversed(found)]
+        levels = reversed(self.pyramid(voxels)[:-1])
+        return [self.image(level, limit, seen, device) for level in levels]
 
     def whole(self, level: Level) -> tuple[Tensor, Geometry]:
         """A level as ``[1, 1, *grid]`` float32 over the unit box of the finest one.
@@ -134,7 +145,7 @@ class Volume:
         for rows in identity_map(size).split(8, dim=2):
             parts.append(read.sample(rows.contiguous()))
         steps = [e / (n - 1) for e, n in zip(self.geometry.extent, size, strict=True)]
-        place = replace(self.geometry, size=size, spacing=tuple(reversed(steps)))
+        place = replace(self.geometry, size=size, spacing=other_order(steps))
         return torch.cat(parts, 2), place
 
 
@@ -178,7 +189,7 @@ def _averaged(level: Level, goal: int, name: str, progress: bool) -> Level:
     place = level.geometry
     factors = np.ones(place.dimension, np.int64)
     while np.prod(np.array(place.size) // factors) > goal:
-        width = np.array(place.spacing)[::-1] * factors
+        width = np.array(place.tensor_spacing) * factors
         factors[width <= 1.5 * width.min()] *= 2
     size = [n // int(f) for n, f in zip(place.size, factors, strict=True)]
     # Of whole chunks, in voxels of the result.
@@ -200,7 +211,7 @@ def _averaged(level: Level, goal: int, name: str, progress: bool) -> Level:
         values = level.read(tuple(box)).astype(np.float32).reshape(shape)
         into = tuple(slice(int(a), int(b)) for a, b in zip(first, last, strict=True))
         result[into] = values.mean(axis=tuple(range(1, 2 * len(size), 2)))
-    spacing, stretch = np.array(place.spacing), factors[::-1]
+    spacing, stretch = np.array(place.spacing), other_components(factors)
     shift = np.array(place.direction) @ (spacing * (stretch - 1) / 2)
     coarse = Geometry(
         size=tuple(size),

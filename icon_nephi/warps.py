@@ -2,45 +2,50 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
-from icon_nephi import itk_images, scores
-from icon_nephi.files import written_whole
-from icon_nephi.itk_maps import ItkMap
+from icon_nephi import itk_images
+from icon_nephi.atomic import written_whole
+from icon_nephi.itk_maps import ItkPair
 from icon_nephi.parsers import is_own
 from icon_nephi.point_files import read_points, with_column
-from icon_nephi.registration import load
-from icon_nephi.run_inputs import outside
+from icon_nephi.registration import Registration, load
+from icon_nephi.trust import error_estimate
+from icon_nephi.two_way import Mapping, check_direction
 
 
-def read_map(path: Path) -> Any:
-    """A `Registration` or an `ItkMap`.
+def in_words(direction: str) -> str:
+    """Return a direction as people read it, such as ``"fixed -> moving"``."""
+    return check_direction(direction).replace("_to_", " -> ")
+
+
+def read_map(path: Path) -> Registration | ItkPair:
+    """Return what a file holds; of an ITK transform there is only one direction.
 
     Raises:
         ValueError: neither, or a registration of tensors.
     """
     if not is_own(path):
-        return ItkMap(itk_images.read_transform("--transform", path))
-    transform = load(path)
-    if not transform.itk:
+        return ItkPair(itk_images.read_transform("--transform", path))
+    registration = load(path)
+    if not registration.itk:
         raise ValueError(
             f"--transform: {path} holds a registration of tensors, which have no place "
             "in space; use icon_nephi.load in Python"
         )
-    return transform
+    return registration
 
 
-def reference_of(given: argparse.Namespace, *, needed: bool) -> Any:
-    """The image of --reference, or None.
+def read_reference(path: Path | None, mapping: Mapping) -> Any:
+    """Return the image whose grid a result gets, None: that of the registration.
 
     Raises:
-        ValueError: a file that is none, or none where one is needed.
+        ValueError: a file that is no image, or none with an ITK transform.
     """
-    if given.reference is not None:
-        return itk_images.read_image("--reference", given.reference)
-    if needed:
+    if path is not None:
+        return itk_images.read_image("--reference", path)
+    if not isinstance(mapping, Registration):
         raise ValueError(
             "--reference is needed with an ITK transform: the image whose grid the "
             "result gets, usually the fixed image"
@@ -49,75 +54,91 @@ def reference_of(given: argparse.Namespace, *, needed: bool) -> Any:
 
 
 def warp_image(
-    given: argparse.Namespace, transform: Any, kind: str, *, own: bool, inverse: bool
+    mapping: Mapping,
+    path: Path,
+    *,
+    labels: bool,
+    mode: str | None,
+    reference: Path | None,
+    inverse: bool,
 ) -> Any:
-    """The image or label map of the flags through a map, an ITK image.
+    """Return the image or label map of a file through a map, an ITK image.
 
     Args:
-        given: the flags.
-        transform: see `read_map`.
-        kind: "image" or "labels".
-        own: whether it is a `Registration`.
+        mapping: see `read_map`.
+        path: of the image.
+        labels: it is a label map: 0 comes out where there is none.
+        mode: see `icon_nephi.resampling`; None: linear, of labels nearest.
+        reference: see `read_reference`.
         inverse: take it from the fixed image to the moving one.
+
+    Raises:
+        ValueError: a file that cannot be used.
     """
-    path = getattr(given, kind)
-    image = itk_images.read_image(f"--{kind}", path)
-    if kind == "labels":
-        image = scores.check_label_map(f"--labels: {path}", image)
-    reference = reference_of(given, needed=not own)
-    mode = given.interpolation or ("nearest" if kind == "labels" else "linear")
-    beyond = 0 if kind == "labels" else None
-    if own:
-        return transform.warp(image, mode, reference, inverse=inverse, outside=beyond)
-    least = float(itk_images.array_of(image).min()) if beyond is None else beyond
-    return transform.warp(image, reference, mode, least)
+    flag = "--labels" if labels else "--image"
+    image = itk_images.read_image(flag, path)
+    if labels:
+        image = itk_images.check_label_map(f"{flag}: {path}", image)
+    return mapping.warp(
+        image,
+        mode or ("nearest" if labels else "linear"),
+        read_reference(reference, mapping),
+        inverse=inverse,
+        outside=0 if labels else None,
+    )
 
 
 def move_points(
-    given: argparse.Namespace, transform: Any, out: Path, *, own: bool, inverse: bool
+    mapping: Registration | ItkPair,
+    path: Path,
+    out: Path,
+    *,
+    direction: str,
+    reference: Path | None,
+    errors: bool,
 ) -> tuple[str, list[str]]:
-    """Which way they went, in words, and what is odd about them; writes them.
+    """Write mapped points; return which way they went, in words, and what is odd.
 
     Args:
-        given: the flags.
-        transform: see `read_map`.
-        out: where the points go.
-        own: whether it is a `Registration`.
-        inverse: take them from the moving image to the fixed one.
+        mapping: see `read_map`.
+        path: of the points.
+        out: where the mapped points go.
+        direction: which way.
+        reference: an image in whose space the points of an ITK transform must lie.
+        errors: add a column with the error to expect.
+
+    Raises:
+        ValueError: files that cannot be used, or of another dimension than the map's.
     """
-    found = read_points("--points", given.points)
-    points = found.points
-    place, side = None, "reference"
-    if own:
-        side = "moving" if inverse else "fixed"
-        place = transform.geometry_A if inverse else transform.geometry_B
-        d = place.dimension
+    file = read_points("--points", path)
+    points, way = file.points, in_words(direction)
+    if isinstance(mapping, Registration):
+        place, side = mapping.two_way.place(direction), way.split(" -> ")[0]
+        dimension = place.dimension
     else:
-        reference = reference_of(given, needed=False)
-        d = transform.dimension
+        way = "as the transform says (of --transform_out fixed -> moving)"
+        place, side, dimension = None, "reference", mapping.dimension
         if reference is not None:
-            place = itk_images.geometry_of(reference)
-            d = d if place.dimension == d else -1
-    if points.shape[1] != d:
+            image = itk_images.read_image("--reference", reference)
+            place = itk_images.geometry_of(image)
+            if place.dimension != dimension:
+                raise ValueError(
+                    "--reference and --transform have different dimensions"
+                )
+    if points.shape[1] != dimension:
         raise ValueError(
-            f"points must be {d}D as the transform, but --points has "
+            f"points must be {dimension}D as the transform, but --points has "
             f"{points.shape[1]} coordinates a point"
-            if d > 0
-            else "--reference and --transform have different dimensions"
         )
-    direction = "moving_to_fixed" if inverse else "fixed_to_moving"
-    moved = transform.transform_points(points, direction) if own else transform(points)
-    content = found.content(moved)
-    if given.errors:
-        errors = transform.error_estimate(points, (), direction)
-        content = with_column(content, "expected_error_mm", errors)
+    content = file.content(mapping.transform_points(points, direction))
+    if errors:
+        expected = error_estimate(mapping, points, (), direction)
+        content = with_column(content, "expected_error_mm", expected)
     with written_whole(out) as (part,):
         part.write_bytes(content)
-    far = outside(points, place) if place is not None and len(points) else 0
+    far = 0 if place is None else int(place.outside(points).sum())
     odd = (
         f"{far} of {len(points)} points lie outside the {side} image, where nothing "
         "was registered; they must be LPS mm"
     )
-    way = "moving -> fixed" if inverse else "fixed -> moving"
-    way = way if own else "as the transform says (of --transform_out fixed -> moving)"
-    return f"{way} ({len(points)} points, {found.frame} mm)", [odd] if far else []
+    return f"{way} ({len(points)} points, {file.frame} mm)", [odd] if far else []

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from icon_nephi.chunks import Array, Box, Level
-from icon_nephi.coordinates import Geometry
+from icon_nephi.coordinates import Geometry, other_order
 
 _UNITS: dict[str | None, float] = {
     **dict.fromkeys(("nanometer", "nm"), 1e-6),
@@ -94,8 +94,8 @@ def _level(path: Path, array: Any, names: list[str], scale: Any, shift: Any) -> 
     d = len(spatial)
     geometry = Geometry(
         size=tuple(int(array.shape[i]) for i in spatial),
-        spacing=tuple(float(scale[i]) for i in reversed(spatial)),
-        origin=tuple(float(shift[i]) for i in reversed(spatial)),
+        spacing=other_order(float(scale[i]) for i in spatial),
+        origin=other_order(float(shift[i]) for i in spatial),
         direction=tuple(map(tuple, np.eye(d).tolist())),
     )
     if not min(geometry.spacing) > 0:
@@ -130,10 +130,10 @@ def zarr_writer(
     axes += [{"name": n, "type": "space", "unit": "millimeter"} for n in names]
     ones = [1.0] * len(channels)
     steps: list[Any] = [
-        {"type": "scale", "scale": [*ones, *reversed(place.spacing)]},
+        {"type": "scale", "scale": [*ones, *place.tensor_spacing]},
         {
             "type": "translation",
-            "translation": [*(0.0 for _ in channels), *reversed(place.origin)],
+            "translation": [*(0.0 for _ in channels), *other_order(place.origin)],
         },
     ]
     datasets = [{"path": "0", "coordinateTransformations": steps}]

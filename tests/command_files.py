@@ -25,9 +25,9 @@ def make_folder(tmp_path, monkeypatch):
             image = itk_images.image_of(array, place)
             itk.imwrite(image, str(tmp_path / f"{name}{end}.nrrd"))
 
-    def fit(image_A, image_B, geometry_A, geometry_B, **options):
-        fit.options = options
-        fit.seeds.append(options["seed"])
+    def fit(image_A, image_B, *, options, **choices):
+        fit.images, fit.options = (image_A, image_B), choices | vars(options)
+        fit.seeds.append(options.seed)
         return small_fit(3, unit_matrix(3))
 
     fit.seeds = []

@@ -49,6 +49,14 @@ def folder(tmp_path, monkeypatch):
     return make_folder(tmp_path, monkeypatch)
 
 
+@pytest.fixture(scope="module")
+def scans():
+    """itk, a moving and a fixed image, see `make_scans`."""
+    from icon_scans import make_scans
+
+    return make_scans()
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -58,7 +58,7 @@ def test_finished_pairs_are_skipped_until_the_flags_change(folder, monkeypatch):
     fit = registration.fit_pair
 
     def count(*images, **options):
-        counted.append(options["seed"])
+        counted.append(options["options"].seed)
         return fit(*images, **options)
 
     monkeypatch.setattr(registration, "fit_pair", count)

@@ -16,20 +16,21 @@ from icon_nephi import (
     LatentMLP,
     ModulatedSiren,
     certify,
-    determinants,
+    determinant_bounds,
     itk_images,
     proofs,
 )
 from icon_nephi.bounds import expand_displacement, knots
 from icon_nephi.coordinates import EDGE, points_as_grid
-from icon_nephi.determinants import bound_determinant
+from icon_nephi.determinant_bounds import bound_determinant
 from icon_nephi.expansions import monomials
 from icon_nephi.inputs import voxel_geometry
 from icon_nephi.models import Fit
 from icon_nephi.proofs import Search
 from icon_nephi.regions import Region
-from icon_nephi.registration import DIRECTIONS, Registration
+from icon_nephi.registration import Registration
 from icon_nephi.transforms import NeuralTransform, value_and_jacobian
+from icon_nephi.two_way import DIRECTIONS
 
 FIELDS = {
     "mlp": lambda d, size, g: LatentMLP(d, size, width=8, omega=2.0, generator=g),
@@ -139,7 +140,7 @@ def test_the_bound_of_dominant_diagonals_holds_at_every_corner(dimension, genera
     shape = (2000, dimension, dimension)
     sizes = torch.rand(2000, 1, 1, generator=generator)
     e = (sizes * torch.rand(shape, generator=generator)).double()
-    least = determinants._dominant(e)
+    least = determinant_bounds._dominant(e)
     assert (least > 0).any()
     assert (least < 0).any()
     for signs in itertools.product((-1.0, 1.0), repeat=dimension**2):
@@ -160,7 +161,7 @@ def test_the_bound_of_determinants_of_polynomials_holds(dimension, degree, gener
         * torch.rand(shape[1:], generator=generator).double()
         * (torch.arange(400) % 3)
     )
-    least = determinants._lowest(entries, stray, degree)
+    least = determinant_bounds._lowest(entries, stray, degree)
     assert (least > 0.5).any()
     assert (least < 0).any()
     ends = list(itertools.product((-1.0, 0.0, 1.0), repeat=dimension))
@@ -172,7 +173,7 @@ def test_the_bound_of_determinants_of_polynomials_holds(dimension, degree, gener
         assert (torch.linalg.det(matrix.permute(2, 0, 1)) >= least).all()
     # Where nothing strays and the degree suffices it is as low as some point, nearly.
     entries[1:] *= 1e-4
-    flat = determinants._lowest(entries, 0 * stray, degree)
+    flat = determinant_bounds._lowest(entries, 0 * stray, degree)
     torch.testing.assert_close(
         flat, torch.linalg.det(entries[0].permute(2, 0, 1)), rtol=0, atol=0.01
     )
@@ -327,7 +328,7 @@ def test_folds_come_back_as_points_of_the_image_they_start_from():
     for direction in DIRECTIONS:
         answer = certify(result, direction=direction, progress=False)
         assert answer.refuted > 0
-        mapped = result._map(direction)
+        mapped = result.two_way.framed(direction)
         found = mapped.determinants(answer.counterexamples)
         assert (found < 1e-5).all()
         np.testing.assert_allclose(found, answer.determinants, rtol=1e-3, atol=1e-4)
@@ -354,7 +355,10 @@ def test_a_moving_image_beyond_the_fixed_one_is_covered():
     answer = certify(result, direction=DIRECTIONS[1], progress=False)
     assert answer.holds
     points = np.random.default_rng(0).uniform(0, 1, (20_000, 2))
-    assert answer.smallest <= result._map(DIRECTIONS[1]).determinants(points).min()
+    assert (
+        answer.smallest
+        <= result.two_way.framed(DIRECTIONS[1]).determinants(points).min()
+    )
 
 
 @pytest.mark.parametrize("as_itk", [True, False])

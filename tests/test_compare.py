@@ -10,9 +10,12 @@ import torch
 
 from evaluation.compare_voxel import learned, main, parser, write_phantoms
 from evaluation.voxel import levels_of, nested
-from icon_nephi import cli, compare
-from icon_nephi.compare import Found, Options, find_cases, measure, read_case
+from icon_nephi import cli, methods
+from icon_nephi.cases import find_cases, read_case
+from icon_nephi.compare import compare_cases, measure
+from icon_nephi.coordinates import apply_affine
 from icon_nephi.itk_images import geometry_of
+from icon_nephi.methods import Found, Options
 from icon_nephi.phantoms import breathing_thorax
 
 SHAPE = (24, 22, 26)
@@ -40,12 +43,12 @@ def exact(case, options):
 def resampled(case, options):
     """The true map, known on the grid of a network that is not the image's."""
     phantom = breathing_thorax(SHAPE, seed=0)
-    _, _, places = compare.network_images(case, options, (20, 30, 18))
+    _, _, places = methods.network_images(case, options, (20, 30, 18))
     matrices = [p.unit_to_physical() for p in places]
     own = geometry_of(case.fixed).unit_to_physical()
 
     def change(x, matrix):
-        moved = compare.apply_affine(matrix, x.double().flatten(2)[0].T)
+        moved = apply_affine(matrix, x.double().flatten(2)[0].T)
         return moved.T.reshape(x.shape)
 
     def through(phi, first, last, x):
@@ -85,7 +88,7 @@ def test_a_folded_map_is_seen_by_both_measures(case):
 def test_methods_from_scratch_say_what_they_cost(case, method):
     row = measure(
         case,
-        compare.METHODS[method],
+        methods.METHODS[method],
         Options(steps=8 if method == "nephi" else 1, device="cpu"),
     )
     assert 0 < row["steps"] <= 8
@@ -102,11 +105,11 @@ def test_levels_leave_enough_voxels(side, levels):
 def test_a_trained_voxel_network_is_read_back(data, case, tmp_path):
     size = (1, 1, 17, 18, 19)
     weights = tmp_path / "network_weights.trch"
-    torch.save(compare.voxel_network(size).regis_net.state_dict(), weights)
+    torch.save(methods.voxel_network(size).regis_net.state_dict(), weights)
     flags = ["--out", "o.csv", "--voxel_weights", str(weights), "--shape", "17", "18"]
-    methods = learned(parser().parse_args([*flags, "19"]))
-    assert list(methods) == ["voxel learned", "voxel learned + IO"]
-    row = measure(case, methods["voxel learned"], Options(device="cpu"))
+    trained = learned(parser().parse_args([*flags, "19"]))
+    assert list(trained) == ["voxel learned", "voxel learned + IO"]
+    row = measure(case, trained["voxel learned"], Options(device="cpu"))
     # Its last layer starts at zero, so this is the identity.
     assert row["tre_mm"] == pytest.approx(row["before_tre_mm"], abs=1e-2)
     assert row["grid"] == size[2:]
@@ -127,7 +130,7 @@ def test_the_command_writes_a_row_for_each_method(
     data, tmp_path, capfd, monkeypatch, real
 ):
     if not real:
-        monkeypatch.setattr(compare, "METHODS", {"nephi": still, "voxel": still})
+        monkeypatch.setattr(methods, "METHODS", {"nephi": still, "voxel": still})
     out = tmp_path / "compare.csv"
     flags = ["--data", str(data / "flat"), "--out", str(out), "--device", "cpu"]
     cli.compare([*flags, "--seconds", "0.5", "--threads", "1"])
@@ -145,7 +148,7 @@ def breaks(case, options):
 
 def test_one_failure_does_not_stop_the_others(data):
     read = partial(read_case, data / "phantom_0", "a")
-    (row,) = compare.compare_cases({"a": read}, {"bad": breaks}, Options())
+    (row,) = compare_cases({"a": read}, {"bad": breaks}, Options())
     assert row["error"] == "RuntimeError: no luck"
 
 
@@ -161,7 +164,7 @@ BAD = {
     "constant": "is constant",
     "text": "cannot be read as an image",
     "no moving": "holds no moving image",
-    "one landmark file": "must correspond row by row",
+    "one landmark file": "for one image only",
     "far": "lie outside the image",
     "header": "must begin with the line x,y",
     "modality": "case.json",
@@ -182,7 +185,8 @@ def test_bad_cases_are_refused(name, tmp_path, capfd):
     elif name == "one landmark file":
         landmarks.unlink()
     elif name == "far":
-        landmarks.write_text("x,y\n9000,9000\n")
+        for side in ("fixed", "moving"):
+            (home / f"{side}_landmarks.csv").write_text("x,y\n9000,9000\n")
     elif name == "header":
         landmarks.write_text("i,j\n1,2\n")
     elif name == "modality":

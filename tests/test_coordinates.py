@@ -211,3 +211,18 @@ def test_another_grid_fills_the_same_box():
     ]
     torch.testing.assert_close(*edges)
     assert place.resized(place.size) == place
+
+
+def test_a_voxel_reaches_to_its_face_and_what_rounding_adds():
+    spacing, size = (0.7, 1.3, 0.1), (5, 6, 7)
+    direction = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
+    place = Geometry(size, spacing, (3.0, -70.0, 900.0), tuple(map(tuple, direction)))
+    corners = np.stack(np.meshgrid(*([-0.5, n - 0.5] for n in size[::-1])), -1)
+    corners = corners.reshape(-1, 3)
+
+    def millimetres(index):
+        return (index * spacing) @ direction.T + place.origin
+
+    assert not place.outside(millimetres(corners)).any()
+    middle = (np.array(size[::-1]) - 1) / 2
+    assert place.outside(millimetres(middle + 1.001 * (corners - middle))).all()

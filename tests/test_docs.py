@@ -63,8 +63,8 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
 def folder(tmp_path, monkeypatch):
     """An empty folder, and a registration that takes no time."""
 
-    def fit(image_A, image_B, geometry_A, geometry_B, **options):
-        d = geometry_A.dimension
+    def fit(image_A, image_B, **options):
+        d = image_A.place.dimension
         return small_fit(d, unit_matrix(d))
 
     monkeypatch.setattr(registration, "fit_pair", fit)

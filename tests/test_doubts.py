@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_fits import fit_tensors
 
 from icon_nephi import optimize as optimize_room
 from icon_nephi.coordinates import Geometry
 from icon_nephi.doubts import doubts, evidence, of_images
-from icon_nephi.fitting import fit_pair
 from icon_nephi.models import SIREN, make_pair
 from icon_nephi.phantoms import triangles_and_circles
+from icon_nephi.preprocess import PreparedImage
 from icon_nephi.transforms import AffinePair
 
 QUICK = replace(
@@ -95,14 +96,15 @@ def test_empty_slices_and_thick_voxels_are_seen(image):
     holed[..., 20, :] = holed[..., 30] = 0
     holed[..., :3, :] = holed[..., -2:] = 0  # borders are no gaps
     thick = replace(PLACE, spacing=(2.0, 12.0))
-    assert of_images(image, image, PLACE, PLACE)["gaps"] == 0
-    numbers = of_images(holed, image, thick, PLACE)
+    whole = PreparedImage.of(image, PLACE)
+    assert of_images(whole, whole)["gaps"] == 0
+    numbers = of_images(replace(whole, place=thick, gaps=2), whole)
     assert numbers["gaps"] == 2
     assert numbers["coarse"] == pytest.approx(160 * 12 / 94)
 
 
 def test_a_fit_says_what_it_found_and_keeps_the_numbers(image):
-    fit = fit_pair(image, image, PLACE, PLACE, field=QUICK, progress=False)
+    fit = fit_tensors(image, image, PLACE, PLACE, field=QUICK)
     assert fit.evidence.keys() == {*GOOD, "coarse", "gaps"}
     assert all(math.isfinite(x) for x in fit.evidence.values())
     assert fit.warnings == doubts(fit.evidence)
@@ -145,9 +147,7 @@ def test_a_loss_that_is_not_a_number_keeps_the_last_good_map(image, monkeypatch,
         optimize_room.torch.optim.lr_scheduler, "CosineAnnealingLR", Steady
     )
     monkeypatch.setattr("icon_nephi.folds.UNFOLD_ROUNDS", 0)
-    fit = fit_pair(
-        image, image, PLACE, PLACE, field=QUICK, progress=False, affine=False
-    )
+    fit = fit_tensors(image, image, PLACE, PLACE, field=QUICK, affine=False)
     assert len(fit.losses) == at
     assert all(math.isfinite(step["all_loss"]) for step in fit.losses)
     assert f"after {at} steps" in fit.warnings[0]

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 
 from evaluation import (
-    array_of,
     before,
     image_from,
     random_points,
-    read_landmarks,
     to_index,
     to_physical,
 )
 from evaluation.pairs import KNOWN, find_cases, load_pairs
 from evaluation.peers import DenseMap, missing, prepare
 from evaluation.register_pairs import main, measure, run_task, table
+from icon_nephi.itk_images import array_of
+from icon_nephi.point_files import read_points
 
 SHIFT = np.array([2.0, -3.0, 4.0])  # mm, from fixed to moving points
 
@@ -94,11 +94,14 @@ def test_a_folder_of_labels_is_read(data):
 def test_colours_become_grey(data):
     colours = np.zeros((20, 30, 3), np.uint8)
     colours[..., 1] = 100
+    colours[0, 0] = 0
     image = itk.image_from_array(colours, ttype=itk.Image[itk.RGBPixel[itk.UC], 2])
     (data / "slices" / "a-b" / "fixed.mha").unlink()
     itk.imwrite(image, data / "slices" / "a-b" / "fixed.png")
     (pair,) = load_pairs(data, ["slices"])
-    assert 60 < array_of(pair.fixed).min() == array_of(pair.fixed).max() < 80
+    values = array_of(pair.fixed)
+    assert values[0, 0] == 0
+    assert 60 < values[0, 1] == values.max() < 80
 
 
 def test_physical_points_are_itk_points():
@@ -126,9 +129,8 @@ def test_wrong_folders_and_names(data, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no case: expected folders with"):
         load_pairs(tmp_path / "empty")
-    with pytest.raises(ValueError, match="Give the folder above it"):
-        load_pairs(data / "lung")
-    with pytest.raises(ValueError, match="no case 'lungs': there are lung, slices/a-b"):
+    assert list(find_cases(data / "lung")) == ["lung"]
+    with pytest.raises(ValueError, match="no 'lungs' there, only lung, slices/a-b"):
         load_pairs(data, ["lungs"])
     assert list(find_cases(data, ["slices/", "lung", "lung"])) == ["slices/a-b", "lung"]
 
@@ -136,19 +138,19 @@ def test_wrong_folders_and_names(data, tmp_path):
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("fixed_landmarks.csv", "i,j,k\n1,2,3\n", "must begin with the header row"),
-        ("fixed_landmarks.csv", "1,2,3\n1,2,3\n", "must begin with the header row"),
-        ("fixed_landmarks.csv", "", "must begin with the header row"),
-        ("fixed_landmarks.csv", "x,y,z\n1,2\n", "must hold rows of 3 numbers"),
-        ("fixed_landmarks.csv", "x,y,z\n", "must hold rows of 3 numbers"),
-        ("fixed_landmarks.csv", "x,y,z\n1,2,nan\n", "not finite"),
+        ("fixed_landmarks.csv", "i,j,k\n1,2,3\n", "must begin with the line"),
+        ("fixed_landmarks.csv", "1,2,3\n1,2,3\n", "must begin with the line"),
+        ("fixed_landmarks.csv", "", "must begin with the line"),
+        ("fixed_landmarks.csv", "x,y,z\n1,2\n", "must hold rows of 3 finite numbers"),
+        ("fixed_landmarks.csv", "x,y,z\n", "0 points in 3D and 3 points"),
+        ("fixed_landmarks.csv", "x,y,z\n1,2,nan\n", "finite numbers"),
         ("fixed_landmarks.csv", "x,y,z\n1,2,3\n", "1 points in 3D and 3 points in 3D"),
         ("fixed_landmarks.csv", None, "holds moving_points for one image only"),
         ("fixed_labels.mha", "", "holds fixed_labels for one image only"),
         ("moving.nii.gz", None, "holds no moving image"),
-        ("moving.mha", "", "several files for moving: moving.mha, moving.nii.gz"),
-        ("case.json", '{"modality": "xray"}', 'must be "ct", "mri" or null'),
-        ("case.json", "[]", "must be like"),
+        ("moving.mha", "", "2 files named moving, moving.mha, moving.nii.gz"),
+        ("case.json", '{"modality": "xray"}', '{"modality": "ct"}, "mri" or null'),
+        ("case.json", "[]", "case.json must hold"),
     ],
 )
 def test_badly_formed_folders_are_refused_at_once(data, file, text, message):
@@ -163,19 +165,19 @@ def test_badly_formed_folders_are_refused_at_once(data, file, text, message):
 def test_points_in_another_frame_are_refused(data):
     for side in ("fixed", "moving"):
         path = data / "lung" / f"{side}_landmarks.csv"
-        write_points(path, read_landmarks(path) * [-1, -1, 1])
+        write_points(path, read_points("landmarks", path).points * [-1, -1, 1])
     with pytest.raises(ValueError, match="3 of 3 points lie outside"):
         next(load_pairs(data, ["lung"]))
     for side in ("fixed", "moving"):
         write_points(data / "lung" / f"{side}_landmarks.csv", [[1, 2]], "x,y")
-    with pytest.raises(ValueError, match="is 3D, its points 2D"):
+    with pytest.raises(ValueError, match="is 3D, its points are 2D"):
         next(load_pairs(data, ["lung"]))
 
 
 def test_labels_that_are_not_whole_are_refused(data):
     half = itk.image_from_array(np.full((20, 30), 0.5, np.float32))
     itk.imwrite(half, data / "slices" / "a-b" / "fixed_labels.mha")
-    with pytest.raises(ValueError, match="must hold whole numbers"):
+    with pytest.raises(ValueError, match="numbers that are not whole"):
         next(load_pairs(data, ["slices"]))
 
 
@@ -278,7 +280,7 @@ def test_the_command(data, tmp_path, monkeypatch, capsys):
     assert rows[0]["warnings"] == "a stand-in"
     assert float(rows[0]["file_kb"]) == 2
     assert 0 < float(rows[0]["peak_rss_gib"]) < 2
-    assert list(tmp_path.glob("*.part")) == []
+    assert list(tmp_path.glob(".part*")) == []
 
 
 def test_what_a_method_refuses_is_one_sentence(data, tmp_path, monkeypatch, capsys):

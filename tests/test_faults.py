@@ -14,16 +14,15 @@ import numpy as np
 import pytest
 import torch
 from command_files import pair, refused, result
-from small_fits import small_fit, unit_matrix
-from test_fitting import PLACE, SMALL
-from test_optimize import run
+from small_fits import fit_tensors, small_fit, unit_matrix
+from small_runs import PLACE, SMALL, run
 
 from icon_nephi import (
+    atomic,
     block_files,
     cli,
     compare,
     describe,
-    files,
     itk_images,
     itk_maps,
     load,
@@ -33,8 +32,9 @@ from icon_nephi import (
     runs,
     streaming,
 )
-from icon_nephi.fitting import fit_pair
+from icon_nephi.chunks import ChunkedImage
 from icon_nephi.losses import GradientICONPoints
+from icon_nephi.optimize import FitOptions
 from icon_nephi.phantoms import triangles_and_circles
 from icon_nephi.transforms import NeuralTransform
 
@@ -60,29 +60,27 @@ def pressed_at(count):
 
 
 def test_ctrl_c_ends_the_optimisation_where_it_is():
-    said = []
-    history, loss = run(
-        steps=30, callback=pressed_at(7), said=said, keep_on_interrupt=True
-    )
-    whole = run(steps=30)[0]
-    assert history == whole[:7]
-    assert said == [
+    keep = FitOptions(progress=False, keep_on_interrupt=True)
+    course, loss = run(steps=30, callback=pressed_at(7), options=keep)
+    whole = run(steps=30)[0].losses
+    assert course.losses == whole[:7]
+    assert course.warnings == [
         "stopped by the user after 7 of 30 steps: the map is what was reached"
     ]
     assert all(w.isfinite().all() for w in loss.parameters())
     weights = list(loss.parameters())
-    _, same = run(steps=30, callback=pressed_at(7), keep_on_interrupt=True)
+    _, same = run(steps=30, callback=pressed_at(7), options=keep)
     for one, other in zip(weights, same.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
 def test_ctrl_c_is_an_exception_where_nobody_asked_or_nothing_is_reached(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
-        run(steps=30, callback=pressed_at(7), said=[])
+        run(steps=30, callback=pressed_at(7))
 
     press_after(1, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        run(steps=30, keep_on_interrupt=True)
+        run(steps=30, options=FitOptions(progress=False, keep_on_interrupt=True))
 
 
 def press_after(count, patch):
@@ -129,15 +127,15 @@ def test_on_a_finer_level_it_is_the_last(monkeypatch):
     drawn = (triangles_and_circles(1, size=48, seed=3).images + 1) / 2
     settings = replace(SMALL, steps=20)
     press_after(26, monkeypatch)
-    fit = fit_pair(
+    fit = fit_tensors(
         drawn.roll(1, -1),
         drawn,
         PLACE,
         PLACE,
         field=settings,
         affine=False,
-        progress=False,
-        levels=[(drawn.roll(1, -1), drawn)] * 2,
+        of_A={"finer": [ChunkedImage.of(drawn.roll(1, -1))] * 2},
+        of_B={"finer": [ChunkedImage.of(drawn)] * 2},
         keep_on_interrupt=True,
     )
     assert len(fit.losses) == 25
@@ -227,8 +225,8 @@ def test_a_command_keeps_what_was_reached_where_it_is_asked_to(
     said = "stopped by the user after 3 of 9 steps: the map is what was reached"
     fit = registration.fit_pair
 
-    def early(*images, **options):
-        return replace(fit(*images, **options), warnings=[said])
+    def early(*images, **choices):
+        return replace(fit(*images, **choices), warnings=[said])
 
     monkeypatch.setattr(registration, "fit_pair", early)
     capsys.readouterr()
@@ -488,7 +486,7 @@ from pathlib import Path
 import numpy as np
 from icon_nephi.block_files import written_blocks
 from icon_nephi.coordinates import Geometry
-from icon_nephi.files import written_whole
+from icon_nephi.atomic import written_whole
 
 place = Geometry((9, 8), (1.0, 1.0), (0.0, 0.0), ((1.0, 0.0), (0.0, 1.0)))
 with (
@@ -531,12 +529,12 @@ def test_what_was_there_before_stays_while_it_is_all_there_is(tmp_path, monkeypa
     path = tmp_path / "a.zarr"
     with monkeypatch.context() as patch:
         patch.setattr(os, "getpid", lambda: 2**22 + 1)  # no process has this number
-        old = files.part_of(path, kind="old")
+        old = atomic.part_of(path, kind="old")
     old.mkdir()
-    files.part_of(path)
+    atomic.part_of(path)
     assert old.exists()
     path.mkdir()
-    files.part_of(path)
+    atomic.part_of(path)
     assert not old.exists()
 
 
@@ -544,7 +542,9 @@ def test_what_was_there_before_stays_while_it_is_all_there_is(tmp_path, monkeypa
 
 
 def test_the_package_is_imported_with_warnings_as_errors():
-    rooms = sorted(p.stem for p in Path(cli.__file__).parent.glob("[!_]*.py"))
+    folder = Path(cli.__file__).parent
+    files = [p.relative_to(folder) for p in sorted(folder.glob("**/[!_]*.py"))]
+    rooms = [".".join(file.with_suffix("").parts) for file in files]
     code = f"import importlib\nfor room in {rooms}:\n    importlib.import_module("
     code += "f'icon_nephi.{room}')\nimport icon_nephi\n"
     code += "[getattr(icon_nephi, name) for name in icon_nephi.__all__]"

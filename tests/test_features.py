@@ -4,14 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_fits import fit_tensors
 
 from icon_nephi.coordinates import Geometry, identity_map, sample_image
-from icon_nephi.features import FeatureDifference, coarser, with_features
-from icon_nephi.fitting import fit_pair
+from icon_nephi.features import FeatureDifference, with_features
+from icon_nephi.images import gaussian_blur
 from icon_nephi.losses import PatchNCC
 from icon_nephi.models import GRID
-from icon_nephi.optimize import gaussian_blur
 from icon_nephi.phantoms import triangles_and_circles
+from icon_nephi.preprocess import PreparedImage, coarser
 
 SHAPES = {2: (24, 30), 3: (14, 16, 15)}
 
@@ -89,14 +90,16 @@ def test_large_images_are_read_coarser_in_the_same_box():
         (5.0, -3.0, 1.0),
         tuple(map(tuple, torch.eye(3).tolist())),
     )
-    small, small_mask, there = coarser(x, mask, place, voxels=500)
-    assert 300 < small.numel() < 700
-    assert small.shape[2:] == there.size == small_mask.shape[2:]
-    torch.testing.assert_close(there.unit_to_physical(), place.unit_to_physical())
-    at = identity_map(there.size)
-    torch.testing.assert_close(sample_image(x, at), small, atol=1e-4, rtol=0)
-    assert set(small_mask.unique().tolist()) == {0, 1}
-    assert coarser(x, mask, place)[0] is x
+    image_A = PreparedImage.of(x, place, mask=mask)
+    small = coarser(image_A, voxels=500)
+    assert 300 < small.values.numel() < 700
+    assert small.values.shape[2:] == small.place.size == small.mask.shape[2:]
+    frames = (small.place.unit_to_physical(), place.unit_to_physical())
+    torch.testing.assert_close(*frames)
+    at = identity_map(small.place.size)
+    torch.testing.assert_close(sample_image(x, at), small.values, atol=1e-4, rtol=0)
+    assert set(small.mask.unique().tolist()) == {0, 1}
+    assert coarser(image_A) is image_A
 
 
 def test_a_pair_is_registered_with_features():
@@ -104,6 +107,6 @@ def test_a_pair_is_registered_with_features():
     images = (drawn.images + 1) / 2
     settings = replace(GRID, features=20.0, steps=80, patches=150)
     place = Geometry.unit((48, 48))
-    fit = fit_pair(images[:1], images[1:], place, place, field=settings, progress=False)
+    fit = fit_tensors(images[:1], images[1:], place, place, field=settings)
     first, last = (x["similarity_loss"] for x in (fit.losses[0], fit.losses[-1]))
     assert last < 0.6 * first

@@ -10,7 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from small_fits import geometry, rows_in, small_fit, unit_matrix
 
-from icon_nephi.files import FORMAT, load_fit, save_fit, written_whole
+from icon_nephi.atomic import written_whole
+from icon_nephi.files import FORMAT, load_fit, save_fit
 from icon_nephi.registration import Registration, load
 
 

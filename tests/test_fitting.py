@@ -1,19 +1,22 @@
 """Registering one pair from scratch, on small 2D shapes."""
 
+import time
 from dataclasses import replace
 
 import pytest
 import torch
+from small_fits import fit_tensors
+from small_runs import PLACE, SMALL
 
 from icon_nephi import fitting
+from icon_nephi.chunks import ChunkedImage
 from icon_nephi.coordinates import (
-    Geometry,
     identity_map,
     points_as_grid,
     sample_image,
 )
 from icon_nephi.features import FeatureDifference
-from icon_nephi.fitting import fit_pair
+from icon_nephi.fields import make_field
 from icon_nephi.folds import guarded_term
 from icon_nephi.metrics import dice
 from icon_nephi.models import (
@@ -23,9 +26,9 @@ from icon_nephi.models import (
     PRESETS,
     SIREN,
     find_settings,
-    make_field,
 )
 from icon_nephi.phantoms import triangles_and_circles
+from icon_nephi.preprocess import PreparedImage
 from icon_nephi.sampling import Patches
 from icon_nephi.starts import Images
 from icon_nephi.transforms import (
@@ -44,10 +47,6 @@ QUICK = replace(
     patches=150,
     regularity_points=80,
 )
-SMALL = replace(
-    GRID, grids=(5, 9), channels=(4, 4), steps=60, patches=150, regularity_points=80
-)
-PLACE = Geometry((48, 48), (2.0, 2.0), (0.0, 0.0), ((1.0, 0.0), (0.0, 1.0)))
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +67,7 @@ def maps(fit):
 
 def test_shapes_are_matched_without_folds(shapes):
     images, labels = shapes
-    fit = fit_pair(
-        images[:1], images[1:], PLACE, PLACE, field=QUICK, progress=False, affine=False
-    )
+    fit = fit_tensors(images[:1], images[1:], PLACE, PLACE, field=QUICK, affine=False)
     axes = torch.linspace(0, 1, 48)
     grid = torch.stack(torch.meshgrid(axes, axes, indexing="ij"))[None]
     phi_AB, _ = maps(fit)
@@ -89,14 +86,13 @@ def test_the_same_seed_gives_the_same_bits(shapes):
     short = replace(QUICK, steps=10)
 
     def run(seed):
-        return fit_pair(
+        return fit_tensors(
             images[:1],
             images[1:],
             PLACE,
             PLACE,
             field=short,
             seed=seed,
-            progress=False,
             affine=False,
         )
 
@@ -111,7 +107,7 @@ def fit_with_noise(shapes, sigma, generator, **settings):
     moving, fixed = shapes[0].split(1)
     fixed = fixed + sigma * torch.randn(fixed.shape, generator=generator)
     quick = replace(SMALL, **settings)
-    fit_pair(moving, fixed, PLACE, PLACE, field=quick, progress=False, affine=False)
+    fit_tensors(moving, fixed, PLACE, PLACE, field=quick, affine=False)
 
 
 @pytest.mark.parametrize(("sigma", "blocks"), [(0.0, (150, 3)), (0.1, (75, 5))])
@@ -149,7 +145,7 @@ def test_an_offset_between_the_frames_is_found(shapes):
     images, _ = shapes
     far = replace(PLACE, origin=(500.0, -300.0))
     short = replace(QUICK, steps=10)
-    fit = fit_pair(images[:1], images[:1], far, PLACE, field=short, progress=False)
+    fit = fit_tensors(images[:1], images[:1], far, PLACE, field=short)
     x = points_as_grid(torch.rand(1, 200, 2))
     phi_AB, _ = maps(fit)
     assert float((phi_AB(x) - x).abs().max()) < 0.03
@@ -206,14 +202,13 @@ def hidden():
 def test_label_maps_are_laid_on_each_other_where_images_show_nothing():
     image, (label_A, label_B) = hidden()
     values = []
-    for labels in ({}, {"segmentation_A": label_A, "segmentation_B": label_B}):
-        fit = fit_pair(
+    for labels in ({}, {"of_A": {"labels": label_A}, "of_B": {"labels": label_B}}):
+        fit = fit_tensors(
             image,
             image,
             PLACE,
             PLACE,
             field=SMALL,
-            progress=False,
             affine=False,
             **labels,
         )
@@ -229,12 +224,12 @@ def test_label_maps_come_in_pairs_with_a_common_label():
     image, (label_A, label_B) = hidden()
     images = (image, image, PLACE, PLACE)
     with pytest.raises(ValueError, match="segmentation_B is missing"):
-        fit_pair(*images, segmentation_A=label_A)
+        fit_tensors(*images, of_A={"labels": label_A})
     with pytest.raises(ValueError, match="no label above 0 in common"):
-        fit_pair(
+        fit_tensors(
             *images,
-            segmentation_A=label_A,
-            segmentation_B=2 * label_B,
+            of_A={"labels": label_A},
+            of_B={"labels": 2 * label_B},
             field=QUICK,
             affine=False,
         )
@@ -253,17 +248,17 @@ def test_a_squeezed_density_is_found_where_mass_is_kept():
     fixed = density(there) * (1 + 0.16 * torch.pi * torch.cos(2 * torch.pi * first))
     errors = []
     for kept in (False, True):
-        fit = fit_pair(
+        fit = fit_tensors(
             density(x),
             fixed,
             PLACE,
             PLACE,
             field=SMALL,
             similarity="ncc",
-            modality="ct",
+            of_A={"modality": "ct"},
+            of_B={"modality": "ct"},
             mass_preserving=kept,
             affine=False,
-            progress=False,
         )
         with torch.no_grad():
             errors.append(float((maps(fit)[0](x) - there).norm(dim=1).mean()))
@@ -271,18 +266,41 @@ def test_a_squeezed_density_is_found_where_mass_is_kept():
 
 
 @pytest.mark.parametrize(
-    "options", [{"modality": "mri"}, {"modality": "ct", "similarity": "mi"}]
+    ("kinds", "similarity"), [(("mri", "mri"), None), (("ct", "ct"), "mi")]
 )
-def test_mass_is_that_of_densities(options):
+def test_mass_is_that_of_densities(kinds, similarity):
     image, _ = hidden()
+    images = (image, image, PLACE, PLACE)
+    known = {f"of_{k}": {"modality": m} for k, m in zip("AB", kinds, strict=True)}
     with pytest.raises(ValueError, match="both images must be of modality ct"):
-        fit_pair(image, image, PLACE, PLACE, mass_preserving=True, **options)
+        fit_tensors(*images, **known, mass_preserving=True, similarity=similarity)
 
 
 def test_volumes_are_in_millimetres():
     """Whatever the boxes are: half as large spacings, a quarter of the volume."""
     near = replace(PLACE, spacing=(1.0, 1.0))
     image, _ = hidden()
-    assert Images(image, image, near, PLACE, None, None).volumes == 0.25
+    fixed = PreparedImage.of(image, PLACE)
+    assert Images(PreparedImage.of(image, near), fixed).volumes == 0.25
     mirror = replace(PLACE, direction=((-1.0, 0.0), (0.0, 1.0)))
-    assert Images(image, image, mirror, PLACE, None, None).volumes == -1
+    assert Images(PreparedImage.of(image, mirror), fixed).volumes == -1
+
+
+def test_all_of_a_fit_shares_one_limit_of_time(shapes, monkeypatch):
+    """Trial fits, the fit and its finer levels; each once had a limit of its own."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def a_second(first, second):
+        clock[0] += 1
+        return (first - second).square().mean()
+
+    finer = [{"finer": [ChunkedImage.of(image[None])]} for image in shapes[0]]
+    images = (*shapes[0].split(1), PLACE, PLACE)
+    known = {"of_A": finer[0], "of_B": finer[1]}
+    # A step of each fit is past the limit, and so may the search for a start be.
+    for affine, most in ((False, 40), (True, 240)):
+        begin = clock[0]
+        choices = {"field": SMALL, "similarity": a_second, "affine": affine}
+        fit_tensors(*images, **known, **choices, time_limit=30)
+        assert clock[0] - begin < most

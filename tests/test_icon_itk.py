@@ -7,17 +7,16 @@ import icon_registration as icon
 import numpy as np
 import pytest
 import torch
-from problems import SHAPES, Encoder, Problem, conv, images, mlp, nephi, neural
-from test_icon_contract import (
+from icon_scans import (
     GRID,
     MILLIMETRES,
     as_icon_reads,
     coded,
     itk_image,
     millimetres_apart,
-    scans,  # noqa: F401
     through_itk,
 )
+from problems import SHAPES, Encoder, Problem, conv, images, mlp, nephi, neural
 from torch import nn
 
 from icon_nephi.coordinates import identity_map
@@ -59,7 +58,7 @@ def single_of(dimension, shape):
 
 @pytest.mark.parametrize("steps", [None, 2], ids=["plain", "finetuned"])
 @pytest.mark.parametrize("dice", [0.0, 0.5], ids=["masks", "masks_and_labels"])
-def test_register_pair_with_mask(scans, steps, dice):  # noqa: F811
+def test_register_pair_with_mask(scans, steps, dice):
     itk, image_A, image_B = scans
     from icon_registration.itk_wrapper import register_pair_with_mask
 
@@ -127,7 +126,7 @@ class ManyChannels(Encoder):
 @pytest.mark.parametrize("channels", [2, 3])
 @pytest.mark.parametrize("steps", [None, 2], ids=["plain", "finetuned"])
 @pytest.mark.parametrize("kind", ["stock", "points"])
-def test_register_pair_with_multimodalities(scans, channels, steps, kind):  # noqa: F811
+def test_register_pair_with_multimodalities(scans, channels, steps, kind):
     itk, image_A, image_B = scans
     from icon_registration.itk_wrapper import register_pair_with_multimodalities
 
@@ -168,7 +167,7 @@ def test_register_pair_with_multimodalities(scans, channels, steps, kind):  # no
 
 @pytest.mark.parametrize("steps", [None, 1], ids=["plain", "finetuned"])
 @pytest.mark.parametrize("make", [stock_model, points_model])
-def test_register_pair_returns_artifacts(scans, steps, make):  # noqa: F811
+def test_register_pair_returns_artifacts(scans, steps, make):
     _, *pair = scans
     from icon_registration.itk_wrapper import register_pair
 

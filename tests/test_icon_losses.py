@@ -171,9 +171,10 @@ def test_dense_losses_keep_little_of_each_voxel(loss):
 @pytest.mark.parametrize("field", ["LatentMLP", "ModulatedSiren"])
 def test_dense_losses_fit_into_two_gibibytes(field):
     """One step of GradientICON at 64^3, in a process of its own."""
-    from evaluation.bench_dense_losses import measure_alone
+    from evaluation.bench_dense_losses import measure
+    from icon_nephi.compare import alone
 
-    assert measure_alone("GradientICON", field, 64)["peak_mib"] < 2048
+    assert alone(measure, "GradientICON", field, 64)["peak_mib"] < 2048
 
 
 def test_maps_wrapped_in_a_function_are_derived_as_well(dimension):

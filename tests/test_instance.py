@@ -8,9 +8,10 @@ from torch import nn
 
 from icon_nephi.codes import LatentCodeTable
 from icon_nephi.coordinates import identity_map
-from icon_nephi.instance import neural_parts, refine_pair, unrefined_maps
+from icon_nephi.instance import refine_pair, unrefined_maps
 from icon_nephi.losses import GradientICONPoints, PatchNCC
 from icon_nephi.optimize import Stage
+from icon_nephi.parts import neural_parts
 from icon_nephi.sampling import Patches, Points
 from icon_nephi.swap import add_neural_residual
 from icon_nephi.transforms import NePhi

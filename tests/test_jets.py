@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from icon_nephi import jets
-from icon_nephi.fields import ModulatedSiren
+from icon_nephi.fields import ModulatedSiren, jets
+from icon_nephi.fields.workspace import Workspace
 
 
 @pytest.fixture(autouse=True)
-def nothing_waits(monkeypatch):
+def workspace(monkeypatch):
+    """What the fields of a test work in, alone."""
     gc.collect()
-    monkeypatch.setattr(jets, "_waiting", {})
+    workspace = Workspace()
+    monkeypatch.setattr(jets, "WORKSPACE", workspace)
+    return workspace
 
 
 def problem(count=7, seed=0, levels=2):
@@ -29,32 +32,33 @@ def problem(count=7, seed=0, levels=2):
 
 
 def test_memory_is_used_again_once_nothing_refers_to_it():
-    first = jets.workspace(1000, torch.empty(0))
+    workspace = Workspace()
+    first = workspace.take(1000, torch.empty(0))
     place, part = first.data_ptr(), first[500:]
     del first
-    assert not jets._waiting  # a part is still in use
+    assert not workspace.waiting  # a part is still in use
     del part
-    assert len(jets._waiting) == 1
-    again = jets.workspace(900, torch.empty(0))
+    assert len(workspace.waiting) == 1
+    again = workspace.take(900, torch.empty(0))
     assert again.data_ptr() == place
     assert again.shape == (900,)
     assert again.data_ptr() % 64 == 0
-    assert jets.workspace(900, torch.empty(0)).data_ptr() != place
+    assert workspace.take(900, torch.empty(0)).data_ptr() != place
 
 
 def test_the_smallest_memory_that_fits_is_taken():
-    like = torch.empty(0, dtype=torch.float64)
-    parts = [jets.workspace(count, like) for count in (5000, 100, 1000)]
+    workspace, like = Workspace(), torch.empty(0, dtype=torch.float64)
+    parts = [workspace.take(count, like) for count in (5000, 100, 1000)]
     places = [part.data_ptr() for part in parts]
     del parts
-    assert jets.workspace(800, like).data_ptr() == places[2]
+    assert workspace.take(800, like).data_ptr() == places[2]
 
 
-def test_not_more_than_a_bound_waits(monkeypatch):
-    monkeypatch.setattr(jets, "KEPT", 10_000)
-    parts = [jets.workspace(1000, torch.empty(0)) for _ in range(5)]
+def test_not_more_than_a_bound_waits():
+    workspace = Workspace(most=10_000)
+    parts = [workspace.take(1000, torch.empty(0)) for _ in range(5)]
     del parts
-    assert 0 < sum(map(len, jets._waiting.values())) <= 10_000
+    assert 0 < sum(map(len, workspace.waiting.values())) <= 10_000
 
 
 def test_a_graph_that_is_kept_gives_the_same_gradients_twice():
@@ -103,11 +107,12 @@ def test_frozen_weights_get_none_and_change_nothing():
     assert all(layer.weight.grad is None for layer in field.synthesis)
 
 
-def test_memory_that_held_anything_does_not_show():
+def test_memory_that_held_anything_does_not_show(workspace):
     field, x, values = problem()
     expected = torch.autograd.grad(field.jet(x, values).square().sum(), [x, values])
     for _ in range(2):
-        for memory in jets._waiting.values():
+        assert workspace.waiting
+        for memory in workspace.waiting.values():
             memory.view(np.uint8)[:] = 255  # not a number, in every dtype
         found = torch.autograd.grad(field.jet(x, values).square().sum(), [x, values])
         assert all(map(torch.equal, expected, found))

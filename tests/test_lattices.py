@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from small_fits import geometry, unit_matrix
 
 from icon_nephi.codes import LatentCode
 from icon_nephi.coordinates import Geometry, points_as_grid, to_rows
@@ -11,7 +12,6 @@ from icon_nephi.interpolation import axis_matrix, read_grids
 from icon_nephi.lattices import on_lattice
 from icon_nephi.physical import FramedMap, over_grid, slabs
 from icon_nephi.transforms import Composition, MatrixTransform, NeuralTransform
-from tests import small_fits
 
 SIZES = {2: (13, 11), 3: (6, 7, 9)}
 
@@ -80,7 +80,7 @@ def test_fields_on_a_lattice_are_those_at_its_points(dimension, kind, keywords):
 @pytest.mark.parametrize("dimension", [2, 3])
 def test_so_are_compositions_with_affine_and_other_maps(dimension):
     phi, axes = neural(dimension), lattice(dimension)
-    oblique = MatrixTransform(small_fits.unit_matrix(dimension)[None])
+    oblique = MatrixTransform(unit_matrix(dimension)[None])
     straight = torch.eye(dimension + 1, dtype=torch.float64)
     straight[:dimension] *= 0.9
     straight[:dimension, dimension] = 0.07
@@ -97,8 +97,8 @@ def test_so_are_compositions_with_affine_and_other_maps(dimension):
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_grids_in_millimetres_are_mapped_as_their_voxels(turned):
-    place = small_fits.geometry((9, 8, 7), 1)
-    target = small_fits.geometry((6, 8, 9), 2).unit_to_physical()
+    place = geometry((9, 8, 7), 1)
+    target = geometry((6, 8, 9), 2).unit_to_physical()
     mapped = FramedMap(neural(3), place.unit_to_physical(), target)
     grid = place.resized((6, 5, 11))
     if turned:
@@ -117,7 +117,7 @@ def test_grids_in_millimetres_are_mapped_as_their_voxels(turned):
 
 def test_slabs_are_the_voxels_in_order(monkeypatch):
     monkeypatch.setattr("icon_nephi.physical.CHUNK", 20)
-    place = small_fits.geometry((5, 6, 7), 1)
+    place = geometry((5, 6, 7), 1)
     frame = place.unit_to_physical()
     parts = list(slabs(place.size, frame))
     index = np.stack(np.meshgrid(*map(np.arange, place.size), indexing="ij"), -1)

@@ -30,6 +30,7 @@ from icon_nephi.losses import (
     no_term,
 )
 from icon_nephi.sampling import Patches, Points
+from icon_nephi.swap import BothDirections
 from icon_nephi.transforms import FunctionFromNeuralField, MatrixTransform, NePhi
 
 DOUBLE = torch.float64
@@ -568,6 +569,43 @@ def test_the_prior_of_a_single_network_is_of_both_its_codes():
     loss(image_A, image_B)
     codes = network.net(image_A, image_B), network.net(image_B, image_A)
     torch.testing.assert_close(loss.prior, codes[0].prior() + codes[1].prior())
+
+
+def test_the_prior_is_of_every_code_that_the_maps_hold():
+    """Of a network called in both directions inside another: both, not its last one."""
+    single = Problem("single", neural).make(2)
+    pair = images(2, 2, DOUBLE)
+    loss = make_loss(BothDirections(single), prior_lmbda=1.0)
+    loss(*pair)
+    codes = single.net(*pair), single.net(*reversed(pair))
+    torch.testing.assert_close(loss.prior, codes[0].prior() + codes[1].prior())
+
+
+def test_the_prior_is_the_same_without_gradients():
+    """There both maps own their weights, but share one code all the same."""
+    loss, pair = pair_loss(2, prior_lmbda=1.0), images(2, 2, DOUBLE)
+    loss(*pair)
+    prior = loss.prior.detach()
+    with torch.no_grad():
+        loss(*pair)
+    assert torch.equal(loss.prior, prior)
+
+
+def test_a_sampler_and_a_similarity_are_taken_for_one_call():
+    seen = []
+
+    def similarity(warped, fixed):
+        seen.append(warped.shape[2])
+        return (warped - fixed).square().mean()
+
+    loss, pair = pair_loss(2), images(2, 2, DOUBLE)
+    own = loss.similarity_sampler, loss.similarity
+    loss(*pair, sampler=Points(7), similarity=similarity)
+    assert seen == [7, 7]
+    assert (loss.similarity_sampler, loss.similarity) == own
+    other = loss.changed(prior_lmbda=0.0, sigma=2.0)
+    assert (other.prior_lmbda, other.sigma, loss.sigma) == (0.0, 2.0, 1.0)
+    assert other.regis_net is loss.regis_net
 
 
 def test_a_network_without_codes_has_no_prior():

@@ -6,16 +6,12 @@ import icon_registration.losses as icon_losses
 import numpy as np
 import pytest
 import torch
-from scipy import ndimage
-from scipy.spatial.distance import cdist
 
 from icon_nephi.metrics import (
     dice,
     flips_percentage,
     fold_fraction,
-    jacobian_determinant_of_displacement,
     summarize,
-    surface_distance,
     target_registration_error,
 )
 
@@ -104,69 +100,7 @@ def test_label_maps_that_do_not_fit_are_refused():
         dice(np.zeros((3, 3), int), torch.zeros(3, 3))
 
 
-# ---- surfaces
-
-
-def test_surface_distance_of_two_points_is_their_distance():
-    first, second = np.zeros((2, 9, 9, 9), np.uint8)
-    first[2, 3, 4] = second[5, 3, 6] = 7
-    distance = surface_distance(first, second, (2.0, 1.0, 4.0))[7]
-    assert distance == pytest.approx((10.0, 10.0))
-    assert surface_distance(first, first, (2.0, 1.0, 4.0))[7] == (0.0, 0.0)
-
-
-@pytest.mark.parametrize("spacing", [(1.5, 0.7), (1.5, 0.7, 2.0)])
-def test_surface_distance_by_brute_force(spacing):
-    d = len(spacing)
-    generator = np.random.default_rng(d)
-    noise = generator.normal(size=(2, *[16] * d))
-    masks = [ndimage.gaussian_filter(n, 2) > 0.02 for n in noise]
-    faces = ndimage.generate_binary_structure(d, 1)
-    borders = [
-        np.argwhere(m & ~ndimage.binary_erosion(m, faces)) * spacing for m in masks
-    ]
-    between = cdist(*borders)
-    one, two = between.min(1), between.min(0)
-    expected = (
-        np.concatenate((one, two)).mean(),
-        max(np.percentile(one, 95), np.percentile(two, 95)),
-    )
-    found = surface_distance(masks[0], torch.tensor(masks[1]), spacing)
-    assert list(found) == [1]
-    assert found[1] == pytest.approx(expected, rel=1e-5)
-    assert found[1].hausdorff95 > found[1].mean > 0
-
-
-def test_a_label_without_a_surface_has_no_distance():
-    first, second = np.zeros((2, 5, 5), int)
-    first[2, 2] = 1
-    assert all(math.isnan(v) for v in surface_distance(first, second, (1, 1))[1])
-    assert surface_distance(first, second, (1, 1), labels=[]) == {}
-
-
-def test_surfaces_that_do_not_fit_are_refused():
-    labels = np.ones((5, 5), int)
-    with pytest.raises(ValueError, match=r"spacing must be 2 positive numbers"):
-        surface_distance(labels, labels, (1, 1, 1))
-    with pytest.raises(ValueError, match=r"labels_1 must have 2 or 3 axes"):
-        surface_distance(labels[None, None], labels[None, None], (1, 1))
-
-
 # ---- folds
-
-
-@pytest.mark.parametrize("scheme", ["central", "forward", "backward"])
-@pytest.mark.parametrize("spacing", [(0.5, 2.0), (0.5, 2.0, 3.0)])
-def test_jacobian_of_an_affine_map_is_its_determinant(spacing, scheme):
-    d = len(spacing)
-    generator = torch.Generator().manual_seed(d)
-    matrix = torch.randn(d, d, generator=generator, dtype=torch.float64)
-    x = voxels((5, 6, 7)[:d]) * torch.tensor(spacing).view(d, *[1] * d)
-    displacement = torch.einsum("ij,j...->i...", matrix, x) - x
-    found = jacobian_determinant_of_displacement(displacement, spacing, scheme)
-    shape = (5, 6, 7)[:d] if scheme == "central" else (4, 5, 6)[:d]
-    assert found.shape == shape
-    torch.testing.assert_close(found, torch.det(matrix).expand(shape))
 
 
 @pytest.mark.parametrize("shape", [(9, 11), (7, 8, 9)])
@@ -179,14 +113,6 @@ def test_flips_are_counted_as_icon_counts_them(shape, strength):
     expected = float(icon_losses.flips(phi, in_percentage=True))
     assert flips_percentage(phi) == pytest.approx(expected, abs=1e-4)
     assert (expected > 0) == (strength > 0)
-    # The same folds, counted by determinants of the displacement.
-    scheme = "forward" if d == 2 else "backward"
-    determinants = [
-        jacobian_determinant_of_displacement(u, [1] * d, scheme)
-        for u in strength * noise
-    ]
-    share = np.mean([fold_fraction(x) for x in determinants])
-    assert 100 * share == pytest.approx(expected, abs=1e-4)
 
 
 def test_fold_fraction_of_known_determinants():
@@ -198,11 +124,5 @@ def test_fold_fraction_of_known_determinants():
 
 
 def test_maps_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match=r"displacement must be .* u\[0\]"):
-        jacobian_determinant_of_displacement(torch.zeros(1, 3, 4, 4, 4), [1] * 3)
-    with pytest.raises(ValueError, match="scheme must be"):
-        jacobian_determinant_of_displacement(torch.zeros(2, 4, 4), [1, 1], "upwind")
-    with pytest.raises(ValueError, match="spacing must be 2 positive"):
-        jacobian_determinant_of_displacement(torch.zeros(2, 4, 4), [1, 0])
     with pytest.raises(ValueError, match=r"phi_vectorfield must be"):
         flips_percentage(torch.zeros(3, 4, 4, 4))

@@ -1,14 +1,17 @@
 """The network to train: sizes, start, options, and ICON's tools around it."""
 
+from dataclasses import replace
+
 import icon_registration as icon
 import pytest
 import torch
 from problems import SHAPES, images
 
 from icon_nephi import FirstTransform, Patches, Points
-from icon_nephi.instance import neural_parts, refine_pair
+from icon_nephi.instance import refine_pair
 from icon_nephi.losses import PatchNCC
-from icon_nephi.models import NETWORKS, make_network
+from icon_nephi.models import NETWORKS, SIREN, make_network, make_pair
+from icon_nephi.parts import neural_parts
 
 
 def parameters(*modules):
@@ -111,3 +114,12 @@ def test_two_levels_are_refined_for_a_pair(dimension):
     x = network.identity_map
     assert not torch.equal(phi_AB(x), x.expand_as(phi_AB(x)))
     assert len(neural_parts((phi_AB, phi_BA))) == 4
+
+
+def test_the_numbers_of_a_field_are_taken_as_they_are():
+    """Frequencies below one once came out as zero."""
+    numbers = {"width": 8, "frequencies": 4, "first_omega": 0.5, "omega": 2.5}
+    settings = replace(SIREN, arguments=tuple(numbers.items()))
+    pair = make_pair(settings, (9.0, 9.0), torch.Generator().manual_seed(0))
+    assert numbers.items() <= pair.field_AB.arguments.items()
+    assert numbers.items() <= pair.field_BA.arguments.items()

@@ -5,49 +5,12 @@ import pytest
 import scipy.ndimage
 import torch
 from icon_registration.losses import ICONLoss
+from small_runs import a_loss, blobs, run
 
-from icon_nephi.codes import LatentCodeTable
 from icon_nephi.coordinates import identity_map, sample_image
-from icon_nephi.fields import LatentMLP
-from icon_nephi.losses import GradientICONPoints, PatchNCC
-from icon_nephi.optimize import Stage, gaussian_blur, optimize
-from icon_nephi.sampling import Patches, Points
-from icon_nephi.transforms import NePhi
-
-
-def blobs(shape, shift=0.0):
-    """A smooth image with something everywhere."""
-    x = identity_map(shape)
-    phase = [(3 + a) * (x[:, a] + shift) for a in range(len(shape))]
-    return 0.5 + sum(torch.sin(2 * p) for p in phase)[None] / (2 * len(shape))
-
-
-def a_loss(dimension, seed=0):
-    source = torch.Generator().manual_seed(seed)
-    table = LatentCodeTable(
-        grids=[(4,) * dimension], channels=[3], global_size=0, generator=source
-    )
-    fields = [LatentMLP(dimension, 3, width=8, generator=source) for _ in range(2)]
-    return GradientICONPoints(
-        NePhi(table, *fields),
-        PatchNCC(),
-        0.1,
-        regularity_sampler=Points(20),
-        generator=source,
-    )
-
-
-def run(dimension=2, steps=30, seed=0, **options):
-    shape = (20, 17, 18)[:dimension]
-    loss = a_loss(dimension, seed)
-    groups = [{"params": list(loss.parameters()), "lr": 0.01}]
-    stages = [
-        Stage(steps // 2, Patches(20, 3, 3.0), blur=1.0),
-        Stage(steps - steps // 2, Points(60) if dimension == 0 else Patches(20)),
-    ]
-    image_A, image_B = blobs(shape, 0.05), blobs(shape)
-    history = optimize(loss, image_A, image_B, stages, groups, **options)
-    return history, loss
+from icon_nephi.images import gaussian_blur
+from icon_nephi.optimize import FitOptions, Stage, optimize
+from icon_nephi.sampling import Points
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1.3, 2.0])
@@ -80,7 +43,8 @@ def test_a_little_blur_is_none():
 
 
 def test_the_loss_goes_down_and_the_images_meet(dimension):
-    history, loss = run(dimension, 60)
+    course, loss = run(dimension, 60)
+    history = course.losses
     assert len(history) == 60
     assert set(history[0]) == set(ICONLoss._fields)
     start = np.mean([h["similarity_loss"] for h in history[:5]])
@@ -105,7 +69,7 @@ def test_the_same_seed_is_the_same_history_bit_for_bit():
 
 def test_a_callback_sees_every_step():
     seen = []
-    history, _ = run(steps=6, callback=lambda *step: seen.append(step))
+    history = run(steps=6, callback=lambda *step: seen.append(step))[0].losses
     assert [number for number, _ in seen] == [1, 2, 3, 4, 5, 6]
     for (_, result), entry in zip(seen, history, strict=True):
         assert isinstance(result, ICONLoss)
@@ -113,14 +77,15 @@ def test_a_callback_sees_every_step():
 
 
 def test_a_time_limit_stops_early():
-    assert 1 <= len(run(steps=5000, time_limit=0.05)[0]) < 1000
+    options = FitOptions(progress=False, time_limit=0.05)
+    assert 1 <= len(run(steps=5000, options=options)[0].losses) < 1000
 
 
 def test_masks_of_any_kind_are_taken():
     shape = (20, 17)
     mask = torch.zeros(1, 1, *shape)
     mask[..., 4:12, 5:9] = 3
-    history, _ = run(steps=4, mask_A=mask, mask_B=mask.bool())
+    history = run(steps=4, mask_A=mask, mask_B=mask.bool())[0].losses
     assert all(np.isfinite(list(entry.values())).all() for entry in history)
 
 

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from evaluation import array_of, geometry, kill_trials, robustness, to_index
+from evaluation import geometry, kill_trials, robustness, to_index
 from evaluation.robustness import AS_IT_IS, PERTURBATIONS, phantom
-from icon_nephi.files import written_whole
+from icon_nephi.atomic import written_whole
+from icon_nephi.itk_images import array_of
 
 GOOD = dict.fromkeys(robustness.EVIDENCE, 0.0) | {"alike": 0.9, "alike_start": 0.8}
 

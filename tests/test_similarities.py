@@ -5,15 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_fits import fit_tensors
 
 from icon_nephi import GradientICONPoints, LatentMLP, NePhi, Patches, Points, register
 from icon_nephi.codes import LatentCodeTable
 from icon_nephi.features import FeaturesAlone, with_features
-from icon_nephi.fitting import fit_pair
+from icon_nephi.images import gaussian_blur
 from icon_nephi.inputs import voxel_geometry
 from icon_nephi.models import GRID
-from icon_nephi.optimize import gaussian_blur
 from icon_nephi.phantoms import breathing_thorax, triangles_and_circles
+from icon_nephi.preprocess import PreparedImage
 from icon_nephi.similarities import (
     NAMES,
     MutualInformation,
@@ -225,7 +226,7 @@ def test_every_name_registers_two_channels(name):
     image = texture((24, 26))
     both = torch.cat([image, (2 * image - 1).abs()], 1)
     place = voxel_geometry((24, 26))
-    fit = fit_pair(
+    fit = fit_tensors(
         both,
         both,
         place,
@@ -233,7 +234,6 @@ def test_every_name_registers_two_channels(name):
         similarity=name,
         field=QUICK,
         affine=False,
-        progress=False,
     )
     assert len(fit.losses) == QUICK.steps
     assert all(math.isfinite(x["all_loss"]) for x in fit.losses)
@@ -247,7 +247,7 @@ def test_an_affine_start_is_found_with_two_channels(name):
     fixed = 0.9 * (1 - moving) ** 2 if find_similarity(name).contrast else moving
     near = voxel_geometry((40, 40))
     far = replace(near, origin=(500.0, -300.0))
-    images = Images(moving, fixed, far, near, None, None)
+    images = Images(PreparedImage.of(moving, far), PreparedImage.of(fixed, near))
     generator = torch.Generator().manual_seed(0)
     matrix = find_affine(images, find_similarity(name), generator)
     centre = torch.tensor([19.5, 19.5, 1.0], dtype=torch.float64)

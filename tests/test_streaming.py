@@ -4,14 +4,14 @@ import itk
 import numpy as np
 import pytest
 import torch
+from small_fits import geometry, small_fit, unit_matrix
 
 from icon_nephi import block_files, streaming
-from icon_nephi.chunks import Level
+from icon_nephi.chunks import ChunkCache, Level
 from icon_nephi.coordinates import Geometry
 from icon_nephi.registration import Registration
 from icon_nephi.streaming import displacement_to, jacobian_to, warp_to
 from icon_nephi.volumes import Volume, open_volume
-from tests import small_fits
 
 SIZE_A, SIZE_B = (24, 21, 26), (22, 27, 20)
 
@@ -23,8 +23,8 @@ def straight(size, spacing=(1.0, 1.5, 2.0)):
 
 
 def registration(place_A, place_B):
-    matrix = small_fits.unit_matrix(3)
-    fit = small_fits.small_fit(3, matrix, strength=0.02)
+    matrix = unit_matrix(3)
+    fit = small_fit(3, matrix, strength=0.02)
     return Registration(fit, place_A, place_B, itk=True)
 
 
@@ -44,7 +44,6 @@ def as_itk(array, place):
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(streaming, "BLOCK", 16)
     monkeypatch.setattr(block_files, "BLOCK", 16)
 
 
@@ -94,7 +93,7 @@ def test_a_looser_bound_is_kept_with_fewer_evaluations(tmp_path, monkeypatch):
 
 
 def test_oblique_grids_go_to_metaimage_files(tmp_path):
-    places = small_fits.geometry(SIZE_A, 1), small_fits.geometry(SIZE_B, 2)
+    places = geometry(SIZE_A, 1), geometry(SIZE_B, 2)
     result = registration(*places)
     array = smooth(SIZE_A, np.float32)
     path = tmp_path / "warped.mha"
@@ -168,7 +167,7 @@ def test_what_is_cut_off_leaves_nothing_and_changes_nothing(
     if before:
         warp_to(result, volume, path, progress=False)
         kept = sorted((f, f.stat().st_mtime_ns) for f in tmp_path.rglob("*"))
-    read, calls = streaming._read, []
+    read, calls = ChunkCache.box, []
 
     def cut_off(*arguments):
         calls.append(0)
@@ -176,7 +175,7 @@ def test_what_is_cut_off_leaves_nothing_and_changes_nothing(
             raise KeyboardInterrupt
         return read(*arguments)
 
-    monkeypatch.setattr(streaming, "_read", cut_off)
+    monkeypatch.setattr(ChunkCache, "box", cut_off)
     with pytest.raises(KeyboardInterrupt):
         warp_to(result, volume, path, progress=False)
     left = sorted((f, f.stat().st_mtime_ns) for f in tmp_path.rglob("*"))
@@ -185,7 +184,7 @@ def test_what_is_cut_off_leaves_nothing_and_changes_nothing(
         assert [t for f, t in left if f.is_file()] == [
             t for f, t in kept if f.is_file()
         ]
-    monkeypatch.setattr(streaming, "_read", read)
+    monkeypatch.setattr(ChunkCache, "box", read)
     warp_to(result, volume, path, progress=False)
     assert [f.name for f in tmp_path.iterdir()] == [name]
 
@@ -196,7 +195,7 @@ def test_what_is_cut_off_leaves_nothing_and_changes_nothing(
         ("a.nii.gz", {}, "cannot be written in parts"),
         ("none/a.zarr", {}, "make the folder first"),
         ("a.zarr", {"mode": "cubic"}, "mode must be"),
-        ("a.zarr", {"reference": small_fits.geometry(SIZE_B, 2)}, "holds no direction"),
+        ("a.zarr", {"reference": geometry(SIZE_B, 2)}, "holds no direction"),
     ],
 )
 def test_bad_requests_get_one_sentence(tmp_path, name, keywords, says):

@@ -120,7 +120,7 @@ def test_neural_transform_adds_the_fields_displacement(dimension):
     phi, _, module = smooth_maps(dimension)
     x = points(dimension)
     rows = x.flatten(2).mT
-    moved = module.field_AB(rows, module.code.at(rows)[0])
+    moved = module.field_AB(rows, phi.code.at(rows)[0])
     torch.testing.assert_close(phi(x), x + moved.mT.reshape(x.shape))
 
 
@@ -167,9 +167,9 @@ def test_a_code_without_local_grids_moves_points():
 
 @pytest.mark.parametrize("owned", [True, False])
 def test_ownership_can_be_chosen(owned):
-    _, _, module = smooth_maps(2)
+    made, _, module = smooth_maps(2)
     x = points(2)
-    phi = NeuralTransform(module.field_AB, module.code, owned=owned)
+    phi = NeuralTransform(module.field_AB, made.code, owned=owned)
     before = phi(x)
     assert before.requires_grad is not owned
     laws.change_weights(module)
@@ -186,14 +186,14 @@ def test_autocast_does_not_touch_the_map():
 
 def test_dense_evaluation_does_not_keep_the_activations():
     """Chunks are recomputed: what the graph keeps does not follow the points."""
-    _, _, module = smooth_maps(2)
+    made, _, module = smooth_maps(2)
 
     def kept(count):
         sizes = []
         hooks = torch.autograd.graph.saved_tensors_hooks(
             lambda t: (sizes.append(t.numel()), t)[1], lambda t: t
         )
-        phi = NeuralTransform(module.field_AB, module.code, chunk_size=64)
+        phi = NeuralTransform(module.field_AB, made.code, chunk_size=64)
         with hooks:
             values = phi(points(2, 1, count))
         assert values.requires_grad

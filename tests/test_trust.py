@@ -7,7 +7,8 @@ from small_fits import geometry, rows_in, small_fit, unit_matrix
 from evaluation import trust as measured
 from icon_nephi import registration, trust
 from icon_nephi.inputs import voxel_geometry
-from icon_nephi.registration import DIRECTIONS, Registration
+from icon_nephi.registration import Registration
+from icon_nephi.two_way import DIRECTIONS
 
 SIZES = ((12, 16, 14), (17, 11, 13))
 
@@ -79,7 +80,7 @@ def test_a_registration_estimates_its_errors_at_points_and_on_grids(itk):
     assert alone.shape == all_three.shape == (30,)
     assert not np.allclose(alone, all_three)
     image = result.error_image(others=others)
-    frame = result._frame(result.geometry_B).numpy()
+    frame = result.two_way.frame_of(result.geometry_B).numpy()
     corners = np.stack([frame[:3, 3], frame[:3, :3].sum(1) + frame[:3, 3]])
     values = np.asarray(image).reshape(-1)[[0, -1]]
     np.testing.assert_allclose(

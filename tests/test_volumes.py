@@ -1,13 +1,16 @@
 """Images read in parts: chunks, levels, headers, and a registration of such images."""
 
 import gzip
+import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import itk
 import numpy as np
 import pytest
 import torch
+from small_fits import geometry
 
 import icon_nephi
 from icon_nephi import inputs, memory, pairs, volumes
@@ -22,7 +25,6 @@ from icon_nephi.losses import GradientICONPoints, PatchNCC
 from icon_nephi.models import GRID, make_pair
 from icon_nephi.sampling import Patches
 from icon_nephi.volumes import Volume, open_volume
-from tests import small_fits
 
 SIZE = (40, 37, 50)
 
@@ -192,7 +194,7 @@ def test_a_plain_array_has_voxels_of_a_millimetre(tmp_path):
 def test_files_are_read_as_itk_reads_them(tmp_path, kind, dtype):
     array = (voxels() // 4).astype(dtype)
     image = itk.image_from_array(array)
-    place = small_fits.geometry(SIZE, 3)
+    place = geometry(SIZE, 3)
     image.SetSpacing(place.spacing)
     image.SetOrigin(place.origin)
     image.SetDirection(itk.matrix_from_array(np.array(place.direction)))
@@ -290,6 +292,12 @@ def test_memory_limits(text, size):
     assert memory.to_bytes(text) == size
 
 
+def test_memory_that_nobody_tells_is_zero(monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda _: False)  # no /proc
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    assert memory.held_memory() == memory.peak_memory() == 0
+
+
 @pytest.mark.parametrize("text", ["much", "-1", "0", "1.2.3G", "4 GiBs"])
 def test_bad_memory_limits(text):
     with pytest.raises(ValueError, match="memory_limit must be"):
@@ -312,17 +320,19 @@ def linear_image(place):
 
 
 def test_made_levels_lie_where_the_image_lies():
-    place = small_fits.geometry((48, 50, 31), 4)
+    place = geometry((48, 50, 31), 4)
     volume = Volume([Level.of(linear_image(place).float().numpy(), place)])
+    before = list(volume.levels)
     level = volume.working(3000)
     assert level.voxels <= 3000
     expected = linear_image(level.geometry).numpy()
     np.testing.assert_allclose(level.array, expected, rtol=1e-4, atol=1e-2)
     assert volume.working(3000) is level
+    assert volume.levels == before  # a question changes nothing
 
 
 def test_a_whole_level_has_the_unit_box_of_the_finest():
-    place = small_fits.geometry((48, 50, 40), 4)
+    place = geometry((48, 50, 40), 4)
     volume = Volume([Level.of(linear_image(place).float().numpy(), place)])
     values, own = volume.whole(volume.working(20_000))
     torch.testing.assert_close(own.unit_to_physical(), place.unit_to_physical())

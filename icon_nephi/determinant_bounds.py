@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from icon_nephi.bounds import WIDER, expand_displacement
 from icon_nephi.codes import LatentCode
-from icon_nephi.expansions import INFLATE, monomials, multiplied, unit
-from icon_nephi.fields import LatentMLP
+from icon_nephi.expansions import INFLATE, by_degree, monomials, multiplied, unit
+from icon_nephi.fields import Field
 
-# Degrees of the polynomials: a deeper field loses more to its layers' magnitudes.
+# Degrees of the polynomials, up to two layers and above: a deeper field loses more to
+# its layers' magnitudes.
 SHALLOW_DEGREE, DEEP_DEGREE = 5, 6
 # More than sums of hundreds of products in float64 round, relatively.
 _ROUNDED = 1e-12
@@ -41,14 +42,15 @@ class Bounds(NamedTuple):
     blame: Tensor
 
 
-def degree_for(field: nn.Module) -> int:
+def degree_for(field: Field) -> int:
     """The degree of the polynomials that a field is bounded with."""
-    shallow = isinstance(field, LatentMLP) and len(field.hidden) == 1
-    return SHALLOW_DEGREE if shallow else DEEP_DEGREE
+    parts = field.modules() if isinstance(field, nn.Module) else ()
+    layers = sum(isinstance(part, nn.Linear) for part in parts)
+    return SHALLOW_DEGREE if layers <= 2 else DEEP_DEGREE
 
 
 def bound_determinant(
-    field: nn.Module,
+    field: Field,
     code: LatentCode,
     low: Tensor,
     high: Tensor,
@@ -57,7 +59,7 @@ def bound_determinant(
     """The `Bounds` of det J in boxes that no knot crosses, nor the unit box's border.
 
     Args:
-        field: `LatentMLP` or `ModulatedSiren`, float64.
+        field: with ``expand``, float64.
         code: of batch 1, float64.
         low: lowest corners ``[N, d]``, float64.
         high: highest corners.
@@ -153,9 +155,7 @@ def _times(first: _Polynomials, second: _Polynomials, degree: int) -> _Polynomia
     a, b = first.rows, second.rows
     d = a.shape[1]
     rows = multiplied(a, b, d, degree)
-    orders = torch.tensor([sum(powers) for powers in monomials(d, degree)])
-    shape = degree + 1, *first.stray.shape
-    one, other = (x.new_zeros(shape).index_add_(0, orders, x.abs()) for x in (a, b))
+    one, other = (by_degree(x, d, degree) for x in (a, b))
     all_one, all_other = one.sum(0), other.sum(0)
     stray = first.stray * (all_other + second.stray) + second.stray * all_one
     stray += _ROUNDED * all_one * all_other

@@ -9,51 +9,16 @@ before, and what is between them is few passes over memory.
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Bytes that wait for their next use. Fresh memory costs a processor more than all the
-# sines: the system hands it out in small pages, each faulted in and zeroed.
-KEPT = 2**27
-_LINE = 64  # bytes of the cache that are read together
-_Memory: TypeAlias = npt.NDArray[np.uint8]
-_waiting: dict[int, _Memory] = {}  # by address
-
-
-def workspace(count: int, like: Tensor) -> Tensor:
-    """``[count]`` numbers, whatever they are, of the dtype and device of a tensor.
-
-    On a processor of memory that waits for its next use once no tensor refers to it.
-    """
-    if like.device.type != "cpu":  # torch keeps the memory of other devices itself
-        return like.new_empty(count)
-    size = count * like.element_size()
-    fits = [(len(m), a) for a, m in _waiting.copy().items() if len(m) >= size + _LINE]
-    memory = _waiting.pop(min(fits)[1], None) if fits else None
-    if memory is None:  # or another thread was faster
-        memory = np.empty(size + _LINE, np.uint8)
-    start = -memory.ctypes.data % _LINE
-    lent = memory[start : start + size]
-    weakref.finalize(lent, _give_back, memory).atexit = False
-    return torch.from_numpy(lent).view(like.dtype)
-
-
-def _give_back(memory: _Memory) -> None:
-    _waiting[memory.ctypes.data] = memory
-    held = _waiting.copy()
-    while sum(map(len, held.values())) > KEPT:
-        first = next(iter(held))
-        del held[first]
-        _waiting.pop(first, None)
+from icon_nephi.fields.workspace import WORKSPACE
 
 
 class _Sine(torch.autograd.Function):
@@ -61,10 +26,9 @@ class _Sine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, jet: Tensor, bias: Tensor) -> Tensor:
-        out = torch.empty_like(jet)
-        torch.add(jet[0], bias, out=out[0])
-        cosine = out[0].cos()
-        out[0].sin_()
+        out, cosine = torch.empty_like(jet), torch.empty_like(jet[0])
+        torch.add(jet[0], bias, out=cosine)
+        _sine_of(cosine, out=out[0])
         torch.mul(jet[1:], cosine, out=out[1:])
         ctx.save_for_backward(out, cosine, jet if len(jet) > 1 else None)
         return out
@@ -73,10 +37,9 @@ class _Sine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         out, cosine, jet = ctx.saved_tensors
-        result = grad * cosine
-        if jet is not None:
-            total = _dot(grad[1:], jet[1:], out=torch.empty_like(cosine))
-            result[0].addcmul_(total, out[0], value=-1)
+        slopes = cosine[:0] if jet is None else jet[1:]
+        result, total = torch.empty_like(grad), torch.empty_like(cosine)
+        _sine_grad(grad, cosine, slopes, out[0], result, total)
         return result, result[0].sum(0)
 
 
@@ -97,7 +60,7 @@ def siren(
     omegas: tuple[float, float],
     weights: Sequence[Tensor],
 ) -> Tensor:
-    """``[R, M, d]``: the formulas of `icon_nephi.fields.ModulatedSiren` on a jet.
+    """``[R, M, d]``: the formulas of `icon_nephi.fields.siren.ModulatedSiren` on a jet.
 
     Args:
         points: ``[M, d]`` in the unit box.
@@ -144,11 +107,12 @@ class _Siren(torch.autograd.Function):
         inner, first = jet(), jet()
         _flat(inner).addmm_(_flat(values), weights[0][:, :size].T, beta=0, alpha=omega)
         inner.baddbmm_(repeated, turned[0].mT)
-        _sine_of(inner, weights[1], omega, keep, out=first[0])
+        needed = keep or rows > 1  # the cosines
+        _sine_of(inner[0].add_(weights[1], alpha=omega), first[0], needed)
         torch.mul(inner[1:], inner[0], out=first[1:])
         outer, product = jet() if keep else inner, jet()
         torch.bmm(repeated, turned[1].mT, out=outer)
-        _sine_of(outer, weights[3], start, keep, out=product[0])
+        _sine_of(outer[0].add_(weights[3], alpha=start), product[0], needed)
         torch.mul(outer[1:], outer[0], out=product[1:])
         kept = [inner, first, outer, product]
         gate, spare = first, plane()
@@ -160,11 +124,11 @@ class _Siren(torch.autograd.Function):
             if keep:
                 inner, outer = jet(), jet()
             _flat(inner).addmm_(_flat(before), modulate.T, beta=0, alpha=omega)
-            _sine_of(inner, shift, omega, keep, out=sine)
+            _sine_of(inner[0].add_(shift, alpha=omega), sine, needed)
             torch.add(sine, first[0], out=gate[0])
             torch.addcmul(first[1:], inner[1:], inner[0], out=gate[1:])
             _flat(outer).addmm_(_flat(product), synthesise.T, beta=0, alpha=omega)
-            _sine_of(outer, offset, omega, keep, out=wave)
+            _sine_of(outer[0].add_(offset, alpha=omega), wave, needed)
             product = jet() if keep else product
             torch.mul(wave, gate[0], out=product[0])
             if rows > 1:
@@ -211,7 +175,7 @@ class _Siren(torch.autograd.Function):
             if not top:
                 _flat(into).addmm_(_flat(of_inner), weights[4 * level + 4], alpha=omega)
                 of_first += into
-            _sine_grad(into, inner, sine, of_inner, total)
+            _sine_grad(into, inner[0], inner[1:], sine, of_inner, total)
             derive(4 * level, of_inner, gates[level - 1], omega)
             derive(4 * level + 2, of_outer, products[level - 1], omega)
             _flat(of_product).addmm_(
@@ -221,8 +185,11 @@ class _Siren(torch.autograd.Function):
             _flat(of_first).addmm_(_flat(of_inner), weights[4], alpha=omega)
         else:
             of_first.zero_()
-        _sine_grad(of_first, kept[0], first[0], of_first, total)
-        _sine_grad(of_product, kept[2], products[0][0], of_product, total)
+        for of, z, sine in (
+            (of_first, kept[0], first[0]),
+            (of_product, kept[2], products[0][0]),
+        ):
+            _sine_grad(of, z[0], z[1:], sine, of, total)
         for at, of, factor in ((0, of_first, omega), (2, of_product, start)):
             if needed[2 + at]:
                 by = torch.bmm(of.mT, features.expand(len(of), -1, -1))
@@ -246,7 +213,7 @@ _siren = cast(Callable[..., Tensor], _Siren.apply)
 
 def _cut(number: int, shape: Sequence[int], like: Tensor) -> Callable[[], Tensor]:
     """What gives so many tensors of a shape, one after the other, of one workspace."""
-    whole = workspace(number * math.prod(shape), like).view(number, *shape)
+    whole = WORKSPACE.take(number * math.prod(shape), like).view(number, *shape)
     return partial(next, iter(whole.unbind()))
 
 
@@ -258,7 +225,7 @@ def _features(points: Tensor, frequencies: Tensor) -> Tensor:
     """``[M, 2 F]``: sines and cosines of 2 pi B (2 x - 1)."""
     phase = F.linear(2 * points - 1, 2 * math.pi * frequencies)
     shape = len(points), 2 * len(frequencies)
-    features = workspace(math.prod(shape), phase).view(shape)
+    features = WORKSPACE.take(math.prod(shape), phase).view(shape)
     sine, cosine = features.chunk(2, 1)
     torch.sin(phase, out=sine)
     torch.cos(phase, out=cosine)
@@ -269,7 +236,7 @@ def _points_grad(
     features: Tensor, frequencies: Tensor, parts: Iterable[tuple[Tensor, Tensor]]
 ) -> Tensor:
     """``[M, d]`` by points, from the sum of products that is by their features."""
-    grad = workspace(features.numel(), features).view_as(features)
+    grad = WORKSPACE.take(features.numel(), features).view_as(features)
     for number, (first, second) in enumerate(parts):
         grad.addmm_(first, second, beta=min(number, 1))
     (of_sine, of_cosine), (sine, cosine) = grad.chunk(2, 1), features.chunk(2, 1)
@@ -302,12 +269,11 @@ def _turned_back(grad: Tensor, frequencies: Tensor) -> Tensor:
     return grad[0]
 
 
-def _sine_of(z: Tensor, bias: Tensor, factor: float, keep: bool, out: Tensor) -> None:
-    """out = sin(z + factor b) of a jet's values, which become the cosine if needed."""
-    z[0].add_(bias, alpha=factor)
-    torch.sin(z[0], out=out)
-    if keep or len(z) > 1:
-        z[0].cos_()
+def _sine_of(values: Tensor, out: Tensor, keep: bool = True) -> None:
+    """out = sin of the values, which become the cosine if that is to be kept."""
+    torch.sin(values, out=out)
+    if keep:
+        values.cos_()
 
 
 def _product_grad(
@@ -332,12 +298,26 @@ def _product_grad(
 
 
 def _sine_grad(
-    grad: Tensor, z: Tensor, sine: Tensor, out: Tensor, total: Tensor
+    grad: Tensor,
+    cosine: Tensor,
+    slopes: Tensor,
+    sine: Tensor,
+    out: Tensor,
+    total: Tensor,
 ) -> None:
-    """out, which may be grad, by z (see `_Siren`) from grad by its sine's jet."""
+    """out, which may be grad, by z, from grad by the jet of its sine (see `_Siren`).
+
+    Args:
+        grad: ``[R, M, C]``.
+        cosine: of z's values ``[M, C]``.
+        slopes: of z ``[R - 1, M, C]``.
+        sine: of z's values ``[M, C]``.
+        out: ``[R, M, C]``, overwritten.
+        total: ``[M, C]``, overwritten.
+    """
     if len(grad) > 1:
-        _dot(grad[1:], z[1:], out=total)
-    torch.mul(grad, z[0], out=out)
+        _dot(grad[1:], slopes, out=total)
+    torch.mul(grad, cosine, out=out)
     if len(grad) > 1:
         out[0].addcmul_(total, sine, value=-1)
 
