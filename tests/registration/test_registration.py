@@ -1,5 +1,7 @@
 """What a Registration answers, in millimetres and in the ICON frame."""
 
+from dataclasses import replace
+
 import itk
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import icon_nephi
 from icon_nephi.io import itk_images
 from icon_nephi.io.image_input import voxel_geometry
 from icon_nephi.maps.two_way import DIRECTIONS
+from icon_nephi.models import find_settings
 from icon_nephi.registration import result as registration
 from icon_nephi.registration.register import register
 from icon_nephi.registration.result import Registration
@@ -189,8 +192,13 @@ def test_tensors_stay_in_the_icon_frame(dimension):
     half = 0.5 / (torch.tensor(size_A).view(1, -1, *(1,) * dimension) - 1)
     inside = ((moved >= -half) & (moved <= 1 + half)).all(1, keepdim=True)
     assert 0.5 < inside.double().mean() < 1
+    # Four roundings of a coordinate, in voxels, where neighbours differ by the range.
+    change = max(size_A) * float(image.max() - image.min())
     torch.testing.assert_close(
-        result.warp(image), sample_image(image, moved).where(inside, image.min())
+        result.warp(image),
+        sample_image(image, moved).where(inside, image.min()),
+        atol=4 * torch.finfo(torch.float32).eps * change,
+        rtol=0,
     )
     torch.testing.assert_close(
         result.displacement_field(), moved - grid, atol=1e-5, rtol=0
@@ -390,7 +398,8 @@ def test_two_shapes_are_registered_and_everything_is_answered(tmp_path):
         dim=1, keepdim=True
     )
     moving = torch.sigmoid((radius - wide) / 0.02)
-    result = register(moving, fixed, progress=False, time_limit=8)
+    field = replace(find_settings("grid", (40, 44)), steps=40)
+    result = register(moving, fixed, field=field, progress=False, seed=0)
     before, after = (
         float((i - fixed).abs().mean()) for i in (moving, result.warp(moving))
     )

@@ -148,7 +148,7 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     options = ["--steps", 50, "--save_every", 3]
     process = subprocess_of(killed, *options)
-    path, deadline = killed / "losses.csv", time.monotonic() + 60
+    path, deadline = killed / "losses.csv", time.monotonic() + 600
     while not (path.exists() and path.read_text("utf-8").count("\n") > 10):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline

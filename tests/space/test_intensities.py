@@ -15,7 +15,8 @@ def test_missing_slices_are_interpolated(axis):
     holed = holed.movedim(0, 2 + axis)
     assert missing_slices(holed, 2 + axis).tolist() == [3, 5, 6]
     filled = fill_missing(holed)
-    torch.testing.assert_close(filled, image, atol=0.04, rtol=0)
+    # A line between slices 3/8 apart is off a square by 1/8 * 2/8 at the most.
+    torch.testing.assert_close(filled, image, atol=1 / 32 + 1e-6, rtol=0)
     assert holed.movedim(2 + axis, 0)[3].abs().max() == 0  # the user's is not changed
 
 
