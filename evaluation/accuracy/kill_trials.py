@@ -128,13 +128,13 @@ def _images(folder: Path) -> None:
 
 
 def _register(folder: Path) -> None:
-    from icon_nephi import cli, models
-    from icon_nephi.fit import unfold as folds
-    from icon_nephi.io import itk_images
+    from icon_nephi import cli
+    from icon_nephi.fit import settings, unfold
+    from icon_nephi.io import itk_transforms
 
     # How good the result is does not matter here, and steps and nodes take time.
-    models.EFFORTS["fast"], folds.UNFOLD_ROUNDS = ("grid", 0.02), 0
-    itk_images.FINE_NODES = 40_000
+    settings.EFFORTS["fast"], unfold.UNFOLD_ROUNDS = ("grid", 0.02), 0
+    itk_transforms.FINE_NODES = 40_000
     files = {n: str(folder / n) for n in ("moving.nrrd", "fixed.nrrd", *_RESULTS)}
     cli.register(
         [

@@ -1,4 +1,4 @@
-"""One pair as it is fitted: where there is something to match, and affine starts."""
+"""One pair as it is fitted: where there is something to match, and its features."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keep the maps of one pair free of folds: while they are fitted, and after."""
+"""Repair the maps of one pair where they fold, after they were fitted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ITK images in, ITK images and transforms out; the only room that knows ITK."""
+"""ITK images: checked, read and written, as arrays and back, on another grid."""
 
 from __future__ import annotations
 

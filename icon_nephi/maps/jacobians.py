@@ -1,4 +1,4 @@
-"""Jacobians of maps that carry none: any pointwise map, such as ICON's voxel fields."""
+"""Jacobians of maps that carry none (ICON's voxel fields); determinants and folds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Code + field -> phi, a callable in ICON's frame; networks that return such maps.
+"""Code + field -> phi, a callable in ICON's frame.
 
 A map is any callable ``coordinates [B, d, *any] -> [B, d, *any]`` in the unit box,
 as ICON's. Ours also know their Jacobian: ``.jacobian(coordinates)`` is

@@ -1,4 +1,4 @@
-"""Register two images in one call."""
+"""Register two images in one call: ITK images, tensors, or images on disk."""
 
 from __future__ import annotations
 

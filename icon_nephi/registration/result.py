@@ -1,4 +1,4 @@
-"""Register two images in one call, and everything a person asks of the result.
+"""Everything a person asks of a registration: maps, warps, fields, determinants.
 
 ITK images (then all points are LPS millimetres) or tensors (then points are rows in
 the ICON frame: tensor axes, unit box). ITK is imported only where ITK images come.

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from icon_nephi.io import itk_images
-from icon_nephi.registration import result as registration
+from icon_nephi.registration import register as registration
 from icon_nephi.registration.result import Registration
 from tests.small_fits import geometry, small_fit, unit_matrix
 

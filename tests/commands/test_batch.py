@@ -7,7 +7,7 @@ import pytest
 
 from icon_nephi import cli
 from icon_nephi.commands import batch
-from icon_nephi.registration import result as registration
+from icon_nephi.registration import register as registration
 from tests.commands.command_files import make_folder, refused, spoil
 
 

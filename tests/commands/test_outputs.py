@@ -8,7 +8,7 @@ import pytest
 
 from icon_nephi import cli
 from icon_nephi.fit.settings import find_effort, find_settings
-from icon_nephi.io import itk_images
+from icon_nephi.io import itk_images, itk_transforms
 from icon_nephi.registration.itk_pair import ItkPair
 from icon_nephi.registration.result import Registration
 from icon_nephi.report import measure, metrics
@@ -237,7 +237,7 @@ def test_jacobians_of_an_itk_transform(folder):
     common = ["--transform", "T.h5", "--reference", "fixed.nrrd", "--quiet"]
     cli.jacobian([*common, "--out", "d.nrrd"])
     cli.jacobian([*common, "--tensor", "--out", "t.nrrd"])
-    transform = itk_images.read_transform("T", folder.path / "T.h5")
+    transform = itk_transforms.read_transform("T", folder.path / "T.h5")
     points = voxels_in(PLACE_B, 25, np.random.default_rng(0))
     expected = differences(through(transform), points, 1e-2)
     tensor = itk.imread(str(folder.path / "t.nrrd"), NUMBERS)

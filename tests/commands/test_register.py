@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from icon_nephi import cli
-from icon_nephi.io import itk_images
+from icon_nephi.io import itk_images, itk_transforms
 from icon_nephi.io.image_input import voxel_geometry
 from icon_nephi.registration.result import Registration, load
 from tests.commands.command_files import (
@@ -74,7 +74,7 @@ def test_register_writes_what_is_asked_for(folder, capsys):
     expected = result().transform_points(points)
     np.testing.assert_allclose(saved.transform_points(points), expected)
     forward, back = (
-        itk_images.read_transform("T", out / n) for n in ("T.hdf5", "I.h5")
+        itk_transforms.read_transform("T", out / n) for n in ("T.hdf5", "I.h5")
     )
     there = np.array([tuple(forward.TransformPoint(p)) for p in points.tolist()])
     np.testing.assert_allclose(there, expected, atol=1e-3)
@@ -303,7 +303,7 @@ def test_register_through_a_model(folder, tiny_lung):
         ("lung", "residual", "w.trch")
     ]
     for name in ("T.hdf5", "I.h5"):
-        transform = itk_images.read_transform("T", folder.path / "out" / name)
+        transform = itk_transforms.read_transform("T", folder.path / "out" / name)
         assert transform.GetNumberOfTransforms() == 3
     warped = itk_images.read_image("w", folder.path / "out" / "w.nrrd")
     assert itk_images.geometry_of(warped).size == PLACE_B.size

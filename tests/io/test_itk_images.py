@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icon_nephi.io import itk_images
+from icon_nephi.io import itk_images, itk_transforms
 from icon_nephi.registration.result import Registration
 from icon_nephi.space.frames import Geometry, apply_affine
 from tests.small_fits import geometry, rows_in, small_fit, unit_matrix, voxels_in
@@ -124,14 +124,14 @@ def test_a_transform_file_reads_back_equal(tmp_path, dimension, ending):
     assert isinstance(transform, itk.CompositeTransform[itk.D, dimension])
     path = tmp_path / f"transform.{ending}"
     itk.transformwrite(transform, str(path))
-    again = itk_images.read_transform("--transform", path)
+    again = itk_transforms.read_transform("--transform", path)
     points = rows_in(registration(dimension).geometry_B, 50, np.random.default_rng(0))
     np.testing.assert_allclose(through(again, points), through(transform, points))
 
 
 def test_huge_images_get_coarser_fields(monkeypatch):
-    monkeypatch.setattr(itk_images, "FINE_NODES", 1000)
-    monkeypatch.setattr(itk_images, "MOST_NODES", 1000)
+    monkeypatch.setattr(itk_transforms, "FINE_NODES", 1000)
+    monkeypatch.setattr(itk_transforms, "MOST_NODES", 1000)
     result = registration(3)
     assert np.prod(nodes_of(result.phi_AB)) < 5000  # with the margin
     points = rows_in(result.geometry_B, 300, np.random.default_rng(3))
@@ -150,7 +150,7 @@ def made_for(place, strength, said=None):
     eye = torch.eye(place.dimension + 1, dtype=torch.float64)
     fit = small_fit(place.dimension, eye, seed=3, strength=strength)
     result = Registration(fit, place, place, itk=True)
-    transform = itk_images.composite_transform(
+    transform = itk_transforms.composite_transform(
         result.map_AB, place, place, fit.matrix, said=said
     )
     return transform, result
@@ -176,8 +176,8 @@ def test_the_thick_slices_are_divided():
 
 
 def test_too_few_nodes_are_told(monkeypatch):
-    monkeypatch.setattr(itk_images, "FINE_NODES", 3000)
-    monkeypatch.setattr(itk_images, "MOST_NODES", 3000)
+    monkeypatch.setattr(itk_transforms, "FINE_NODES", 3000)
+    monkeypatch.setattr(itk_transforms, "MOST_NODES", 3000)
     said = []
     made_for(geometry((20, 18, 16), 5), 0.03, said)
     assert len(said) == 1
@@ -235,7 +235,7 @@ def test_missing_files_and_folders_are_refused(tmp_path):
     (tmp_path / "bad.h5").write_bytes(b"no")
     for name in ("none.h5", "bad.h5"):
         with pytest.raises(ValueError, match="--transform"):
-            itk_images.read_transform("--transform", tmp_path / name)
+            itk_transforms.read_transform("--transform", tmp_path / name)
 
 
 def test_a_geometry_without_volume_is_refused():
@@ -253,6 +253,6 @@ def test_the_default_matrix_is_what_the_headers_say():
         rows = x.flatten(2).transpose(1, 2)
         return apply_affine(headers, rows[0]).T.reshape(x.shape)
 
-    transform = itk_images.composite_transform(phi, fixed, moving)
+    transform = itk_transforms.composite_transform(phi, fixed, moving)
     points = rows_in(fixed, 20, np.random.default_rng(0))
     np.testing.assert_allclose(through(transform, points), points, atol=1e-6)

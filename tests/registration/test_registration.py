@@ -12,7 +12,7 @@ from icon_nephi.io import itk_images
 from icon_nephi.io.image_input import voxel_geometry
 from icon_nephi.maps.two_way import DIRECTIONS
 from icon_nephi.models import find_settings
-from icon_nephi.registration import result as registration
+from icon_nephi.registration import register as registration
 from icon_nephi.registration.register import register
 from icon_nephi.registration.result import Registration
 from icon_nephi.space.frames import identity_map

@@ -6,7 +6,7 @@ import pytest
 from evaluation.accuracy import trust as measured
 from icon_nephi.io.image_input import voxel_geometry
 from icon_nephi.maps.two_way import DIRECTIONS
-from icon_nephi.registration import result as registration
+from icon_nephi.registration import register as registration
 from icon_nephi.registration.result import Registration
 from icon_nephi.report import expected_error as trust
 from tests.small_fits import geometry, rows_in, small_fit, unit_matrix

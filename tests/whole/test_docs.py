@@ -17,7 +17,7 @@ import pytest
 
 from icon_nephi import cli
 from icon_nephi.io import itk_images
-from icon_nephi.registration import result as registration
+from icon_nephi.registration import register as registration
 from icon_nephi.report import page as report
 from icon_nephi.report import scene as layers
 from tests.commands.command_files import write_points

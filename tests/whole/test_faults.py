@@ -26,7 +26,7 @@ from icon_nephi.losses.gradient_icon import GradientICONPoints
 from icon_nephi.maps.transforms import NeuralTransform
 from icon_nephi.phantoms import triangles_and_circles
 from icon_nephi.registration import itk_pair as itk_maps
-from icon_nephi.registration import result as registration
+from icon_nephi.registration import register as registration
 from icon_nephi.registration import streaming
 from icon_nephi.space.chunks import ChunkedImage
 from tests.commands.command_files import pair, refused, result

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icon_nephi import cli
-from icon_nephi.io import itk_images
+from icon_nephi.io import itk_images, itk_transforms
 from icon_nephi.maps.framed import over_grid
 from icon_nephi.registration.result import Registration
 from icon_nephi.space.frames import Geometry
@@ -82,7 +82,7 @@ def test_three_ways_to_warp_an_image(seed, dimension, flipped):
             out = f"{name[0]}.nrrd"
             cli.warp(["--transform", name, *common, "--out", out])
         commands = [itk.imread(str(path / f"{n}.nrrd")) for n in "pT"]
-        transform = itk_images.read_transform("T", path / "T.h5")
+        transform = itk_transforms.read_transform("T", path / "T.h5")
     theirs = itk.resample_image_filter(
         moving, transform=transform, use_reference_image=True, reference_image=fixed
     )
@@ -113,7 +113,7 @@ def test_three_ways_to_move_points(seed, dimension, flipped):
         commands = [
             np.loadtxt(f"{n}.csv", delimiter=",", skiprows=1, ndmin=2) for n in "pT"
         ]
-        transform = itk_images.read_transform("T", path / "T.tfm")
+        transform = itk_transforms.read_transform("T", path / "T.tfm")
     for other in (*commands, through(transform, points)):
         np.testing.assert_allclose(other, ours, atol=1e-3)
     assert np.abs(ours - points).max() > 0.5
@@ -143,7 +143,7 @@ def test_determinants_are_those_of_central_differences(seed, dimension, flipped)
         exact, exported = (
             itk_images.array_of(itk.imread(f"{n}.nrrd")).ravel() for n in "pT"
         )
-        transform = itk_images.read_transform("T", Path("T.h5"))
+        transform = itk_transforms.read_transform("T", Path("T.h5"))
     ours = itk_images.array_of(result.jacobian_determinant()).ravel()
     points = centres(result.geometry_B)
     kept = within(result.geometry_B, points, 1e-3)  # the map has a kink at the border
