@@ -20,8 +20,8 @@ from small_runs import PLACE, SMALL, run
 from icon_nephi import (
     atomic,
     block_files,
+    cases,
     cli,
-    compare,
     describe,
     itk_images,
     itk_maps,
@@ -181,9 +181,9 @@ def test_the_other_commands_stop_so_too(folder, monkeypatch, capfd, name):
         "warp": (itk_maps.itk, "imwrite", [*start, "--image", "moving.nrrd"]),
         "jacobian": (itk_maps.itk, "imwrite", start),
         "info": (describe, "describe", ["pair.nephi"]),
-        "compare": (compare, "find_cases", ["--data", ".", "--out", "out/c.csv"]),
+        "compare": (cases, "find_cases", ["--data", ".", "--out", "out/c.csv"]),
     }[name]
-    monkeypatch.setattr(module, function, press, raising=False)
+    monkeypatch.setattr(module, function, press)
     said = stopped(getattr(cli, name), flags, capfd)
     assert said.startswith("stopped by the user")
     assert not list((folder.path / "out").iterdir())
