@@ -16,7 +16,7 @@ import torch
 
 from icon_nephi import _memory as memory
 from icon_nephi import cli, load, register
-from icon_nephi.commands import compare
+from icon_nephi.commands import cases
 from icon_nephi.commands import info as describe
 from icon_nephi.commands import register as runs
 from icon_nephi.fit.optimize import FitOptions
@@ -176,9 +176,9 @@ def test_the_other_commands_stop_so_too(folder, monkeypatch, capfd, name):
         "warp": (itk_maps.itk, "imwrite", [*start, "--image", "moving.nrrd"]),
         "jacobian": (itk_maps.itk, "imwrite", start),
         "info": (describe, "describe", ["pair.nephi"]),
-        "compare": (compare, "find_cases", ["--data", ".", "--out", "out/c.csv"]),
+        "compare": (cases, "find_cases", ["--data", ".", "--out", "out/c.csv"]),
     }[name]
-    monkeypatch.setattr(module, function, press, raising=False)
+    monkeypatch.setattr(module, function, press)
     said = stopped(getattr(cli, name), flags, capfd)
     assert said.startswith("stopped by the user")
     assert not list((folder.path / "out").iterdir())
