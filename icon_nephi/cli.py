@@ -212,7 +212,7 @@ def jacobian(argv: Sequence[str] | None = None) -> None:
     from icon_nephi.io.itk_images import array_of, geometry_of, image_of, write_image
     from icon_nephi.maps.jacobians import count_folds
     from icon_nephi.maps.two_way import direction_of
-    from icon_nephi.report.measure import spread_of
+    from icon_nephi.report.measure import determinant_range
 
     mapping = warps.read_map(given.transform)
     direction = direction_of(inverse=given.inverse)
@@ -239,7 +239,7 @@ def jacobian(argv: Sequence[str] | None = None) -> None:
         )
     if not given.quiet:
         said = warps.in_words(direction) if own else "as the transform says"
-        ends = ", ".join(f"{k} {v:.4f}" for k, v in spread_of(values).items())
+        ends = ", ".join(f"{k} {v:.4f}" for k, v in determinant_range(values).items())
         print(
             f"jacobian: {said}, mm by mm\ndeterminant: {ends}\n"
             f"folds: {folds} of {values.size} voxels\nout: {out}"

@@ -19,7 +19,8 @@ from icon_nephi.io.image_input import choose_device, read_input
 from icon_nephi.io.itk_images import resample_to
 from icon_nephi.maps.framed import over_grid
 from icon_nephi.maps.two_way import TwoWay
-from icon_nephi.report.measure import flips_on_grid, mean_dice_at, measure_points
+from icon_nephi.report.expected_error import inverse_consistency
+from icon_nephi.report.measure import flips_on_grid, mean_dice_at
 from icon_nephi.report.metrics import target_registration_error
 from icon_nephi.space.frames import apply_affine
 
@@ -57,9 +58,8 @@ def measure(case: Case, method: Method, options: Options) -> Row:
     row["folds_voxels_percent"] = flips_on_grid(moved, fixed)
     spread = np.random.default_rng(0).uniform(size=(POINTS, fixed.dimension))
     points = apply_affine(box, torch.from_numpy(spread)).numpy()
-    measured = measure_points(maps, points)
-    row["folds_points_percent"] = 100 * measured.fold_fraction
-    row["inverse_consistency_mm"] = float(measured.inverse_consistency.mean())
+    row["folds_points_percent"] = 100 * maps.fold_fraction(points)
+    row["inverse_consistency_mm"] = float(inverse_consistency(maps, points).mean())
     goals = case.moving_points
     if case.fixed_points is not None and goals is not None:
         for name, at in (

@@ -22,7 +22,7 @@ from icon_nephi.io.itk_transforms import write_transform
 from icon_nephi.io.versions import versions
 from icon_nephi.maps.two_way import MOVING_TO_FIXED
 from icon_nephi.registration.itk_pair import ItkPair
-from icon_nephi.report.measure import label_scores, landmark_scores, summary
+from icon_nephi.report.measure import score_labels, score_landmarks, summarize_result
 
 OUTPUTS = {
     "transform_out": TRANSFORMS,
@@ -143,7 +143,7 @@ def find_outputs(given: argparse.Namespace) -> dict[str, Path]:
 
 
 def run(given: argparse.Namespace, command: list[str]) -> dict[str, Any]:
-    """Register, write every output, and return the summary (see `measure.summary`).
+    """Register, write every output, and return the summary (see `summarize_result`).
 
     Args:
         given: the flags, checked.
@@ -170,12 +170,12 @@ def run(given: argparse.Namespace, command: list[str]) -> dict[str, Any]:
         "flags": flags_of(given),
     }
     if not given.quiet or given.json is not None:
-        found |= summary(result, others)
+        found |= summarize_result(result, others)
     found["warnings"] = [in_flags(w) for w in (*result.warnings, *read.warnings)]
     if read.landmarks is not None:
-        found["landmarks_mm"] = landmark_scores(result, *read.landmarks)
+        found["landmarks_mm"] = score_landmarks(result, *read.landmarks)
     if read.labels is not None:
-        found["dice"] = label_scores(result, *read.labels)
+        found["dice"] = score_labels(result, *read.labels)
     found["outputs"] = {name: str(path) for name, path in outputs.items()}
     found["versions"] = versions()
     with written_whole(*outputs.values()) as parts:
