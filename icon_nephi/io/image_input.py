@@ -14,12 +14,12 @@ from torch import Tensor
 
 from icon_nephi._check import check_dimension, check_image, check_labels, check_mask
 from icon_nephi.io.resampling import reader
-from icon_nephi.maps.framed import Array, over_grid
-from icon_nephi.space.frames import Geometry
+from icon_nephi.maps.framed import over_grid
+from icon_nephi.space.frames import Array, Geometry
 
 
 def is_itk(image: Any) -> bool:
-    """Whether this is an ITK image, asked without importing ITK."""
+    """Return whether this is an ITK image, asked without importing ITK."""
     return hasattr(image, "GetLargestPossibleRegion")
 
 
@@ -35,7 +35,7 @@ def check_kind(name: str, image: Any, other: str, expected: Any) -> None:
 def choose_device(
     device: torch.device | str | None, tensor: Tensor | None
 ) -> torch.device:
-    """The device asked for, else the tensor's, else a GPU if there is one.
+    """Return the device asked for, else the tensor's, else a GPU if there is one.
 
     Raises:
         ValueError: a device that is not here.
@@ -55,7 +55,7 @@ def choose_device(
 
 
 def place_of(name: str, image: Any, *, itk: bool, dimension: int) -> Geometry:
-    """Where a checked image lies: an ITK image (``itk``) or a tensor.
+    """Return where a checked image lies: an ITK image (``itk``) or a tensor.
 
     Raises:
         TypeError: the other kind of image.
@@ -74,7 +74,7 @@ def place_of(name: str, image: Any, *, itk: bool, dimension: int) -> Geometry:
 
 
 def voxels_of(image: Any) -> Array:
-    """The values ``[*grid, C]`` of a checked image, in their own type."""
+    """Return the values ``[*grid, C]`` of a checked image, in their own type."""
     if is_itk(image):
         from icon_nephi.io.itk_images import array_of
 
@@ -84,13 +84,13 @@ def voxels_of(image: Any) -> Array:
 
 
 def voxel_geometry(size: Sequence[int]) -> Geometry:
-    """Tensors have no millimetres: a voxel is one long on every axis."""
+    """Return the place of a tensor, whose voxels are one long on every axis."""
     unit = Geometry.unit(size)
     return Geometry(unit.size, (1.0,) * len(unit.size), unit.origin, unit.direction)
 
 
 def check_tensor(name: str, image: Any) -> Tensor:
-    """The tensor, if it is one image ``[1, C, *grid]`` of any number type.
+    """Return the tensor, if it is one image ``[1, C, *grid]`` of any number type.
 
     Raises:
         TypeError: not a tensor.
@@ -116,7 +116,7 @@ def check_tensor(name: str, image: Any) -> Tensor:
 def read_input(
     letter: str, image: Any, mask: Any
 ) -> tuple[Tensor, Tensor | None, Geometry]:
-    """Image ``[1, C, *grid]`` and mask ``[1, 1, *grid]`` (0 or 1), float32; its place.
+    """Return image ``[1, C, *grid]``, mask ``[1, 1, *grid]`` (0 or 1), float32; place.
 
     Args:
         letter: A or B, for the errors.
@@ -141,7 +141,7 @@ def read_input(
 
 
 def read_label_map(name: str, labels: Any, place: Geometry, *, itk: bool) -> Tensor:
-    """A label map at the voxels of a place, ``[1, 1, *grid]`` int64: 0 beyond it.
+    """Return a label map at the voxels of a place, ``[1, 1, *grid]`` int64, else 0.
 
     Args:
         name: for the errors.
@@ -165,13 +165,15 @@ def read_label_map(name: str, labels: Any, place: Geometry, *, itk: bool) -> Ten
         raise ValueError(f"{name} has {values.shape[-1]} channels, expected one")
     values = check_labels(name, values, least=0)
     if not _same_place(own, place):
-        read = reader(values, own.physical_to_unit(), "nearest", 0)
-        values = over_grid(read, place.size, place.unit_to_physical(), 1, values.dtype)
+        label_at = reader(values, own.physical_to_unit(), "nearest", 0)
+        values = over_grid(
+            label_at, place.size, place.unit_to_physical(), 1, values.dtype
+        )
     return torch.from_numpy(values[..., 0].astype(np.int64))[None, None]
 
 
 def check_points(name: str, points: Any, dimension: int) -> Array:
-    """The points as ``[N, d]`` float64.
+    """Return the points as ``[N, d]`` float64.
 
     Raises:
         ValueError: another shape, or numbers that are not finite.
@@ -213,7 +215,7 @@ def _from_itk(
 
 
 def _same_place(first: Geometry, second: Geometry) -> bool:
-    """Equal up to the rounding of file headers."""
+    """Return whether they are equal up to the rounding of file headers."""
     return first.size == second.size and np.allclose(
         first.unit_to_physical(), second.unit_to_physical(), rtol=0, atol=1e-4
     )

@@ -76,10 +76,9 @@ class RawFile:
         return np.memmap(self.path, self.stored, mode, offset, shape)
 
     def read(self, shape: tuple[int, ...], box: Box) -> Array:
-        """Return the values of a box. Mapped anew: pages that stay mapped count as memory."""
-        values = np.array(self.opened(shape)[box]).astype(
-            self.stored.newbyteorder("="), copy=False
-        )
+        """Return the values of a box. Mapped anew: mapped pages count as memory."""
+        values = np.array(self.opened(shape)[box])
+        values = values.astype(self.stored.newbyteorder("="), copy=False)
         if self.dtype == values.dtype:
             return values
         return (values * self.slope + self.intercept).astype(np.float32)
@@ -109,13 +108,10 @@ def geometry_in(path: Path) -> Geometry:
     Raises:
         ValueError: not an image, or not one number a voxel.
     """
-    import itk
+    from icon_nephi.io.itk_images import read_header
 
     try:
-        mode = itk.CommonEnums.IOFileMode_ReadMode
-        header = itk.ImageIOFactory.CreateImageIO(str(path), mode)
-        header.SetFileName(str(path))
-        header.ReadImageInformation()
+        header = read_header(path)
         count, axes = header.GetNumberOfComponents(), header.GetNumberOfDimensions()
         columns = [map(float, header.GetDirection(a)) for a in range(axes)]
         place = Geometry(
@@ -227,8 +223,9 @@ def _meta(path: Path) -> RawFile:
     if fields.get("CompressedData", "False").lower() == "true":
         raise _compressed(path)
     big = fields.get("ElementByteOrderMSB", "False")
-    big = fields.get("BinaryDataByteOrderMSB", big).lower() == "true"
-    stored = np.dtype((">" if big else "<") + _META[fields["ElementType"]])
+    big = fields.get("BinaryDataByteOrderMSB", big)
+    order = ">" if big.lower() == "true" else "<"
+    stored = np.dtype(order + _META[fields["ElementType"]])
     if int(fields.get("ElementNumberOfChannels", "1")) != 1:
         raise KeyError("several numbers a voxel")
     where = fields["ElementDataFile"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import itk
@@ -12,6 +13,7 @@ import torch
 from icon_nephi._check import check_dimension
 from icon_nephi.io import itk_images
 from icon_nephi.io.itk_images import array_of, geometry_of, image_of
+from icon_nephi.io.itk_transforms import affine_transform, composed
 from icon_nephi.io.resampling import least_value, reader
 from icon_nephi.maps.framed import over_grid
 from icon_nephi.maps.jacobians import fold_fraction
@@ -145,11 +147,9 @@ class ItkPair:
 
     def inverse_consistency_error(self, reference: Any = None) -> Any:
         """Return |phi_BA(phi_AB(x)) - x| in mm at every voxel of the fixed grid."""
-        both = itk.CompositeTransform[itk.D, self.dimension].New()
-        both.AddTransform(self._transform(MOVING_TO_FIXED))
-        both.AddTransform(self.phi_AB)
+        there_and_back = composed(self.phi_AB, self._transform(MOVING_TO_FIXED))
         place = geometry_of(self._image(reference, FIXED_TO_MOVING))
-        missed = np.linalg.norm(_displacements(both, place), axis=-1)
+        missed = np.linalg.norm(_displacements(there_and_back, place), axis=-1)
         return image_of(missed.astype(np.float32), place)
 
     def _transform(self, direction: str) -> Any:
@@ -189,34 +189,20 @@ class ItkPair:
         if not abs(np.linalg.det(linear)) > 1e-6:
             linear = np.eye(d)
         # ITK's fields are float32: what is left of the map is small, and so exact.
-        rest = _then_undone(self._transform(direction), linear, moved[-1], middle)
+        back = np.linalg.inv(linear)
+        undo = affine_transform(back, middle - back @ moved[-1])
+        rest = composed(self._transform(direction), undo)
         matrices = np.empty((*place.size, d, d))
         for axis, step in enumerate(h * np.eye(d)):
-            forth, back = (
-                _displacements(rest, _shifted(place, s * step)) for s in (1, -1)
-            )
-            slope = (forth.astype(np.float64) - back) / (2 * h)
+            higher = _displacements(rest, _shifted(place, step)).astype(np.float64)
+            slope = (higher - _displacements(rest, _shifted(place, -step))) / (2 * h)
             slope[..., axis] += 1
             matrices[..., axis] = slope @ linear.T
         return matrices
 
 
 def _shifted(place: Geometry, by: Array) -> Geometry:
-    origin = tuple((np.array(place.origin) + by).tolist())
-    return Geometry(place.size, place.spacing, origin, place.direction)
-
-
-def _then_undone(transform: Any, linear: Array, there: Array, here: Array) -> Any:
-    """Return the transform, then the inverse of its linear part around a point."""
-    d = len(here)
-    affine = itk.AffineTransform[itk.D, d].New()
-    back = np.linalg.inv(linear)
-    affine.SetMatrix(itk.matrix_from_array(back))
-    affine.SetTranslation((here - back @ there).tolist())
-    both = itk.CompositeTransform[itk.D, d].New()
-    both.AddTransform(affine)  # ITK applies the one added last first
-    both.AddTransform(transform)
-    return both
+    return replace(place, origin=tuple((np.array(place.origin) + by).tolist()))
 
 
 def _displacements(transform: Any, place: Geometry) -> Array:

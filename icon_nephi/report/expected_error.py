@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from icon_nephi.maps.framed import Array
 from icon_nephi.maps.two_way import FIXED_TO_MOVING, PointMapping, opposite
-from icon_nephi.space.frames import Geometry
+from icon_nephi.space.frames import Array, Geometry
 
 #: What `estimate` weighs the voxel, the inverse consistency and the spread with;
 #: measured on five real pairs (`python -m evaluation.accuracy.trust`).
@@ -25,7 +24,7 @@ ENSEMBLE = (0.35, 0.5, 1.0)
 def inverse_consistency(
     mapping: PointMapping, points: Any, direction: str = FIXED_TO_MOVING
 ) -> Array:
-    """How far each point comes back from where it started, ``[N]``.
+    """Return how far each point comes back from where it started, ``[N]``.
 
     Tensors: in voxels of the image the points lie in.
 
@@ -49,7 +48,7 @@ def spread(
     points: Any,
     direction: str = FIXED_TO_MOVING,
 ) -> Array:
-    """How far registrations of one pair lie apart at points, ``[N]``.
+    """Return how far registrations of one pair lie apart at points, ``[N]``.
 
     Tensors: in voxels of the image the points are mapped to.
 
@@ -71,7 +70,7 @@ def spread(
 
 
 def scatter(moved: Array) -> Array:
-    """Root mean square distances ``[N]`` of ``[n, N, d]`` from their mean over n.
+    """Return the RMS distances ``[N]`` of ``[n, N, d]`` from their mean over n.
 
     With n - 1 in the denominator: the same for any number of registrations.
     """
@@ -81,7 +80,7 @@ def scatter(moved: Array) -> Array:
 
 
 def estimate(voxel: float, missed: Array, apart: Array | None = None) -> Array:
-    """A typical error of each point: about half of the true ones are smaller.
+    """Return a typical error of each point: about half of the true ones are smaller.
 
     With weights fitted to four pairs, on the fifth 75 % of the landmark errors were
     below twice the estimate and 89 % below three times it (with an ensemble 85 % and
@@ -105,7 +104,7 @@ def error_estimate(
     others: Sequence[PointMapping] = (),
     direction: str = FIXED_TO_MOVING,
 ) -> Array:
-    """About how far off each mapped point is, ``[N]``; see `estimate`.
+    """Return about how far off each mapped point is, ``[N]``; see `estimate`.
 
     Args:
         registration: the one in question.
@@ -123,5 +122,5 @@ def error_estimate(
 
 
 def voxel_side(geometry: Geometry) -> float:
-    """The side of a cube (square) of a voxel's volume."""
+    """Return the side of a cube (square) of a voxel's volume."""
     return float(np.prod(geometry.spacing) ** (1 / geometry.dimension))

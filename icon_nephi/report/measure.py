@@ -220,7 +220,7 @@ def measure_scene(
         folds_percent=folds_percent,
         count=both.size,
         where="in the mask" if masked else "in the fixed image",
-        outside=float(scene.outside(moved).mean()),
+        outside=float(scene.A.outside(moved).mean()),
         landmarks=errors,
         overlap=overlap,
     )

@@ -98,7 +98,7 @@ def write_report(
 
 
 def _scales(measured: Measured) -> Scales:
-    """Where the colours end: hardly any voxel is beyond."""
+    """Return where the colours end: hardly any voxel is beyond."""
     good = measured.determinants[measured.determinants > 0]
     growth = np.abs(np.log2(good)) if len(good) else np.ones(1)
     missed, expected = measured.inverse_consistency, measured.expected_error
@@ -111,12 +111,10 @@ def _scales(measured: Measured) -> Scales:
 
 def _warnings(scene: Scene, measured: Measured, result: Registered) -> list[str]:
     """Return what a reader should doubt, a sentence each."""
-    doubts = [
-        str(w)
-        .replace("image_B", "the fixed image")
-        .replace("image_A", "the moving one")
-        for w in result.warnings
-    ]
+    doubts = []
+    for warning in result.warnings:
+        named = str(warning).replace("image_B", "the fixed image")
+        doubts.append(named.replace("image_A", "the moving one"))
     if measured.outside > 0.05 and not any("extrapolated" in w for w in doubts):
         doubts.append(
             f"{100 * measured.outside:.0f} % of what lies {measured.where} maps "
@@ -180,7 +178,7 @@ def _tiles(
 
 
 def _notes(scene: Scene, measured: Measured) -> list[str]:
-    """How to read the pictures and the tables."""
+    """Return how to read the pictures and the tables."""
     notes = []
     if scene.itk and scene.B.dimension == 3:
         notes.append(
@@ -214,33 +212,26 @@ def _tables(scene: Scene, measured: Measured) -> list[dict[str, Any]]:
             "Landmark error": landmarks[1],
             "Expected error at landmarks": landmarks[2],
         }
-    header = ["", "mean", "median", "95 %", "largest"]
     rows = []
     for name, values in lengths.items():
         numbers = summarize(values)
         rows.append([name, *(f"{numbers[s]:.2f}" for s in _STATISTICS)])
-    tables = [{"caption": f"Lengths in {scene.unit}", "header": header, "rows": rows}]
-    shares = (0, 0.01, 0.5, 0.99, 1)
-    quantiles = np.quantile(measured.determinants, shares)
-    tables.append(
-        {
-            "caption": "Jacobian determinant, fixed to moving",
-            "header": ["", "least", "1 %", "median", "99 %", "largest"],
-            "rows": [["Determinant", *(f"{q:.2f}" for q in quantiles)]],
-        }
-    )
+    header = ["mean", "median", "95 %", "largest"]
+    tables = [(f"Lengths in {scene.unit}", header, rows)]
+    quantiles = np.quantile(measured.determinants, (0, 0.01, 0.5, 0.99, 1))
+    rows = [["Determinant", *(f"{q:.2f}" for q in quantiles)]]
+    header = ["least", "1 %", "median", "99 %", "largest"]
+    tables.append(("Jacobian determinant, fixed to moving", header, rows))
     if measured.overlap:
         rows = [[f"Label {k}", f"{a:.3f}", f"{b:.3f}"] for k, a, b in measured.overlap]
-        header = ["", "before", "after"]
-        tables.append({"caption": "Dice overlap", "header": header, "rows": rows})
+        tables.append(("Dice overlap", ["before", "after"], rows))
     rows = []
     for name, place in (("Moving", scene.A), ("Fixed", scene.B)):
         size = " × ".join(str(n) for n in place.itk_size)
         spacing = " × ".join(f"{s:.4g}" for s in place.spacing)
         rows.append([name, size, f"{spacing} mm" if scene.itk else "a tensor"])
-    header = ["", "voxels", "spacing"]
-    tables.append({"caption": "Images, x first", "header": header, "rows": rows})
-    return tables
+    tables.append(("Images, x first", ["voxels", "spacing"], rows))
+    return [{"caption": c, "header": ["", *h], "rows": r} for c, h, r in tables]
 
 
 def _view(scene: Scene, view: pictures.View, scales: Scales) -> dict[str, Any]:
