@@ -130,14 +130,37 @@ def read_input(
     name, mask_name = f"image_{letter}", f"mask_{letter}"
     if mask is not None:
         check_kind(mask_name, mask, name, image)
-    if is_itk(image):
-        return _from_itk(name, image, mask_name, mask)
-    values = check_tensor(name, image).detach().float()
-    if mask is not None:
-        mask = check_tensor(mask_name, mask).detach()
-        check_mask(mask_name, mask, values.shape[2:])
-        mask = (mask > 0).any(1, keepdim=True).float()
-    return values, mask, voxel_geometry(values.shape[2:])
+    if not is_itk(image):
+        values = check_tensor(name, image).detach().float()
+        if mask is not None:
+            mask = check_tensor(mask_name, mask).detach()
+            check_mask(mask_name, mask, values.shape[2:])
+            mask = (mask > 0).any(1, keepdim=True).float()
+        return values, mask, voxel_geometry(values.shape[2:])
+
+    from icon_nephi.io.itk_images import (
+        check_itk_image,
+        geometry_of,
+        resample_to,
+        tensor_of,
+    )
+
+    check_itk_image(name, image)
+    place = geometry_of(image)
+    if mask is None:
+        return tensor_of(image), None, place
+    check_itk_image(mask_name, mask)
+    own, inside = geometry_of(mask), tensor_of(mask)
+    check_dimension(mask_name, own.dimension, f"{name} is", place.dimension)
+    check_mask(mask_name, inside, inside.shape[2:])
+    if not _same_place(own, place):
+        inside = tensor_of(resample_to(mask, image))
+        if not bool((inside > 0).any()):
+            raise ValueError(
+                f"{mask_name} and {name} do not overlap: no voxel above zero lies in "
+                "the image; check that they belong together"
+            )
+    return tensor_of(image), (inside > 0).float(), place
 
 
 def read_label_map(name: str, labels: Any, place: Geometry, *, itk: bool) -> Tensor:
@@ -166,9 +189,8 @@ def read_label_map(name: str, labels: Any, place: Geometry, *, itk: bool) -> Ten
     values = check_labels(name, values, least=0)
     if not _same_place(own, place):
         label_at = reader(values, own.physical_to_unit(), "nearest", 0)
-        values = over_grid(
-            label_at, place.size, place.unit_to_physical(), 1, values.dtype
-        )
+        grid = place.size, place.unit_to_physical()
+        values = over_grid(label_at, *grid, 1, values.dtype)
     return torch.from_numpy(values[..., 0].astype(np.int64))[None, None]
 
 
@@ -187,31 +209,6 @@ def check_points(name: str, points: Any, dimension: int) -> Array:
     if not np.isfinite(rows.astype(np.float64)).all():
         raise ValueError(f"{name} must be finite; leave out those that are not")
     return rows.astype(np.float64)
-
-
-def _from_itk(
-    name: str, image: Any, mask_name: str, mask: Any
-) -> tuple[Tensor, Tensor | None, Geometry]:
-    from icon_nephi.io import itk_images
-
-    itk_images.check_itk_image(name, image)
-    geometry, inside = itk_images.geometry_of(image), None
-    if mask is not None:
-        itk_images.check_itk_image(mask_name, mask)
-        check_dimension(
-            mask_name, mask.GetImageDimension(), f"{name} is", geometry.dimension
-        )
-        own = itk_images.tensor_of(mask)
-        check_mask(mask_name, own, own.shape[2:])
-        if not _same_place(itk_images.geometry_of(mask), geometry):
-            own = itk_images.tensor_of(itk_images.resample_to(mask, image))
-            if not bool((own > 0).any()):
-                raise ValueError(
-                    f"{mask_name} and {name} do not overlap: no voxel above zero lies "
-                    "in the image; check that they belong together"
-                )
-        inside = (own > 0).float()
-    return itk_images.tensor_of(image), inside, geometry
 
 
 def _same_place(first: Geometry, second: Geometry) -> bool:

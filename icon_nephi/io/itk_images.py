@@ -63,16 +63,14 @@ def check_itk_image(name: str, image: Any) -> None:
 def geometry_of(image: Any) -> Geometry:
     """Return where a 2D or 3D ITK image lies."""
     region = image.GetLargestPossibleRegion()
+    # Of the first voxel there is: after cropping its index need not be zero.
+    origin = image.TransformIndexToPhysicalPoint(region.GetIndex())
+    direction = itk.array_from_matrix(image.GetDirection())
     return Geometry(
         size=other_order(int(n) for n in region.GetSize()),
         spacing=tuple(float(s) for s in image.GetSpacing()),
-        # The first voxel there is: after cropping its index need not be zero.
-        origin=tuple(
-            map(float, image.TransformIndexToPhysicalPoint(region.GetIndex()))
-        ),
-        direction=tuple(
-            map(tuple, itk.array_from_matrix(image.GetDirection()).tolist())
-        ),
+        origin=tuple(float(x) for x in origin),
+        direction=tuple(map(tuple, direction.tolist())),
     )
 
 
@@ -96,11 +94,9 @@ def image_of(array: Array, geometry: Geometry) -> Any:
         image = itk.image_from_array(np.ascontiguousarray(values))
     else:
         values = np.ascontiguousarray(array, dtype=np.float32)
-        kind = (
-            {"ttype": (itk.Image[itk.Vector[itk.F, d], d],)}
-            if values.shape[-1] == d  # what readers of displacements expect
-            else {"is_vector": True}
-        )
+        kind: dict[str, Any] = {"is_vector": True}
+        if values.shape[-1] == d:  # what readers of displacements expect
+            kind = {"ttype": (itk.Image[itk.Vector[itk.F, d], d],)}
         image = itk.image_from_array(values, **kind)
     image.SetSpacing(geometry.spacing)
     image.SetOrigin(geometry.origin)
@@ -223,9 +219,9 @@ def resample(
     Raises:
         ValueError: image, reference and transform of different dimensions.
     """
-    d = image.GetImageDimension()
-    others = [reference.GetImageDimension()]
-    others += [] if transform is None else [transform.GetInputSpaceDimension()]
+    d, *others = image.GetImageDimension(), reference.GetImageDimension()
+    if transform is not None:
+        others.append(transform.GetInputSpaceDimension())
     if set(others) != {d}:
         raise ValueError(
             f"the image is {d}D but the reference or the transform is not; pass those "

@@ -21,6 +21,9 @@ from icon_nephi.space.frames import Array, Geometry, apply_affine, other_order
 #: Nodes of an exported field, each three doubles: where an axis has steps finer than
 #: the voxels at most the first number (70 MB as a file), else the second (200 MB).
 FINE_NODES, MOST_NODES = 6_000_000, 2**24
+#: Of an exported field: of points in millimetres, and of Jacobian determinants.
+TOLERANCES = 1e-3, 1e-3
+_MARGIN = 0.05  # share of the image that the field has on every side of it
 
 
 def read_transform(name: str, path: str | os.PathLike[str]) -> Any:
@@ -49,9 +52,6 @@ def composite_transform(
     target: Geometry,
     matrix: Tensor | None = None,
     *,
-    tolerance: float = 1e-3,
-    volume_tolerance: float = 1e-3,
-    margin: float = 0.05,
     device: torch.device | str = "cpu",
     said: list[str] | None = None,
 ) -> Any:
@@ -78,11 +78,8 @@ def composite_transform(
         target: the image whose points come out.
         matrix: the affine part, homogeneous ``[d + 1, d + 1]`` between the unit boxes.
             Default: both images lie where their headers say.
-        tolerance: millimetres.
-        volume_tolerance: of Jacobian determinants.
-        margin: share of the image added on every side.
         device: where phi is evaluated.
-        said: takes a sentence if the nodes do not suffice for the tolerances.
+        said: takes a sentence if the nodes do not suffice for `TOLERANCES`.
     """
     d = source.dimension
     into, out = source.unit_to_physical(), target.unit_to_physical()
@@ -103,20 +100,20 @@ def composite_transform(
 
     finest = min(FINE_NODES, max(10**6, 4**d * int(np.prod(source.size))))
     limits = max(MOST_NODES, finest), finest
-    asked = tolerance, volume_tolerance
-    nodes, *off = spline_nodes(mapped, into, source.size, smooth, asked, limits)
-    if said is not None and any(x > most for x, most in zip(off, asked, strict=True)):
+    nodes, *off = spline_nodes(mapped, into, source.size, smooth, TOLERANCES, limits)
+    missed = any(x > most for x, most in zip(off, TOLERANCES, strict=True))
+    if said is not None and missed:
         said.append(
             f"the ITK transform has no room for more nodes: between voxels it is up to "
             f"{off[0]:.1g} mm off, and its Jacobian determinants up to {off[1]:.1g} "
             "(those of the saved registration are exact)"
         )
-    pads = [int(np.ceil(margin * n)) + 2 for n in nodes]  # 2: a cubic's reach
+    pads = [int(np.ceil(_MARGIN * n)) + 2 for n in nodes]  # 2: a cubic's reach
     grid = _padded(source, nodes, pads)
     frame = grid.unit_to_physical()
     field = over_grid(beside, grid.size, frame, d, np.float64, mapped=mapped)
     solvers = [_coefficients(n, p) for n, p in zip(nodes, pads, strict=True)]
-    quantum = 2.0 ** np.floor(np.log2(tolerance / 200))  # so that files compress
+    quantum = 2.0 ** np.floor(np.log2(TOLERANCES[0] / 200))  # so that files compress
     for component in range(d):
         values = field[..., component]
         for axis, solve in enumerate(solvers):
@@ -143,7 +140,7 @@ def affine_transform(matrix: Array, shift: Array) -> Any:
 
 
 def composed(first: Any, second: Any) -> Any:
-    """Return the ``itk.CompositeTransform`` that applies one transform, then another."""
+    """Return the ``itk.CompositeTransform`` of one transform, then another."""
     both = itk.CompositeTransform[itk.D, first.GetInputSpaceDimension()].New()
     both.AddTransform(second)  # ITK applies the one added last first
     both.AddTransform(first)

@@ -109,7 +109,7 @@ def _missed(
     unit: Array,
     smooth: Callable[[Array], Array],
 ) -> tuple[float, float]:
-    """Return about the most that places and determinants are off, by one axis's steps."""
+    """Return about the most that places and determinants are off, by one axis."""
     d, unit = unit.shape[1], unit.copy()
     # Half of them at nodes, where the voxels are; none where the map has its border.
     unit[::2, axis] = np.round(unit[::2, axis] * (count - 1)) / (count - 1)

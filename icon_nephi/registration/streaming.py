@@ -185,8 +185,7 @@ class _Output:
     """A function of places that is written at every voxel of a grid.
 
     Attributes:
-        name: of it, for the bar.
-        place: the grid.
+        name, place: for the bar; the grid.
         mapped: a map of places, or None.
         function: of rows ``[N, d]`` in millimetres, and of the mapped rows if there is
             a map: ``[N]`` or ``[N, C]``.
@@ -194,8 +193,7 @@ class _Output:
         into: homogeneous matrix, millimetres -> the unit box of the field, at whose
             border the function has a kink.
         finish: its values ``[*block, C]`` -> what is written, ``[*block, *channels]``.
-        channels: of the result.
-        dtype: of the result.
+        channels, dtype: of what is written.
     """
 
     name: str

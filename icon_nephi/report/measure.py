@@ -101,10 +101,7 @@ def determinant_range(determinants: Array) -> dict[str, float]:
 def score_landmarks(result: Mapping, fixed: Array, moving: Array) -> dict[str, Any]:
     """Return the target registration error in mm before and after; see `summarize`.
 
-    Args:
-        result: what maps the points.
-        fixed: ``[N, d]``, LPS mm.
-        moving: the same landmarks in the moving image, same order.
+    Landmarks are ``[N, d]``, LPS mm, in the same order.
     """
     moved = result.transform_points(fixed)
     return {
@@ -117,10 +114,7 @@ def score_landmarks(result: Mapping, fixed: Array, moving: Array) -> dict[str, A
 def score_labels(result: Mapping, fixed: Any, moving: Any) -> dict[str, Any]:
     """Return the Dice of each label in both maps, and its mean, before and after.
 
-    Args:
-        result: what warps the labels.
-        fixed: label map in the fixed image's space; overlap is counted on its grid.
-        moving: label map in the moving image's space.
+    Of ITK label maps, in the spaces of their images; counted on the fixed one's grid.
 
     Raises:
         ValueError: no common label.
@@ -278,12 +272,7 @@ def _both(name: str, what: str, fixed: Any, moving: Any) -> bool:
 
 
 def flips_on_grid(moved: Array, place: Geometry) -> float:
-    """Return ICON's percentage of flips of a map known at the voxels of a grid.
-
-    Args:
-        moved: ``[*grid, d]``, where they go, LPS mm.
-        place: the grid.
-    """
+    """Return ICON's percentage of flips: ``[*grid, d]`` is where voxels go, LPS mm."""
     d = place.dimension
     rows = torch.from_numpy(moved).double().reshape(-1, d)
     voxels = torch.tensor(place.size) - 1

@@ -39,12 +39,10 @@ class View:
     Attributes:
         name: such as "Axial".
         axis: tensor axis across the slices, None for a 2D image.
-        rows: tensor axis shown downwards.
-        columns: tensor axis shown to the right.
+        rows, columns: tensor axes shown downwards and to the right.
         flipped: whether rows, columns run against the voxel numbers.
         edges: what is at the left, right, top and bottom.
-        numbers: voxel numbers of the slices along the axis.
-        places: where each slice lies, in words.
+        numbers, places: of the slices: voxel along the axis, and where, in words.
     """
 
     name: str
@@ -94,14 +92,9 @@ def views_of(geometry: Geometry, *, physical: bool, slices: int = 20) -> list[Vi
 
 def tilt(geometry: Geometry) -> float:
     """Return the most degrees between an image axis and the LPS axis of its name."""
-    axes, signs = _nearest_axes(geometry)
-    d = geometry.dimension
-    direction = np.array(geometry.direction)
-    cosines = [
-        s * direction[p, d - 1 - a]
-        for p, (a, s) in enumerate(zip(axes, signs, strict=True))
-    ]
-    return float(np.degrees(np.arccos(np.clip(min(cosines), -1, 1))))
+    columns = [geometry.dimension - 1 - axis for axis in _nearest_axes(geometry)[0]]
+    cosines = np.abs(np.diag(np.array(geometry.direction)[:, columns]))
+    return float(np.degrees(np.arccos(np.clip(cosines.min(), -1, 1))))
 
 
 def pixel_grid(view: View, geometry: Geometry, side: int) -> Array:
@@ -138,11 +131,9 @@ def pixel_grid(view: View, geometry: Geometry, side: int) -> Array:
 def in_plane(view: View, geometry: Geometry) -> Array:
     """Return unit vectors ``[2, d]`` of the frame: a pixel down, one to the right."""
     matrix = geometry.unit_to_physical().numpy()
-    columns = [
-        matrix[:-1, axis] * (-1 if flipped else 1)
-        for axis, flipped in zip((view.rows, view.columns), view.flipped, strict=True)
-    ]
-    return np.stack([c / np.linalg.norm(c) for c in columns])
+    signs = np.where(view.flipped, -1, 1)
+    vectors = (matrix[:-1, [view.rows, view.columns]] * signs).T
+    return np.stack([v / np.linalg.norm(v) for v in vectors])
 
 
 def resized(values: Array, size: Sequence[int]) -> Array:

@@ -144,10 +144,7 @@ def _shown(
 def spread_out(size: Sequence[int], frame: Tensor, count: int) -> Array:
     """Return about `count` voxel centres ``[N, d]`` of a grid, evenly spread.
 
-    Args:
-        size: voxels per tensor axis.
-        frame: homogeneous matrix, the grid's unit box -> the frame of the points.
-        count: at most.
+    In the frame that the homogeneous matrix takes the grid's unit box to.
     """
     step = int(np.ceil((np.prod(size, dtype=float) / count) ** (1 / len(size))))
     axes = [np.arange(min(step // 2, n - 1), n, step) / (n - 1) for n in size]
