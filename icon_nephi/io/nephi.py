@@ -155,11 +155,8 @@ def _checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 
 
 def _assemble(header: dict[str, Any], tensors: dict[str, Tensor]) -> Saved:
-    code = LatentCode(
-        tensors["code.global"],
-        tuple(tensors[f"code.local.{i}"] for i in range(header["local_codes"])),
-        header["interpolation"],
-    )
+    local = tuple(tensors[f"code.local.{i}"] for i in range(header["local_codes"]))
+    code = LatentCode(tensors["code.global"], local, header["interpolation"])
     places = [_geometry(header[name]) for name in ("geometry_A", "geometry_B")]
     fields = {name: _field(name, header["fields"][name], tensors) for name in _FIELDS}
     _check_parts(code, tensors["matrix"], places, fields)

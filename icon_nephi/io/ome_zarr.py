@@ -113,12 +113,9 @@ def zarr_writer(
     import zarr
 
     group = zarr.open_group(str(folder), mode="w", zarr_format=2)
-    array = group.create_array(
-        "0",
-        shape=(*channels, *place.size),
-        chunks=(*channels, *(min(block, n) for n in place.size)),
-        dtype=dtype,
-    )
+    shape = (*channels, *place.size)
+    chunks = (*channels, *(min(block, n) for n in place.size))
+    array = group.create_array("0", shape=shape, chunks=chunks, dtype=dtype)
     names = "zyx"[3 - place.dimension :]
     axes: list[Any] = [{"name": "c", "type": "channel"}] * len(channels)
     axes += [{"name": n, "type": "space", "unit": "millimeter"} for n in names]

@@ -168,10 +168,8 @@ def _read_volumes(
     progress: bool,
 ) -> list[PreparedImage]:
     """Return working levels of two images read in parts, and their finer ones."""
-    volumes = [
-        as_volume(f"image_{letter}", image, memory_limit)
-        for letter, image in zip("AB", images, strict=True)
-    ]
+    named = zip(("image_A", "image_B"), images, strict=True)
+    volumes = [as_volume(name, image, memory_limit) for name, image in named]
     voxels, cache = WORKING, 0
     if memory_limit is not None or any(v.levels[0].array is None for v in volumes):
         limit = min(v.memory_limit for v in volumes)

@@ -19,7 +19,6 @@ import numpy as np
 
 from icon_nephi.space.frames import Array
 
-Bytes = Callable[[Array], bytes]
 _RAS = np.array([-1.0, -1.0, 1.0])
 
 
@@ -33,7 +32,7 @@ class PointFile(NamedTuple):
     """
 
     points: Array
-    content: Bytes
+    content: Callable[[Array], bytes]
     frame: str = "LPS"
 
 
@@ -130,9 +129,9 @@ def _read_csv(data: bytes) -> PointFile:
         cells = f"{len(names)} cells, of them " if len(names) > len(columns) else ""
         raise _Bad(f"must hold rows of {cells}{len(columns)} finite numbers")
     head = ",".join(lines[0]) + "\n"
+    points = _coordinates(rows, columns)
     return PointFile(
-        _coordinates(rows, columns),
-        lambda moved: (head + _table(rows, columns, moved)).encode(),
+        points, lambda moved: (head + _table(rows, columns, moved)).encode()
     )
 
 
@@ -168,15 +167,14 @@ def _read_markups(data: bytes) -> PointFile:
         frames.append(markup.get("coordinateSystem", "LPS").upper())
         owners += [(p, _sign(frames[-1])) for p in markup["controlPoints"]]
     points = [np.array(p["position"], dtype=float) * sign for p, sign in owners]
+    frame = frames[0] if frames else "LPS"
 
     def content(moved: Array) -> bytes:
         for (point, sign), place in zip(owners, moved, strict=True):
             point["position"] = (place * sign).tolist()
         return (json.dumps(whole, indent=2) + "\n").encode()
 
-    return PointFile(
-        np.array(points).reshape(-1, 3), content, frames[0] if frames else "LPS"
-    )
+    return PointFile(np.array(points).reshape(-1, 3), content, frame)
 
 
 def _read_vtk(data: bytes) -> PointFile:
@@ -289,10 +287,8 @@ def _read_stl(data: bytes) -> PointFile:
         rows = iter(moved.tolist())
         normals = iter(_normals(moved.reshape(-1, 3, 3)).tolist())
         new = vertex.sub(lambda _: " " + " ".join(map(_number, next(rows))), text)
-        pattern = r"(?<=facet normal)\s+\S+\s+\S+\s+\S+"
-        new = re.sub(
-            pattern, lambda _: " " + " ".join(map(_number, next(normals))), new
-        )
+        normal = re.compile(r"(?<=facet normal)\s+\S+\s+\S+\s+\S+")
+        new = normal.sub(lambda _: " " + " ".join(map(_number, next(normals))), new)
         return new.encode()
 
     return PointFile(points, rewritten)

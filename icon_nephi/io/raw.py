@@ -189,18 +189,14 @@ def _nifti(path: Path) -> RawFile:
 
 def _lines(path: Path) -> tuple[list[str], int]:
     """Return the lines of a text header, up to its end, and the bytes they take."""
+    lines: list[str] = []
     with open(path, "rb") as file:
-        start = file.read(_HEADER)
-    lines, place = [], 0
-    while place < len(start):
-        end = start.find(b"\n", place)
-        end = len(start) if end < 0 else end
-        line = start[place:end].rstrip(b"\r").decode("utf-8")
-        place = end + 1
-        lines.append(line)
-        if not line.strip() or line.replace(" ", "").startswith("ElementDataFile="):
-            break
-    return lines, place
+        while line := file.readline(_HEADER - file.tell()):
+            lines.append(line.rstrip(b"\r\n").decode("utf-8"))
+            last = lines[-1].replace(" ", "")
+            if not last.strip() or last.startswith("ElementDataFile="):
+                break
+        return lines, file.tell()
 
 
 def _beside(path: Path, where: str) -> Path:

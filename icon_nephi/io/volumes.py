@@ -75,13 +75,9 @@ class Volume:
         intensities: Callable[[Tensor], Tensor] = lambda values: values,
         device: torch.device | str = "cpu",
     ) -> ChunkedImage:
-        """Return a level, read at points of the unit box of the finest one.
+        """Return a level as a `ChunkedImage` over the unit box of the finest one.
 
-        Args:
-            level: one of ``levels``.
-            limit: bytes of chunks held.
-            intensities: see `ChunkedImage`.
-            device: see `ChunkedImage`.
+        It holds at most ``limit`` bytes of chunks.
         """
         ours, its = self.geometry, level.geometry
         steps = np.array(its.tensor_spacing)
@@ -123,11 +119,8 @@ class Volume:
     ) -> list[ChunkedImage]:
         """Return the levels of the `pyramid` finer than the working, coarse to fine.
 
-        Args:
-            voxels: of the working level, at most.
-            limit: bytes of chunks held of each, one after the other.
-            scale: intensities of tensors ``[1, 1, *any]``, see `find_scale`.
-            device: where intensities are given.
+        Each holds at most ``limit`` bytes of chunks; ``scale`` is of intensities
+        ``[1, 1, *any]``, see `find_scale`.
         """
         ones = (1,) * (self.geometry.dimension + 1)
 

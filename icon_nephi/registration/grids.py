@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,12 +44,10 @@ def sampling_grid(
     target = _place("image", image, result, opposite(direction))
     edge = [1.0 if align_corners else 1 - 1 / n for n in target.itk_size]
     steps = zip(edge, target.itk_size, strict=True)
-    eye = torch.eye(target.dimension).tolist()
-    square = Geometry(  # grid_sample's frame is a place like any other
-        size=target.size,
+    square = replace(  # grid_sample's frame is a place like any other
+        Geometry.unit(target.size),
         spacing=tuple(2 * e / (n - 1) for e, n in steps),
         origin=tuple(-e for e in edge),
-        direction=tuple(map(tuple, eye)),
     )
     return _mapped(result, target, square.unit_to_physical(), reference, direction)
 

@@ -208,9 +208,8 @@ def _shifted(place: Geometry, by: Array) -> Geometry:
 def _displacements(transform: Any, place: Geometry) -> Array:
     """Return ``[*grid, d]`` float32: mapped minus own place, LPS mm."""
     d = place.dimension
-    field = itk.TransformToDisplacementFieldFilter[
-        itk.Image[itk.Vector[itk.F, d], d], itk.D
-    ].New()
+    kind = itk.Image[itk.Vector[itk.F, d], d]
+    field = itk.TransformToDisplacementFieldFilter[kind, itk.D].New()
     field.SetTransform(transform)
     field.SetSize(place.itk_size)
     field.SetOutputSpacing(place.spacing)

@@ -78,9 +78,8 @@ class Registration:
         self.device = fit.code.global_code.device
         self._inverse = torch.linalg.inv(fit.matrix)
         with torch.no_grad():
-            forward, backward = (
-                NeuralTransform(f, fit.code) for f in (fit.field_AB, fit.field_BA)
-            )
+            fields = fit.field_AB, fit.field_BA
+            forward, backward = (NeuralTransform(f, fit.code) for f in fields)
             self.map_AB = Composition(MatrixTransform(fit.matrix[None]), forward)
             self.map_BA = Composition(backward, MatrixTransform(self._inverse[None]))
         ways = (self.map_AB, self.map_BA, geometry_A, geometry_B, self.device)
@@ -222,9 +221,7 @@ class Registration:
         Millimetres for ITK images; for tensors ``[1, 1, *grid]`` in the fixed image's
         voxels.
         """
-        return self._on_grid(
-            lambda p: inverse_consistency(self.two_way, p), reference, FIXED_TO_MOVING
-        )
+        return self._on_grid(lambda p: inverse_consistency(self.two_way, p), reference)
 
     def error_estimate(
         self,
@@ -245,9 +242,7 @@ class Registration:
         self, reference: Any = None, others: Sequence[Registration] = ()
     ) -> Any:
         """Return `error_estimate` at every voxel of the fixed grid or the reference."""
-        return self._on_grid(
-            lambda p: error_estimate(self, p, others), reference, FIXED_TO_MOVING
-        )
+        return self._on_grid(lambda p: error_estimate(self, p, others), reference)
 
     def report(self, path: str | os.PathLike[str], **extras: Any) -> None:
         """Write one HTML page that shows and measures this registration.
@@ -285,7 +280,7 @@ class Registration:
         self,
         function: Callable[..., Array],
         reference: Any,
-        direction: str,
+        direction: str = FIXED_TO_MOVING,
         channels: int | None = None,
         *,
         dtype: npt.DTypeLike = np.float32,

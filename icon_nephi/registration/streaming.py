@@ -101,10 +101,8 @@ def warp_to(
 
     read = _Image(level, cache, mode, outside).read
     try:
-        output = _Output(
-            "warping", place, mapped, index, tolerance, box, read, (), level.dtype
-        )
-        return _stream(path, output, progress)
+        task = (place, mapped, index, tolerance, box, read, (), level.dtype)
+        return _stream(path, _Output("warping", *task), progress)
     finally:
         cache.close()
 
@@ -259,10 +257,8 @@ def _parts(block: Box, sides: Sequence[int]) -> Iterator[Box]:
     """Yield a box in boxes of at most so many voxels along each axis."""
     axes = [range(b.start, b.stop, n) for b, n in zip(block, sides, strict=True)]
     for starts in product(*axes):
-        yield tuple(
-            slice(s, min(s + n, b.stop))
-            for s, n, b in zip(starts, sides, block, strict=True)
-        )
+        each = zip(starts, sides, block, strict=True)
+        yield tuple(slice(s, min(s + n, b.stop)) for s, n, b in each)
 
 
 def _in_block(
@@ -332,9 +328,8 @@ class _Image:
         if self.outside is not None:
             return self.outside
         whole = tuple(slice(0, n) for n in self.level.geometry.size)
-        parts = _parts(
-            whole, [-(-block_files.BLOCK // c) * c for c in self.level.chunk]
-        )
+        sides = [-(-block_files.BLOCK // c) * c for c in self.level.chunk]
+        parts = _parts(whole, sides)
         return least_value(np.array([least_value(self.level.read(p)) for p in parts]))
 
     def read(self, at: Array) -> Array:

@@ -2,7 +2,8 @@
 
 Where the way there and back does not return, or where registrations with other random
 numbers go elsewhere, the images did not say where to go. Lengths are millimetres for
-ITK images and voxels for tensors.
+ITK images and voxels for tensors. Points ``[N, d]`` and directions are as of
+``Registration.transform_points``, and so are errors for bad ones.
 """
 
 from __future__ import annotations
@@ -26,15 +27,7 @@ def inverse_consistency(
 ) -> Array:
     """Return how far each point comes back from where it started, ``[N]``.
 
-    Tensors: in voxels of the image the points lie in.
-
-    Args:
-        mapping: an `icon_nephi.Registration`, or another map in both directions.
-        points: ``[N, d]``, as of ``Registration.transform_points``.
-        direction: where they go first, ``"fixed_to_moving"`` or ``"moving_to_fixed"``.
-
-    Raises:
-        ValueError: points or a direction that ``transform_points`` refuses.
+    In the direction and back; of tensors in voxels of the image the points lie in.
     """
     moved = mapping.transform_points(points, direction)
     back = mapping.transform_points(moved, opposite(direction))
@@ -52,13 +45,8 @@ def spread(
 
     Tensors: in voxels of the image the points are mapped to.
 
-    Args:
-        registrations: two or more, such as `icon_nephi.ensemble` makes.
-        points: ``[N, d]``, as of ``Registration.transform_points``.
-        direction: where they go.
-
     Raises:
-        ValueError: fewer than two, or points that ``transform_points`` refuses.
+        ValueError: fewer than two; `icon_nephi.ensemble` makes them.
     """
     moved = [r.transform_points(points, direction) for r in registrations]
     if len(moved) < 2:
@@ -106,14 +94,7 @@ def error_estimate(
 ) -> Array:
     """Return about how far off each mapped point is, ``[N]``; see `estimate`.
 
-    Args:
-        registration: the one in question.
-        points: ``[N, d]``, as of ``Registration.transform_points``.
-        others: registrations of the same pair with other seeds: they help.
-        direction: where the points go.
-
-    Raises:
-        ValueError: points or a direction that ``transform_points`` refuses.
+    Others are registrations of the same pair with other seeds: they help.
     """
     missed = inverse_consistency(registration, points, direction)
     together = [registration, *others]

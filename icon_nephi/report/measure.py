@@ -27,9 +27,6 @@ SAMPLES = 60_000  # voxel centres that a page looks at, in each image
 LABEL_SAMPLES = 1_000_000
 
 
-# --- of a summary -------------------------------------------------------------------
-
-
 def summarize_result(
     result: Mapping, others: Sequence[Any] = (), most: int = VOXELS
 ) -> dict[str, Any]:
@@ -135,10 +132,8 @@ def score_labels(result: Mapping, fixed: Any, moving: Any) -> dict[str, Any]:
         ("after", result.warp_labels(moving, fixed)),
     ):
         warped = array_of(image).astype(np.int64)
-        scores[when] = {
-            "mean": mean_dice(truth, warped, labels),
-            "labels": {str(k): v for k, v in dice(truth, warped, labels).items()},
-        }
+        each = {str(k): v for k, v in dice(truth, warped, labels).items()}
+        scores[when] = {"mean": mean_dice(truth, warped, labels), "labels": each}
     return scores
 
 
@@ -252,11 +247,9 @@ def _overlap(scene: Scene, fixed: Any, moving: Any) -> list[tuple[int, float, fl
     own, frame = scene.box("labels_fixed", fixed, scene.B)
     points = spread_out(own.size, frame, LABEL_SAMPLES)
     truth = scene.labels("labels_fixed", fixed, scene.B)(points).astype(np.int64)
-    moving_label_at = scene.labels("labels_moving", moving, scene.A)
-    before, after = (
-        dice(truth, moving_label_at(at).astype(np.int64))
-        for at in (scene.before(points), scene.forward(points))
-    )
+    label_at = scene.labels("labels_moving", moving, scene.A)
+    places = scene.before(points), scene.forward(points)
+    before, after = (dice(truth, label_at(at).astype(np.int64)) for at in places)
     return [(k, before.get(k, 0.0), after[k]) for k in sorted(after)]
 
 
@@ -285,18 +278,14 @@ def mean_dice_at(
 ) -> float:
     """Return the mean Dice of labels where a map takes the voxels of the fixed ones.
 
-    Args:
-        fixed: ITK label map.
-        moving: ITK label map, read at the nearest voxel, 0 outside.
-        points: ``[*grid, d]`` LPS mm of the moving image, for each voxel of ``fixed``.
-        labels: to score.
+    Of ITK label maps; points ``[*grid, d]``, LPS mm of the moving image, are where each
+    fixed voxel goes: the nearest moving voxel counts, 0 outside.
     """
     from icon_nephi.io.itk_images import array_of, geometry_of
 
     truth = array_of(fixed).astype(np.int64)
     values = array_of(moving).astype(np.int64)[..., np.newaxis]
-    label_at = reader(
-        values, geometry_of(moving).physical_to_unit(), "nearest", outside=0
-    )
+    into = geometry_of(moving).physical_to_unit()
+    label_at = reader(values, into, "nearest", outside=0)
     rows = points.reshape(-1, points.shape[-1])
     return mean_dice(truth, label_at(rows).reshape(truth.shape), labels)

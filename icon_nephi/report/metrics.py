@@ -84,7 +84,8 @@ def dice(
         for m in (first, second, first[first == second])
     )
     result = {}
-    for label in _asked_for(labels, first, second):
+    every = sorted({*sizes_1, *sizes_2} - {0})
+    for label in every if labels is None else map(int, labels):
         size_1, size_2 = sizes_1.get(label, 0), sizes_2.get(label, 0)
         if max(size_1, size_2) >= minimum_size:
             total = size_1 + size_2
@@ -170,10 +171,3 @@ def _label_maps(labels_1: Tensor | Array, labels_2: Tensor | Array) -> list[Arra
             f"{maps[1].shape}; resample one map to the grid of the other"
         )
     return [m.astype(np.uint8) if m.dtype.kind == "b" else m for m in maps]
-
-
-def _asked_for(labels: Sequence[int] | None, *maps: Array) -> list[int]:
-    """Return the labels to measure: those given, or all in the maps except 0."""
-    if labels is not None:
-        return [int(label) for label in labels]
-    return sorted({int(v) for m in maps for v in np.unique(m)} - {0})

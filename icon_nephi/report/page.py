@@ -26,7 +26,6 @@ _TERMS = {
     "similarity_loss": "Dissimilarity of the images",
     "inverse_consistency_loss": "Gradient inverse consistency",
 }
-_STATISTICS = ("mean", "median", "p95", "max")
 
 
 def write_report(
@@ -200,22 +199,17 @@ def _notes(scene: Scene, measured: Measured) -> list[str]:
 
 def _tables(scene: Scene, measured: Measured) -> list[dict[str, Any]]:
     """Return caption, header and rows of text of each."""
-    landmarks = measured.landmarks
     lengths = {
         "Displacement": measured.displacement,
         "Inverse consistency error": measured.inverse_consistency,
         "Expected error": measured.expected_error,
     }
-    if landmarks is not None:
-        lengths |= {
-            "Landmark error before": landmarks[0],
-            "Landmark error": landmarks[1],
-            "Expected error at landmarks": landmarks[2],
-        }
+    if measured.landmarks is not None:
+        kinds = "Landmark error before", "Landmark error", "Expected error at landmarks"
+        lengths |= dict(zip(kinds, measured.landmarks, strict=True))
     rows = []
-    for name, values in lengths.items():
-        numbers = summarize(values)
-        rows.append([name, *(f"{numbers[s]:.2f}" for s in _STATISTICS)])
+    for name, values in lengths.items():  # `summarize` gives them in this order
+        rows.append([name, *(f"{value:.2f}" for value in summarize(values).values())])
     header = ["mean", "median", "95 %", "largest"]
     tables = [(f"Lengths in {scene.unit}", header, rows)]
     quantiles = np.quantile(measured.determinants, (0, 0.01, 0.5, 0.99, 1))

@@ -58,10 +58,8 @@ class View:
 def views_of(geometry: Geometry, *, physical: bool, slices: int = 20) -> list[View]:
     """Return axial, coronal, sagittal; of tensors one along each axis; in 2D one view.
 
-    Args:
-        geometry: of the fixed image.
-        physical: whether its directions mean LPS, else tensor axes are named.
-        slices: at most, evenly spread.
+    At most so many slices each, evenly spread. If the geometry is not physical, tensor
+    axes are named.
     """
     if not physical:
         return _tensor_views(geometry, slices)
@@ -169,10 +167,7 @@ def lines_on_grey(values: Array, lines: Array) -> bytes:
 def diverging(values: Array, marked: Array, mark: tuple[int, int, int] = FOLD) -> bytes:
     """Return a picture of ``[h, w]`` numbers, -1 blue over 0 white to 1 red.
 
-    Args:
-        values: the numbers.
-        marked: ``[h, w]``, which pixels get the colour `mark` instead.
-        mark: red, green, blue.
+    Marked pixels ``[h, w]`` get the colour `mark` instead.
     """
     return _coloured((values + 1) / 2, "diverging", marked, mark)
 
@@ -209,9 +204,8 @@ def png(index: Array, palette: Array) -> bytes:
 def deformed_grid(places: Array, step: float) -> Array:
     """Return how much of each pixel is a line, 0 to 1, ``[h, w]``.
 
-    Args:
-        places: where each pixel is mapped to, ``[h, w, 2]`` millimetres.
-        step: between the lines of the grid that lies there, millimetres.
+    Pixels are mapped to places ``[h, w, 2]``, in millimetres as the step from line to
+    line of the grid that lies there.
     """
     strength = np.zeros(places.shape[:2])
     for component in np.moveaxis(places, -1, 0):

@@ -68,7 +68,9 @@ class Scene:
         out, into = self.A.unit_to_physical(), self.B.unit_to_physical()
         eye = torch.eye(self.B.dimension + 1, dtype=torch.float64)
         self.start = eye if self.itk else out @ torch.linalg.inv(into)
-        self.apart = self._overlap() < 0.1
+        places = spread_out(self.B.size, into, 1000)
+        shared = 1 - float(self.A.outside(self.before(places)).mean())
+        self.apart = shared < 0.1
         if self.apart:
             affine = two_way.from_fixed(MOVING_TO_FIXED)
             self.start = out @ affine @ torch.linalg.inv(into)
@@ -119,11 +121,6 @@ class Scene:
         into = torch.linalg.inv(self.box(name, image, place)[1])
         label_at = reader(voxels_of(image)[..., :1], into, "nearest", outside=0)
         return lambda points: label_at(points)[:, 0]
-
-    def _overlap(self) -> float:
-        """Return the share of the fixed image that lies in the moving one before."""
-        points = spread_out(self.B.size, self.B.unit_to_physical(), 1000)
-        return 1 - float(self.A.outside(self.before(points)).mean())
 
 
 def _shown(
@@ -264,10 +261,8 @@ def draw(
         there = begun + pictures.resized(shift, size).reshape(-1, d)
         determinants = scene.forward.determinants(at).reshape(small)
         missed, error = scene.errors(at, moved)
-        fixed, warped, moving = (
-            values.reshape(size)
-            for values in (scene.fixed(rows), scene.moving(there), scene.moving(begun))
-        )
+        shown = scene.fixed(rows), scene.moving(there), scene.moving(begun)
+        fixed, warped, moving = (values.reshape(size) for values in shown)
         empty = scene.A.outside(there).reshape(size)
         lines = pictures.deformed_grid((there @ down_right.T).reshape(*size, 2), step)
         folds = ~(determinants > 0)
