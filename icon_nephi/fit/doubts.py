@@ -9,6 +9,7 @@ from torch import Tensor
 
 from icon_nephi.losses.patches import as_blocks, patch_maps
 from icon_nephi.losses.regularity import relative_determinant
+from icon_nephi.maps.jacobians import fold_fraction
 from icon_nephi.maps.networks import AffinePair
 from icon_nephi.maps.transforms import Map, MatrixTransform
 from icon_nephi.space.frames import Geometry, inside, points_as_grid
@@ -88,7 +89,7 @@ def evidence(
     ]
     return {
         "outside": 1 - float(inside(moved).double().mean()),
-        "folded": float((determinant <= 0).double().mean()),
+        "folded": fold_fraction(determinant),
         "return": float(distance.mean()),
         "return_most": float(distance.quantile(0.95)),
         "uneven": float(determinant.clamp(min=1e-3).log().std()),

@@ -175,16 +175,16 @@ def _read_volumes(
         limit = min(v.memory_limit for v in volumes)
         limit = limit if memory_limit is None else to_bytes(memory_limit)
         voxels, cache = plan(limit, WORKING)
-    prepared = []
-    given = zip("AB", images, volumes, masks, modalities, strict=True)
-    for letter, image, volume, mask, kind in given:
+    levels = []
+    both = zip("AB", images, volumes, masks, modalities, strict=True)
+    for letter, image, volume, mask, kind in both:
         values, place = volume.whole(volume.working(voxels, progress))
         check_intensities(f"image_{letter}", values)
         inside = None
         if mask is not None:
             inside = _mask_on(f"mask_{letter}", mask, place, voxels).to(where)
         scale = find_scale(values.to(where), kind)
-        one = PreparedImage.of(
+        level = PreparedImage.of(
             scale(values.to(where)),
             place,
             whole=volume.geometry,
@@ -193,8 +193,8 @@ def _read_volumes(
             modality=kind,
             placed=in_millimetres(image),
         )
-        prepared.append(one)
-    return prepared
+        levels.append(level)
+    return levels
 
 
 def _mask_on(name: str, mask: Any, place: Geometry, voxels: int) -> Tensor:
