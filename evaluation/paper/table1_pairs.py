@@ -186,7 +186,8 @@ def verdict(claim: str, name: str, rows: list[dict[str, Any]], goal: float) -> s
 
 
 def parser(doc: str, name: str) -> argparse.ArgumentParser:
-    new = argparse.ArgumentParser(prog=f"python -m evaluation.{name}", description=doc)
+    prog = f"python -m evaluation.paper.{name}"
+    new = argparse.ArgumentParser(prog=prog, description=doc)
     add = new.add_argument
     data = new.add_mutually_exclusive_group(required=True)
     data.add_argument("--copd", type=Path, help="folder of DIR-Lab's COPDgene")
