@@ -13,8 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from icon_nephi._memory import peak_memory
-from icon_nephi.maps.two_way import DIRECTIONS
+from evaluation import DIRECTIONS, peak_memory
 from icon_nephi.report.metrics import landmark_summary
 
 
@@ -68,7 +67,7 @@ def write_example(out: Path, moving, fixed, points, seed: int) -> None:
     """Write what there is to register as files: inhale_* moves, exhale_* is fixed."""
     import itk
 
-    from icon_nephi.io.itk_images import geometry_of, image_of
+    from evaluation import geometry_of, image_of
     from icon_nephi.phantoms import LABELS, breathing_thorax
 
     place = geometry_of(fixed)
@@ -89,7 +88,7 @@ def write_example(out: Path, moving, fixed, points, seed: int) -> None:
 
 def chest(shape: tuple[int, ...], seed: int) -> tuple:
     """Return moving and fixed ITK images and their landmarks ``[N, d]`` in LPS mm."""
-    from icon_nephi.io.itk_images import image_of
+    from evaluation import image_of
     from icon_nephi.phantoms import breathing_thorax
     from icon_nephi.space.frames import Geometry
 

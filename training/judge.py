@@ -57,7 +57,9 @@ def judge(network: nn.Module, pairs: Iterable[Held]) -> dict[str, float]:
             if not isinstance(maps, tuple):
                 maps = maps, network.regis_net(image_B, image_A)
             figures.append(_judge_pair(pair, *maps, device))
-    means = {n: sum(row[n] for row in figures) / len(figures) for n in (figures or [{}])[0]}
+    means = {
+        n: sum(row[n] for row in figures) / len(figures) for n in (figures or [{}])[0]
+    }
     if "dice" in means:
         means["dice_min"] = min(row["dice"] for row in figures)
     return means

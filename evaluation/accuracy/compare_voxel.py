@@ -21,14 +21,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from evaluation import csv_file
+from evaluation import csv_file, version, write_csv
 from evaluation.accuracy.pairs import find_cases
 from icon_nephi.cli import comparison_table
 from icon_nephi.commands import methods
 from icon_nephi.commands.compare import COLUMNS, alone, compare_cases
 from icon_nephi.commands.methods import Options
-from icon_nephi.io.atomic import write_csv
-from icon_nephi.io.versions import version
 
 PACKAGES = ("icon_nephi", "icon_registration", "torch", "itk")
 EXTRA = ("training_step_ms", "training_peak_gib", "threads", "device", *PACKAGES)
@@ -114,8 +112,8 @@ def write_phantoms(
     """Write breathing chests as cases, with landmarks and label maps."""
     import itk
 
+    from evaluation import geometry_of, image_of
     from evaluation.demo import chest
-    from icon_nephi.io.itk_images import geometry_of, image_of
     from icon_nephi.phantoms import breathing_thorax
 
     for seed in range(count):

@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evaluation import register
+from evaluation import Case, register
 from evaluation.accuracy.pairs import find_cases
-from icon_nephi.commands.cases import Case
 from icon_nephi.report.metrics import landmark_summary
 
 HALVINGS = 4  # of the grid to that of the voxel field
@@ -99,10 +98,10 @@ def folds(transform: Any) -> float:
 def main(data: Path, case: str, random: bool, threads: int) -> None:
     """Print the errors of each way."""
     import icon_nephi
+    from evaluation import geometry_of, image_of
     from icon_nephi.fit.optimize import Stage
     from icon_nephi.fit.settings import SIREN, make_pair
     from icon_nephi.io.image_input import read_input
-    from icon_nephi.io.itk_images import geometry_of, image_of
     from icon_nephi.itk_wrapper import register_pair_with_mask
     from icon_nephi.losses.regularity import guarded_term
     from icon_nephi.space.intensities import prepare
