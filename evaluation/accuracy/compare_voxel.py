@@ -21,7 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from evaluation import csv_file, version, write_csv
+from evaluation import csv_file, image_from, version, write_csv
 from evaluation.accuracy.pairs import find_cases
 from icon_nephi.cli import comparison_table
 from icon_nephi.commands import methods
@@ -112,7 +112,6 @@ def write_phantoms(
     """Write breathing chests as cases, with landmarks and label maps."""
     import itk
 
-    from evaluation import geometry_of, image_of
     from evaluation.demo import chest
     from icon_nephi.phantoms import breathing_thorax
 
@@ -125,7 +124,7 @@ def write_phantoms(
         labels = {"moving": phantom.labels_A, "fixed": phantom.labels_B}
         for side, image in images.items():
             itk.imwrite(image, str(home / f"{side}.nii.gz"))
-            label = image_of(labels[side][0, 0].numpy(), geometry_of(image))
+            label = image_from(labels[side][0, 0].numpy(), image)
             itk.imwrite(label, str(home / f"{side}_labels.nii.gz"))
             lines = [",".join(f"{x:.6f}" for x in row) for row in points[side]]
             header = ",".join("xyz"[: len(shape)])

@@ -100,10 +100,10 @@ def _write_on(folder: Path) -> None:
 
 def _read_pair(path: Path) -> Any:
     if path.suffix == ".nephi":
-        from icon_nephi.io.nephi import load_fit
+        import icon_nephi
 
-        saved = load_fit(path)
-        return [saved.fit.matrix.tolist(), *_numbers(saved.fit.code.local_codes)]
+        fit = icon_nephi.load(path).fit
+        return [fit.matrix.tolist(), *_numbers(fit.code.local_codes)]
     lines = path.read_text().split()
     if len(lines) != 200_000 or len(set(lines)) != 1:
         raise ValueError(f"{path} is not whole")

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from evaluation import peak_memory
+import numpy as np
+
+from evaluation import array_of, image_from, peak_memory
 from evaluation.demo import chest
 from evaluation.speed import bench
 
@@ -23,15 +25,14 @@ def run(kind: str, shape: Sequence[int], steps: int, threads: int) -> dict[str, 
     import torch
 
     import icon_nephi
-    from evaluation import geometry_of, image_of
-    from icon_nephi.io.itk_images import tensor_of
     from icon_nephi.space.intensities import prepare
 
     torch.set_num_threads(threads)
     moving, fixed, _ = chest(shape, 0)
     A, B = (
-        image_of(prepare(tensor_of(i), "ct")[0, 0].numpy(), geometry_of(i))
-        for i in (moving, fixed)
+        image_from(prepare(torch.tensor(values)[None, None], "ct")[0, 0].numpy(), image)
+        for image in (moving, fixed)
+        for values in [array_of(image).astype(np.float32)]
     )
     ready = peak_memory()
     torch.manual_seed(0)
