@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -119,6 +120,7 @@ class GradientICONPoints(RegistrationModule):
         segmentation_B: Tensor | None = None,
         sampler: Points | Patches | None = None,
         similarity: Callable[..., Tensor] | None = None,
+        generator: torch.Generator | None = None,
     ) -> ICONLoss:
         """The loss of a batch of pairs ``[B, C, *grid]``, A moving, B fixed.
 
@@ -127,10 +129,12 @@ class GradientICONPoints(RegistrationModule):
         modality, say) that the similarity compares in the place of ``image_*``, which
         the network sees; segmentations are label maps for the Dice term. An image may
         be a `Readable` as well: then only what the samples need is read, and masks are
-        on any grid. ``sampler`` and ``similarity`` take the place of the loss's own.
+        on any grid. ``sampler``, ``similarity`` and ``generator`` take the place of the
+        loss's own.
         """
         sampler = sampler or self.similarity_sampler
         agreement = similarity or self.similarity
+        source = generator or self.generator
         seen_A = image_A if label_A is None else label_A
         seen_B = image_B if label_B is None else label_B
         self._check(image_A, image_B, seen_A, seen_B)
@@ -141,11 +145,12 @@ class GradientICONPoints(RegistrationModule):
         if not isinstance(maps, tuple):
             maps = maps, self.regis_net(image_B, image_A)
         self.phi_AB, self.phi_BA = maps
-        to_A = self._samples(sampler, self.phi_AB, image_B, mask_B, self.volumes)
-        to_B = self._samples(sampler, self.phi_BA, image_A, mask_A, 1 / self.volumes)
+        samples = partial(self._samples, sampler, source)
+        to_A = samples(self.phi_AB, image_B, mask_B, self.volumes)
+        to_B = samples(self.phi_BA, image_A, mask_A, 1 / self.volumes)
         unlike = compare(agreement, *to_A[:2], seen_A, seen_B, *to_A[2:])
         unlike = unlike + compare(agreement, *to_B[:2], seen_B, seen_A, *to_B[2:])
-        regularity, magnitude, flips = self._regularity(image_A, image_B)
+        regularity, magnitude, flips = self._regularity(image_A, image_B, source)
         loss = unlike + self.lmbda * regularity
         if self.dice_loss_weight:
             a, b = cast(tuple[Tensor, Tensor], (segmentation_A, segmentation_B))
@@ -201,13 +206,14 @@ class GradientICONPoints(RegistrationModule):
     def _samples(
         self,
         sampler: Points | Patches,
+        source: torch.Generator | None,
         phi: Map,
         fixed: Image,
         mask: Tensor | None,
         volumes: float,
     ) -> tuple[Tensor, Tensor, tuple[int, ...] | None, Tensor | None]:
         """Where phi takes fresh samples, they, their blocks, and `compare`'s gain."""
-        rows = readable(fixed).draw(sampler.count, mask, self.generator)
+        rows = readable(fixed).draw(sampler.count, mask, source)
         if isinstance(sampler, Points):
             at = points_as_grid(rows)
             if not self.densities:
@@ -225,7 +231,7 @@ class GradientICONPoints(RegistrationModule):
         return volumes * determinant.expand(-1, self.densities, *determinant.shape[2:])
 
     def _regularity(
-        self, image_A: Image, image_B: Image
+        self, image_A: Image, image_B: Image, source: torch.Generator | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Both orders averaged; mean squared displacement; folded voxels."""
         terms = []
@@ -235,7 +241,7 @@ class GradientICONPoints(RegistrationModule):
             (self.phi_AB, self.phi_BA, image_B),
         ):
             count = self.regularity_sampler.count
-            x = points_as_grid(readable(image).draw(count, None, self.generator))
+            x = points_as_grid(readable(image).draw(count, None, source))
             moved, jacobian = value_and_jacobian(first, x)
             terms.append(self.regularity(then, x, moved, jacobian, self.extent))
         with torch.no_grad():
