@@ -132,9 +132,9 @@ def check_dimension(
 def check_both(name: str, of_A: object, of_B: object) -> None:
     """Raise a ValueError if one of two that only serve together is missing."""
     if (of_A is None) != (of_B is None):
-        given, missing = "AB" if of_B is None else "BA"
+        there, missing = "AB" if of_B is None else "BA"
         raise ValueError(
-            f"{name}_{missing} is missing but {name}_{given} was given; pass both or "
+            f"{name}_{missing} is missing but {name}_{there} was given; pass both or "
             "neither"
         )
 

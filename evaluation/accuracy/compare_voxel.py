@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from evaluation import csv_file, image_from, version, write_csv
 from evaluation.accuracy.pairs import find_cases
-from icon_nephi.cli import comparison_table
 from icon_nephi.commands import methods
 from icon_nephi.commands.compare import COLUMNS, alone, compare_cases
 from icon_nephi.commands.methods import Options
+from icon_nephi.commands.text import comparison_table
 
 PACKAGES = ("icon_nephi", "icon_registration", "torch", "itk")
 EXTRA = ("training_step_ms", "training_peak_gib", "threads", "device", *PACKAGES)

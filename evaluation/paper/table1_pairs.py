@@ -33,9 +33,9 @@ from evaluation.paper.dirlab import (
     read_mover,
 )
 from icon_nephi.commands import compare, methods
-from icon_nephi.commands.batch import aligned
 from icon_nephi.commands.compare import alone
 from icon_nephi.commands.methods import Options
+from icon_nephi.commands.text import aligned
 from icon_nephi.io.itk_images import resample_to
 from icon_nephi.report.measure import flips_on_grid, mean_dice_at
 
