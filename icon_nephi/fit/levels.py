@@ -14,13 +14,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from icon_nephi.fit.content import ImagePair
 from icon_nephi.fit.optimize import Course, FitOptions, Stage, optimize
 from icon_nephi.fit.settings import Settings
 from icon_nephi.losses.gradient_icon import GradientICONPoints
 from icon_nephi.maps.transforms import Map
 from icon_nephi.space.chunks import ChunkedImage
 from icon_nephi.space.frames import points_as_grid, to_rows
-from icon_nephi.space.prepared import PreparedImage
+from icon_nephi.space.intensities import PreparedImage
 from icon_nephi.space.sampling import Patches, Points
 
 # Of the settings' steps and code rate, what each level gets.
@@ -53,12 +54,10 @@ def levels_of(
 def fit_levels(
     loss: GradientICONPoints,
     levels: Sequence[tuple[ChunkedImage, ChunkedImage]],
+    images: ImagePair,
     codes: nn.Module,
     settings: Settings,
-    where: tuple[Tensor, Tensor],
-    *,
-    extras: dict[str, Tensor] | None = None,
-    points: int | None = None,
+    points: int | None,
     options: FitOptions,
 ) -> Course:
     """The `Course` of all; the codes are left at their optimum for the last level.
@@ -68,10 +67,9 @@ def fit_levels(
     Args:
         loss: with a network that is near already; its prior is left out.
         levels: (moving, fixed), coarse to fine, all over the same unit boxes.
+        images: where samples are drawn, and label maps; on coarser grids.
         codes: what moves.
         settings: see `Settings`.
-        where: masks ``[1, 1, *grid]`` of the two, on any grid over their unit boxes.
-        extras: see `optimize`; label maps are on any grid, as masks.
         points: single points in place of each block, for a similarity of points.
         options: see `optimize`.
     """
@@ -91,7 +89,7 @@ def fit_levels(
     for number, (image_A, image_B) in enumerate(levels, 1):
         if options.late:
             break
-        near = _neighbourhoods(loss, image_A, image_B, where)
+        near = _neighbourhoods(loss, image_A, image_B, images)
         advance = None if near is None else lambda *_, n=near: n.advance(loss.phi_AB)
         try:
             course = optimize(
@@ -100,9 +98,9 @@ def fit_levels(
                 image_B,
                 stages,
                 [{"params": list(codes.parameters()), "lr": RATE * settings.code_rate}],
-                mask_A=where[0],
-                mask_B=where[1],
-                extras=extras,
+                mask_A=images.where_A,
+                mask_B=images.where_B,
+                extras=images.segmentations,
                 callback=advance,
                 options=options,
             )
@@ -120,12 +118,14 @@ def _neighbourhoods(
     loss: GradientICONPoints,
     image_A: ChunkedImage,
     image_B: ChunkedImage,
-    where: tuple[Tensor, Tensor],
+    images: ImagePair,
 ) -> Neighbourhoods | None:
     """None where everything can be held: then samples lie everywhere at once."""
     if image_A.cache.whole and image_B.cache.whole:
         return None
-    near = Neighbourhoods(image_A, image_B, *where, loss.generator)
+    near = Neighbourhoods(
+        image_A, image_B, images.where_A, images.where_B, loss.generator
+    )
     with torch.no_grad():
         phi = loss.regis_net(image_A, image_B)[0]
     for _ in range(-(-near.count // NEW) + 1):

@@ -1,13 +1,18 @@
-"""Intensities by modality: what comes out is about [0, 1], float32."""
+"""One image ready to be fitted: intensities by modality, noise, lost slices."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from icon_nephi.space.chunks import ChunkedImage
+from icon_nephi.space.frames import Geometry
 
 MODALITIES = (None, "ct", "mri")
 # Lung detail to soft tissue on one scale: a thousandth is one Hounsfield unit.
@@ -122,3 +127,63 @@ def fill_missing(image: Tensor) -> Tensor:
         slices[gone[alike]] = torch.lerp(slices[low], slices[high], share)[alike]
         image = slices.movedim(0, axis).contiguous()
     return image
+
+
+def check_intensities(name: str, image: Tensor) -> None:
+    """Raise a ValueError unless intensities are finite and not all the same."""
+    bad = int((~image.isfinite()).sum())
+    if bad:
+        raise ValueError(
+            f"{name} has {bad} NaN or infinite voxels; replace them before registering"
+        )
+    if image.numel() and bool(image.max() == image.min()):
+        raise ValueError(
+            f"{name} is constant ({float(image.flatten()[0]):g} everywhere): there is "
+            "nothing to align; check that the right file was read"
+        )
+
+
+@dataclass(frozen=True)
+class PreparedImage:
+    """One image as a fit takes it, with all that is known of it; see `of`.
+
+    Attributes:
+        values: ``[1, C, *grid]``, about [0, 1]: `prepare`, then `fill_missing`.
+        place: where that grid lies.
+        noise: standard deviation of the noise, see `noise`.
+        gaps: slices between others that stayed empty.
+        whole: where the finest level lies; ``place`` unless it is read in parts.
+        finer: levels finer than ``values``, coarse to fine, over the same unit box.
+        mask: ``[1, 1, *grid]``, where it is to be matched; None: wherever it can be.
+        labels: label map ``[1, 1, *any]`` over its box, int64.
+        modality: one of `MODALITIES`.
+        placed: points are LPS millimetres, as they are of all but tensors.
+    """
+
+    values: Tensor
+    place: Geometry
+    noise: float
+    gaps: int
+    whole: Geometry
+    finer: Sequence[ChunkedImage] = ()
+    mask: Tensor | None = None
+    labels: Tensor | None = None
+    modality: str | None = None
+    placed: bool = False
+
+    @classmethod
+    def of(
+        cls, values: Tensor, place: Geometry, whole: Geometry | None = None, **rest: Any
+    ) -> PreparedImage:
+        """The image of scaled intensities; lost slices are filled in, see `prepare`.
+
+        Args:
+            values: ``[1, C, *grid]``, about [0, 1].
+            place: where that grid lies.
+            whole: see above (default: ``place``).
+            rest: the attributes after it.
+        """
+        values = fill_missing(values)
+        axes = range(2, values.dim())
+        gaps = sum(len(missing_slices(values, axis)) for axis in axes)
+        return cls(values, place, noise(values), gaps, whole or place, **rest)
