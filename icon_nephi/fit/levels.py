@@ -62,16 +62,11 @@ def fit_levels(
 ) -> Course:
     """The `Course` of all; the codes are left at their optimum for the last level.
 
-    After a level with a warning none follows.
-
-    Args:
-        loss: with a network that is near already; its prior is left out.
-        levels: (moving, fixed), coarse to fine, all over the same unit boxes.
-        images: where samples are drawn, and label maps; on coarser grids.
-        codes: what moves.
-        settings: see `Settings`.
-        points: single points in place of each block, for a similarity of points.
-        options: see `optimize`.
+    After a level with a warning none follows. Masks and label maps are those of the
+    images, on coarser grids; where ``points`` are told, so many take the place of each
+    block, for a similarity of points.
+    The network of the loss is near already; its prior is left out. Levels are
+    (moving, fixed), coarse to fine, all over the same unit boxes.
     """
     history: list[dict[str, float]] = []
     loss = loss.changed(prior_lmbda=0.0)
@@ -138,14 +133,8 @@ class Neighbourhoods:
 
     Every box of the fixed image is visited once, in random order, before any again.
     In the moving image samples lie where the map takes the box, so both directions
-    read the same chunks. The next boxes are read ahead.
-
-    Args:
-        image_A: moving.
-        image_B: fixed.
-        where_A: ``[1, 1, *grid]``, content of image_A, over its unit box.
-        where_B: the same of image_B.
-        generator: source of the order.
+    read the same chunks. The next boxes are read ahead. Of the images the content is
+    told, ``[1, 1, *grid]`` over their unit boxes.
     """
 
     def __init__(

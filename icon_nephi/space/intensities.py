@@ -56,9 +56,8 @@ def find_scale(
     share = 0.01 if modality == "mri" else 0.001
     flat = image.transpose(0, 1).flatten(1)
     flat = flat[:, :: max(1, flat.shape[1] // _VOXELS)]
-    ends = torch.quantile(
-        flat, torch.tensor([share, 1 - share], device=image.device), dim=1
-    )
+    shares = torch.tensor([share, 1 - share], device=image.device)
+    ends = torch.quantile(flat, shares, dim=1)
     shape = (1, -1, *(1,) * (image.dim() - 2))
     bottom, top = (end.reshape(shape) for end in ends)
     # A mostly empty image can have equal quantiles; its extremes always differ.
@@ -121,9 +120,8 @@ def fill_missing(image: Tensor) -> Tensor:
         pairs = torch.stack([slices[low], slices[high]]).flatten(2)
         pairs = F.normalize(pairs - pairs.mean(2, keepdim=True), dim=2)
         alike = pairs.prod(0).sum(1) > 0.5
-        share = (
-            ((gone - low) / (high - low)).to(image).view(-1, *(1,) * (image.dim() - 1))
-        )
+        share = ((gone - low) / (high - low)).to(image)
+        share = share.view(-1, *(1,) * (image.dim() - 1))
         slices[gone[alike]] = torch.lerp(slices[low], slices[high], share)[alike]
         image = slices.movedim(0, axis).contiguous()
     return image
@@ -175,13 +173,9 @@ class PreparedImage:
     def of(
         cls, values: Tensor, place: Geometry, whole: Geometry | None = None, **rest: Any
     ) -> PreparedImage:
-        """The image of scaled intensities; lost slices are filled in, see `prepare`.
+        """The image of scaled intensities, see `prepare`; lost slices are filled in.
 
-        Args:
-            values: ``[1, C, *grid]``, about [0, 1].
-            place: where that grid lies.
-            whole: see above (default: ``place``).
-            rest: the attributes after it.
+        ``whole`` is ``place`` unless it is told; the rest are the attributes after it.
         """
         values = fill_missing(values)
         axes = range(2, values.dim())
