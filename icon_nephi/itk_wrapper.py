@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from icon_registration.losses import ICONLoss, to_floats
 from torch import Tensor, nn
 
-from icon_nephi._check import check_dimension, check_intensities
+from icon_nephi._check import check_dimension
 from icon_nephi.fit.refine import refine_pair, unrefined_maps
 from icon_nephi.io.image_input import is_itk, read_input
 from icon_nephi.io.itk_images import (
@@ -32,6 +32,7 @@ from icon_nephi.io.itk_images import (
 from icon_nephi.maps.transforms import Map
 from icon_nephi.space.frames import Array, other_components, other_order
 from icon_nephi.space.images import resize_image
+from icon_nephi.space.intensities import check_intensities
 
 # Points of an exported field evaluated at once.
 SLAB = 2**18

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from icon_nephi._check import check_image, check_intensities, check_mask
+from icon_nephi._check import check_image, check_mask
 from icon_nephi.io.image_input import check_kind, is_itk
+from icon_nephi.space.intensities import check_intensities
 from icon_nephi.swap import add_neural_residual, swap_fields
 
 NEURAL = ("residual", "last", "none")

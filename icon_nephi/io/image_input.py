@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from icon_nephi._check import check_dimension, check_image, check_labels, check_mask
+from icon_nephi._check import check_dimension, check_labels, check_mask, check_shape
 from icon_nephi.io.resampling import reader
 from icon_nephi.maps.framed import over_grid
 from icon_nephi.space.frames import Array, Geometry
@@ -104,7 +104,7 @@ def check_tensor(name: str, image: Any) -> Tensor:
         )
     if image.is_complex():
         raise TypeError(f"{name} is complex; pass its magnitude, image.abs()")
-    check_image(name, image if image.is_floating_point() else image.float())
+    check_shape(name, image.shape)
     if image.shape[0] != 1 or not image.numel():
         raise ValueError(
             f"{name} must hold one image [1, C, *grid], got {tuple(image.shape)}; "

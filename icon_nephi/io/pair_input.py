@@ -15,7 +15,6 @@ from icon_nephi._check import (
     check_both,
     check_dimension,
     check_grid,
-    check_intensities,
     check_mask,
 )
 from icon_nephi._memory import plan, to_bytes
@@ -38,8 +37,12 @@ from icon_nephi.space.frames import (
     to_rows,
 )
 from icon_nephi.space.images import sample_image
-from icon_nephi.space.intensities import find_scale, prepare
-from icon_nephi.space.prepared import PreparedImage
+from icon_nephi.space.intensities import (
+    PreparedImage,
+    check_intensities,
+    find_scale,
+    prepare,
+)
 
 #: Voxels from which an image in memory is fitted on coarser levels first, as those on
 #: disk are: nothing of its size is then made beside it.
@@ -95,14 +98,14 @@ def read_pair(
 def _read_whole(
     letter: str, image: Any, mask: Any, modality: str | None, where: torch.device
 ) -> PreparedImage:
-    values, inside, place = read_input(letter, image, mask)
+    placed, (values, inside, place) = is_itk(image), read_input(letter, image, mask)
     check_intensities(f"image_{letter}", values)
     return PreparedImage.of(
         prepare(values.to(where), modality),
         place,
         mask=None if inside is None else inside.to(where),
         modality=modality,
-        placed=is_itk(image),
+        placed=placed,
     )
 
 

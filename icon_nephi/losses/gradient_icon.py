@@ -52,8 +52,8 @@ class GradientICONPoints(RegistrationModule):
     twice, images swapped). In ``train()`` no dense grid is made;
     ``phi_AB_vectorfield``, ``warped_image_A`` etc. are computed when asked for.
     ``transform_magnitude`` and ``flips`` of the returned ICONLoss are estimates from
-    the regularity points,
-    scaled to ICON's meaning (mean squared displacement, folded voxels an image).
+    the regularity points, scaled to ICON's meaning (mean squared displacement, folded
+    voxels an image).
 
     Differs from the paper: similarity is ICON's (the text has 1 - NCC^2), both orders
     of the composition are averaged, and the prior is Eq. 7, squared.
@@ -180,10 +180,8 @@ class GradientICONPoints(RegistrationModule):
         for name, image in (("image_A", image_A), ("image_B", image_B)):
             if isinstance(image, Tensor):
                 check_image(name, image)
-        for name, first, second in (
-            ("image", image_A, image_B),
-            ("label", seen_A, seen_B),
-        ):
+        pairs = ("image", image_A, image_B), ("label", seen_A, seen_B)
+        for name, first, second in pairs:
             if first.shape[:2] != second.shape[:2]:
                 raise ValueError(
                     f"{name}_A is {tuple(first.shape)}, {name}_B "
@@ -253,14 +251,12 @@ class GradientICONPoints(RegistrationModule):
     @property
     def phi_AB_vectorfield(self) -> Tensor:
         """phi_AB on the identity map, ``[B, d, *grid]``; computed when asked for."""
-        field: Tensor = self.phi_AB(self.identity_map)
-        return field
+        return cast(Tensor, self.phi_AB(self.identity_map))
 
     @property
     def phi_BA_vectorfield(self) -> Tensor:
         """phi_BA on the identity map, ``[B, d, *grid]``; computed when asked for."""
-        field: Tensor = self.phi_BA(self.identity_map)
-        return field
+        return cast(Tensor, self.phi_BA(self.identity_map))
 
     @property
     def warped_image_A(self) -> Tensor:
@@ -288,14 +284,10 @@ def compare(
 ) -> Tensor:
     """Similarity of the moving image at moved points and the fixed image at points.
 
-    Args:
-        similarity: as ICON's; with ``isInterpolated`` it gets the in-bounds tag.
-        moved: ``[B, d, *any]``, ICON frame of the moving image.
-        at: the same points in the fixed image's.
-        moving: ``[B, C, *grid]``.
-        fixed: ``[B, C, *grid]``.
-        blocks: shape of the samples as blocks, see `as_blocks`.
-        gain: of the first k channels of the moving image, ``[B or blocks, k, *any]``.
+    Both ``[B, d, *any]``, each in its image's ICON frame. ICON's similarities with
+    ``isInterpolated`` get the in-bounds tag. Of samples of blocks their shape is told,
+    see `as_blocks`; a gain ``[B or blocks, k, *any]`` is that of the first k channels
+    of the moving image.
     """
     warped, target = readable(moving).sample(moved), readable(fixed).sample(at)
     if getattr(similarity, "isInterpolated", False):
