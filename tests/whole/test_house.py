@@ -163,7 +163,10 @@ INNER = {
         "_memory commands.cases io.atomic io.itk_images io.versions maps.two_way",
         "what most scripts need, in one place: cases, files, voxels, memory",
     ),
-    "evaluation.accuracy.compare_voxel": ("commands.compare commands.methods", RIVALS),
+    "evaluation.accuracy.compare_voxel": (
+        "commands.compare commands.methods commands.text",
+        RIVALS,
+    ),
     "evaluation.accuracy.kill_trials": (
         "fields fit.settings fit.unfold io.itk_transforms io.nephi space.frames",
         "kills what writes, and makes fits that take no time",
@@ -201,7 +204,7 @@ INNER = {
         "looks into a fit while it runs, under other regularisers",
     ),
     "evaluation.paper.table1_pairs": (
-        "commands.batch commands.compare commands.methods io.itk_images report.measure",
+        "commands.compare commands.methods commands.text io.itk_images report.measure",
         RIVALS,
     ),
     "evaluation.paper.table2_learned": ("space.intensities", TENSORS),
