@@ -138,29 +138,24 @@ def read_input(
             mask = (mask > 0).any(1, keepdim=True).float()
         return values, mask, voxel_geometry(values.shape[2:])
 
-    from icon_nephi.io.itk_images import (
-        check_itk_image,
-        geometry_of,
-        resample_to,
-        tensor_of,
-    )
+    from icon_nephi.io import itk_images
 
-    check_itk_image(name, image)
-    place = geometry_of(image)
+    itk_images.check_itk_image(name, image)
+    place = itk_images.geometry_of(image)
     if mask is None:
-        return tensor_of(image), None, place
-    check_itk_image(mask_name, mask)
-    own, inside = geometry_of(mask), tensor_of(mask)
+        return itk_images.tensor_of(image), None, place
+    itk_images.check_itk_image(mask_name, mask)
+    own, inside = itk_images.geometry_of(mask), itk_images.tensor_of(mask)
     check_dimension(mask_name, own.dimension, f"{name} is", place.dimension)
     check_mask(mask_name, inside, inside.shape[2:])
     if not _same_place(own, place):
-        inside = tensor_of(resample_to(mask, image))
+        inside = itk_images.tensor_of(itk_images.resample_to(mask, image))
         if not bool((inside > 0).any()):
             raise ValueError(
                 f"{mask_name} and {name} do not overlap: no voxel above zero lies in "
                 "the image; check that they belong together"
             )
-    return tensor_of(image), (inside > 0).float(), place
+    return itk_images.tensor_of(image), (inside > 0).float(), place
 
 
 def read_label_map(name: str, labels: Any, place: Geometry, *, itk: bool) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -72,9 +73,7 @@ def spline_nodes(
     shrink = min(1.0, (limits[0] / math.prod(counts)) ** (1 / len(size)))
     counts = [max(5, int(shrink * n)) for n in counts]
 
-    def missed(axis: int, count: int) -> tuple[float, float]:
-        return _missed(mapped, frame, axis, count, unit, smooth)
-
+    missed = partial(_missed, mapped, frame, unit, smooth)
     misses = [missed(axis, n) for axis, n in enumerate(counts)]
     for kind in (0, 1):
         if kind:
@@ -104,10 +103,10 @@ def _everywhere(unit: Array) -> Array:
 def _missed(
     mapped: FramedMap,
     frame: Tensor,
-    axis: int,
-    count: int,
     unit: Array,
     smooth: Callable[[Array], Array],
+    axis: int,
+    count: int,
 ) -> tuple[float, float]:
     """Return about the most that places and determinants are off, by one axis."""
     d, unit = unit.shape[1], unit.copy()

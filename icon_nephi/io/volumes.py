@@ -37,9 +37,6 @@ class Volume:
         levels: in any order; the one with most voxels is the image.
         name: for errors.
         memory_limit: bytes that working with it may take, the whole process counted.
-
-    Attributes:
-        memory_limit: as given, in bytes.
     """
 
     def __init__(

@@ -80,10 +80,10 @@ def register(
         fit = fit_pair(A, B, **choices, options=options)
     choices |= {"modality": modality, "seed": seed, "time_limit": time_limit}
     choices |= {"memory_limit": memory_limit, "keep_on_interrupt": keep_on_interrupt}
-    numbers = {"peak_memory": peak_memory(), "seconds": options.seconds}
-    made_with = choices | numbers | {"segmentations": A.labels is not None}
-    placed: dict[str, Any] = {"itk": A.placed, "images": images}
-    return Registration(fit, A.whole, B.whole, **placed, made_with=made_with)
+    choices |= {"peak_memory": peak_memory(), "seconds": options.seconds}
+    choices["segmentations"] = A.labels is not None
+    places = A.whole, B.whole
+    return Registration(fit, *places, itk=A.placed, images=images, made_with=choices)
 
 
 def ensemble(
