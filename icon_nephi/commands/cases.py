@@ -38,15 +38,11 @@ class Case:
 
     Attributes:
         name: of the case.
-        fixed: float ITK image, 2D or 3D.
-        moving: the same type, on any grid.
+        fixed, moving: float ITK images, 2D or 3D, each on its grid.
         modality: "ct", "mri" or None (any other).
-        fixed_mask: ITK image, 0 or 1, or None.
-        moving_mask: likewise.
-        fixed_points: landmarks ``[N, d]``, LPS mm, or None.
-        moving_points: likewise, row by row.
-        fixed_labels: ITK label map, or None.
-        moving_labels: likewise.
+        fixed_mask, moving_mask: ITK images, 0 or 1, or None.
+        fixed_points, moving_points: landmarks ``[N, d]``, LPS mm, row by row, or None.
+        fixed_labels, moving_labels: ITK label maps, or None.
         label_ids: the labels to score.
     """
 
@@ -65,10 +61,6 @@ class Case:
 
 def find_cases(folder: Path, names: Iterable[str] | None = None) -> dict[str, Path]:
     """Return the folders of the cases asked for, by name; images are not read.
-
-    Args:
-        folder: see `list_cases`.
-        names: see `choose`.
 
     Raises:
         ValueError: no case, an unknown name, or a badly formed case folder.

@@ -114,11 +114,9 @@ def _windowed(flags: RegisterFlags, side: str, image: Any) -> Any:
 
 
 def read_map(path: Path, way: str | None) -> Registration | ItkPair:
-    """Return what a file holds; of an ITK transform there is only one direction.
+    """Return what ``--transform`` holds; of an ITK transform there is one direction.
 
-    Args:
-        path: of ``--transform``.
-        way: what was typed to ask for a direction, if anything.
+    ``way`` is what was typed to ask for a direction, if anything.
 
     Raises:
         ValueError: neither, a registration of tensors, or a way of an ITK transform.

@@ -150,10 +150,6 @@ def find_outputs(flags: RegisterFlags) -> dict[str, Path]:
 def run(flags: RegisterFlags, command: list[str]) -> dict[str, Any]:
     """Register, write every output, and return the summary (see `measure.summary`).
 
-    Args:
-        flags: of one pair.
-        command: what was typed.
-
     Raises:
         ValueError: what cannot be registered, in the words of the flags.
         OSError: what cannot be written; then nothing is.

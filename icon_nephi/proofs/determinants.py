@@ -58,12 +58,7 @@ def bound_determinant(
 ) -> Bounds:
     """Bound det J in boxes that no knot crosses, nor the unit box's border.
 
-    Args:
-        field: with ``expand``, float64.
-        code: of batch 1, float64.
-        low: lowest corners ``[N, d]``, float64.
-        high: highest corners.
-        dtype: see `expand_displacement`.
+    All are float64, corners ``[N, d]``; see `expand_displacement`.
     """
     d, degree = low.shape[1], degree_for(field)
     half = (high - low) / 2 * (1 + WIDER) + WIDER
@@ -121,10 +116,8 @@ class _Polynomials(NamedTuple):
 def _lowest(entries: Tensor, stray: Tensor, degree: int) -> Tensor:
     """Return a lower bound ``[N]`` of determinants of polynomials in boxes.
 
-    Args:
-        entries: ``[M, d, d, N]``.
-        stray: ``[d, d, N]``, at most how far they are off, anywhere in the box.
-        degree: their highest total degree.
+    Of ``entries [M, d, d, N]`` up to a total degree, which are off by at most ``stray
+    [d, d, N]`` anywhere in the box.
     """
     d = entries.shape[1]
 

@@ -47,8 +47,7 @@ class Boxes(NamedTuple):
     """Axis-parallel boxes.
 
     Attributes:
-        low: lowest corners ``[N, d]``.
-        high: highest corners.
+        low, high: their corners ``[N, d]``.
         halved: how often ``[N]``.
         least: ``[N]``, what determinants in them are already proven to exceed, else 0.
     """
@@ -70,15 +69,9 @@ class Boxes(NamedTuple):
 class Search:
     """What is proven about one neural map over a region, and what not.
 
-    Args:
-        field: with ``expand``, see `icon_nephi.fields`.
-        code: what it reads, of batch 1.
-        region: where.
-
     Attributes:
-        total: volume of the boxes that cover the region, in psi's unit boxes.
-        proven: of it.
-        refuted: of it.
+        total: volume of the boxes that cover the region, in psi's unit boxes; of it
+            are ``proven`` and ``refuted``.
         smallest: lower bound of det J in what is proven.
         points: counterexamples ``[N, d]`` in psi's frame, worst first.
         determinants: theirs ``[N]``.
@@ -109,9 +102,7 @@ class Search:
     def run(self, ends: float | None, decided: Callable[[float], None]) -> None:
         """Work until all is decided, or until a time (`time.monotonic`).
 
-        Args:
-            ends: when to stop.
-            decided: called with the share of the volume newly decided.
+        ``decided`` is called with each share of the volume that is newly decided.
         """
         waiting, weak = deque([self._cover()]), deque[Boxes]()
         self.total = waiting[0].volume()

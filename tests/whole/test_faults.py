@@ -16,8 +16,7 @@ import torch
 
 from icon_nephi import _memory as memory
 from icon_nephi import cli, load, register
-from icon_nephi.commands import cases
-from icon_nephi.commands import info
+from icon_nephi.commands import cases, info
 from icon_nephi.commands import register as runs
 from icon_nephi.fit.optimize import FitOptions
 from icon_nephi.io import atomic, itk_images
