@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from icon_nephi._check import check_intensities
+from icon_nephi.commands.flags import SIDES
 from icon_nephi.io.image_input import read_input
 from icon_nephi.io.itk_images import (
     array_of,
@@ -25,7 +26,6 @@ from icon_nephi.io.itk_images import (
 from icon_nephi.io.points import read_points
 from icon_nephi.space.frames import Array, Geometry
 
-SIDES = ("fixed", "moving")
 # Files that hold the data of a header beside them, such as fixed.raw of fixed.mhd.
 _DATA = (".raw", ".zraw", ".raw.gz", ".img", ".img.gz")
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from icon_nephi._check import check_dimension, check_mask_numbers
-from icon_nephi.commands.flags import RegisterFlags, is_own
+from icon_nephi.commands.flags import SIDES, RegisterFlags, is_own
 from icon_nephi.io import itk_images
 from icon_nephi.io.itk_transforms import read_transform
 from icon_nephi.io.points import read_points
@@ -16,8 +16,6 @@ from icon_nephi.maps.two_way import Mapping
 from icon_nephi.registration.itk_pair import ItkPair
 from icon_nephi.registration.result import Registration, load
 from icon_nephi.space.frames import Array
-
-SIDES = ("fixed", "moving")
 
 
 class Inputs:
