@@ -35,28 +35,19 @@ class Case:
     """Two images of one pair, and their ground truth.
 
     A correct map takes ``fixed_points[n]`` to ``moving_points[n]``.
-
-    Attributes:
-        name: of the case.
-        fixed, moving: float ITK images, 2D or 3D, each on its grid.
-        modality: "ct", "mri" or None (any other).
-        fixed_mask, moving_mask: ITK images, 0 or 1, or None.
-        fixed_points, moving_points: landmarks ``[N, d]``, LPS mm, row by row, or None.
-        fixed_labels, moving_labels: ITK label maps, or None.
-        label_ids: the labels to score.
     """
 
     name: str
-    fixed: Any
-    moving: Any
-    modality: str | None = None
-    fixed_mask: Any = None
+    fixed: Any  # float ITK image, 2D or 3D
+    moving: Any  # the same type, on any grid
+    modality: str | None = None  # "ct", "mri" or None (any other)
+    fixed_mask: Any = None  # ITK image, 0 or 1
     moving_mask: Any = None
-    fixed_points: Array | None = None
+    fixed_points: Array | None = None  # [N, d], LPS mm
     moving_points: Array | None = None
-    fixed_labels: Any = None
+    fixed_labels: Any = None  # ITK label map
     moving_labels: Any = None
-    label_ids: tuple[int, ...] = ()
+    label_ids: tuple[int, ...] = ()  # to score
 
 
 def find_cases(folder: Path, names: Iterable[str] | None = None) -> dict[str, Path]:

@@ -26,20 +26,14 @@ _ROUNDED = 1e-12
 
 
 class Bounds(NamedTuple):
-    """What is known of the determinant of psi's Jacobian in each box, all ``[N]``.
+    """What is known of the determinant of psi's Jacobian in each box, all ``[N]``."""
 
-    Attributes:
-        centre: at the centre.
-        least: a share of that below which it falls nowhere in the box; not above zero
-            where that could not be shown.
-        far: the largest row sum of |E|.
-        blame: ``[N, d]``, how much of that comes from each axis.
-    """
-
-    centre: Tensor
+    centre: Tensor  # at the centre
+    # A share of that below which it falls nowhere in the box; not above zero where that
+    # could not be shown.
     least: Tensor
-    far: Tensor
-    blame: Tensor
+    far: Tensor  # the largest row sum of |E|
+    blame: Tensor  # [N, d], how much of that comes from each axis
 
 
 def degree_for(field: Field) -> int:

@@ -44,18 +44,12 @@ KEPT = 1000
 
 
 class Boxes(NamedTuple):
-    """Axis-parallel boxes.
+    """Axis-parallel boxes, in psi's frame."""
 
-    Attributes:
-        low, high: their corners ``[N, d]``.
-        halved: how often ``[N]``.
-        least: ``[N]``, what determinants in them are already proven to exceed, else 0.
-    """
-
-    low: Tensor
+    low: Tensor  # corners [N, d]
     high: Tensor
-    halved: Tensor
-    least: Tensor
+    halved: Tensor  # how often [N]
+    least: Tensor  # [N], what their determinants are proven to exceed already, else 0
 
     def at(self, chosen: Tensor | slice) -> Boxes:
         """Return those chosen by a mask, by numbers or in a row."""
