@@ -78,11 +78,6 @@ def check_labels(
 ) -> npt.NDArray[Any]:
     """Return label numbers as they are, or as integers if they were floats.
 
-    Args:
-        name: for the error.
-        values: of any shape.
-        least: number that a label may have.
-
     Raises:
         ValueError: numbers that are not whole or below the least.
     """
@@ -108,15 +103,7 @@ def check_dimension(
     expected: int,
     advice: str = "pass two 2D or two 3D ones",
 ) -> None:
-    """Raise a ValueError unless two things have as many axes.
-
-    Args:
-        name: what came.
-        dimension: of it.
-        other: what it must fit, with its verb: "image_B is".
-        expected: dimension of that.
-        advice: what to do.
-    """
+    """Raise a ValueError unless something has as many axes as what ``other`` names."""
     if dimension != expected:
         raise ValueError(f"{name} is {dimension}D but {other} {expected}D; {advice}")
 

@@ -46,9 +46,7 @@ def to_bytes(limit: int | str) -> int:
 def plan(limit: int, voxels: int) -> tuple[int, int]:
     """Return voxels of the working level of each image, and bytes for its chunks.
 
-    Args:
-        limit: bytes that the whole process may take.
-        voxels: enough for a working level.
+    Of the bytes that the process may take; ``voxels`` are enough for such a level.
 
     Raises:
         ValueError: less than what is needed besides.
@@ -137,14 +135,10 @@ def in_smaller_parts(
 ) -> _Result:
     """Return what ``work(size)`` does; while memory runs out, of half the size.
 
-    Args:
-        work: may be called again after an error.
-        size: of the parts it does at once.
-        least: the smallest size that is tried.
-        doing: what it does, for the message.
+    ``doing`` says for the message what it does.
 
     Raises:
-        Shortage: the smallest size was too large.
+        Shortage: the least size was too large.
     """
     while True:
         try:

@@ -39,9 +39,11 @@ def _one_sentence(command: _Command) -> _Command:
     return run
 
 
-def _warn(prog: str, warnings: Iterable[str]) -> None:
+def _say(prog: str, text: str, warnings: Iterable[str], *, quiet: bool) -> None:
     for warning in warnings:
         print(f"{prog}: warning: {warning}", file=sys.stderr)
+    if not quiet:
+        print(text)
 
 
 def _end(prog: str, failed: int, count: int, what: str) -> None:
@@ -58,7 +60,7 @@ def register(argv: Sequence[str] | None = None) -> None:
     flags = RegisterFlags.typed(typed)
     command = ["nephi-register", *typed]
 
-    from icon_nephi.commands.text import pairs_table, summary_lines
+    from icon_nephi.commands.text import pairs_table, summary_text
 
     if flags.pairs is not None or flags.out_dir is not None:
         from icon_nephi.commands.batch import register_pairs
@@ -72,11 +74,10 @@ def register(argv: Sequence[str] | None = None) -> None:
     from icon_nephi.commands.register import run
 
     summary = run(flags, command)
-    _warn("nephi-register", summary["warnings"])
-    if str(flags.json) == "-":
-        print(json.dumps(summary, indent=2))
-    elif not flags.quiet:
-        print("\n".join(summary_lines(summary)))
+    as_json = str(flags.json) == "-"
+    text = json.dumps(summary, indent=2) if as_json else summary_text(summary)
+    quiet = flags.quiet and not as_json
+    _say("nephi-register", text, summary["warnings"], quiet=quiet)
 
 
 @_one_sentence
@@ -86,10 +87,7 @@ def warp(argv: Sequence[str] | None = None) -> None:
 
     from icon_nephi.commands.warp import warp_file
 
-    text, warnings = warp_file(flags)
-    _warn("nephi-warp", warnings)
-    if not flags.quiet:
-        print(text)
+    _say("nephi-warp", *warp_file(flags), quiet=flags.quiet)
 
 
 @_one_sentence
@@ -99,10 +97,7 @@ def jacobian(argv: Sequence[str] | None = None) -> None:
 
     from icon_nephi.commands.jacobian import write_jacobian
 
-    text, warnings = write_jacobian(flags)
-    _warn("nephi-jacobian", warnings)
-    if not flags.quiet:
-        print(text)
+    _say("nephi-jacobian", *write_jacobian(flags), quiet=flags.quiet)
 
 
 @_one_sentence

@@ -251,13 +251,8 @@ def _exported(
 ) -> Any:
     """Return phi as ICON exports it: a displacement field over the source image's box.
 
-    Args:
-        phi: the map, ICON frame of the network's grid.
-        shape: the network's grid; its voxels and those of ``size`` fill the same box.
-        size: voxels of the field.
-        device: where phi is evaluated.
-        source: the image whose points go in.
-        target: the image whose points come out.
+    phi is in the ICON frame of the network's grid, ``shape``; its voxels and those of
+    the field, ``size``, fill the same box. Points of ``source`` come out in ``target``.
     """
     if len(size) != len(shape) or min(size) < 2:
         raise ValueError(

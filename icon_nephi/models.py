@@ -28,27 +28,16 @@ from icon_nephi.space.sampling import Patches, Points
 
 @dataclass(frozen=True)
 class NetworkSettings:
-    """What a trainable network is made of; see `make_network`.
+    """What a trainable network is made of; see `make_network`."""
 
-    Attributes:
-        encoder: arguments of `HybridEncoder`.
-        field: of both directions: a name in `icon_nephi.fields.FIELDS`.
-        arguments: of the fields, beside dimension and code size.
-        similarity_points: a pair and direction, by dimension.
-        regularity_points: a pair and direction, by dimension.
-        lmbda: weight of the gradient inverse consistency.
-        prior_lmbda: weight of the prior.
-        hinge: weight of determinants near folding, inside that of lmbda.
-    """
-
-    encoder: dict[str, Any]
-    field: str
-    arguments: dict[str, Any]
-    similarity_points: dict[int, int]
+    encoder: dict[str, Any]  # arguments of `HybridEncoder`
+    field: str  # of both directions: a name in `icon_nephi.fields.FIELDS`
+    arguments: dict[str, Any]  # of the fields, beside dimension and code size
+    similarity_points: dict[int, int]  # a pair and direction, by dimension
     regularity_points: dict[int, int]
-    lmbda: float
+    lmbda: float  # weight of the gradient inverse consistency
     prior_lmbda: float
-    hinge: float = 0.0
+    hinge: float = 0.0  # of determinants near folding, inside that of lmbda
 
 
 NETWORKS = {

@@ -37,20 +37,13 @@ _BLOCK = 2**14  # bytes written at once: what is lost where a connection is cut
 
 @dataclass(frozen=True)
 class Published:
-    """A published network.
-
-    Attributes:
-        url: of its weights.
-        place: of the file below the working directory, where ICON looks for it.
-        grid: it was trained at.
-        sha256: of the file; None: not known, because the release pages state none and
-            the files could not be fetched where this was written. Pooch logs the sum
-            of a file that it downloads without one: enter it here.
-    """
+    """A published network, and the file of its weights."""
 
     url: str
-    place: str
-    grid: tuple[int, int, int]
+    place: str  # below the working directory, where ICON looks for it
+    grid: tuple[int, int, int]  # it was trained at
+    # None: not known, because the release pages state none and the files could not be
+    # fetched where this was written. Pooch logs the sum of a file that it downloads.
     sha256: str | None = None
 
 
@@ -260,9 +253,8 @@ def _published(task: str) -> dict[str, Tensor]:
 class ResumingDownloader:
     """A pooch downloader that goes on where an earlier one was cut, if the server can.
 
-    Args:
-        part: the file as far as it has come, kept when the connection fails.
-        check: called with the whole file; one that it refuses is deleted.
+    ``part`` is the file as far as it has come, kept when the connection fails; a whole
+    one that ``check`` refuses is deleted.
     """
 
     def __init__(self, part: Path, check: Callable[[Path], None]) -> None:
@@ -324,9 +316,8 @@ def lung_network_preprocess(image: Any, segmentation: Any = None) -> Any:
 
     Differs from ICON: any pixel type; a label counts as one, not as its number.
 
-    Args:
-        image: an ITK image, or a tensor ``[B, 1, *grid]``; the same comes back.
-        segmentation: of the same kind, zero outside the lungs.
+    An ITK image or a tensor ``[B, 1, *grid]`` comes back as the same; the segmentation
+    is of the same kind, zero outside the lungs.
 
     Raises:
         TypeError: another kind of image.

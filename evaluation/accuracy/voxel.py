@@ -1,6 +1,6 @@
 """Methods beside the package's own: more resolutions, trained networks.
 
-Each is a function of a case and Options that returns what it Found; see
+Each is a function of a case and Options that returns what it MapPair; see
 icon_nephi/commands/methods.py. Keywords are filled in with functools.partial.
 """
 
@@ -17,11 +17,11 @@ from torch import Tensor
 from icon_nephi import add_neural_residual, make_network
 from icon_nephi.commands import methods
 from icon_nephi.commands.methods import (
-    Found,
+    MapPair,
     Options,
     network_images,
-    voxel_found,
     voxel_loss,
+    voxel_pair,
     voxel_step,
 )
 from icon_nephi.fit.refine import Given, refine_pair, unrefined_maps
@@ -63,12 +63,12 @@ NETWORKS = {"voxel": methods.voxel_network, "voxel_multi": nested, "coarse": coa
 # --- from scratch -------------------------------------------------------------------
 
 
-def voxel_multi(case: Any, options: Options) -> Found:
+def voxel_multi(case: Any, options: Options) -> MapPair:
     """GradICON's nested voxel networks, optimised for this pair alone."""
     return methods.voxel(case, options, nested)
 
 
-def nephi_multi(case: Any, options: Options, weights: Path | None = None) -> Found:
+def nephi_multi(case: Any, options: Options, weights: Path | None = None) -> MapPair:
     """A voxel network at half the resolution, then NePhi, optimised, behind its map.
 
     Without weights the voxel network is optimised for the pair in half of the time
@@ -108,7 +108,7 @@ def refined(
     steps: int,
     encoder: int,
     options: Options,
-) -> Found:
+) -> MapPair:
     """What instance optimisation of a model's codes and fields found."""
     start = methods.now(A.device)
     phi_AB, phi_BA, _ = refine_pair(
@@ -122,14 +122,14 @@ def refined(
         **masks,
     )
     found = replace(
-        voxel_found((phi_AB, phi_BA), places, encoder),
+        voxel_pair((phi_AB, phi_BA), places, encoder),
         steps=steps,
         step_seconds=(methods.now(A.device) - start) / steps,
     )
     return sized(found, (phi_AB, phi_BA))
 
 
-def sized(found: Found, maps: Sequence[Any]) -> Found:
+def sized(found: MapPair, maps: Sequence[Any]) -> MapPair:
     """The same with the numbers of its fields and its code."""
     parts = neural_parts(maps)
     fields = {id(p.field): methods.count(p.field) for p in parts}
@@ -179,7 +179,7 @@ def trained(
     preset: str = "default",
     levels: int = 1,
     io_steps: int = 0,
-) -> Found:
+) -> MapPair:
     """A trained network: "voxel", "voxel_multi" or "nephi", and its refinement (IO).
 
     ICON's voxel networks are refined as ICON does it, all their weights.
@@ -194,7 +194,7 @@ def trained(
             found = refined(model, A, B, masks, places, io_steps, 0, options)
         else:
             maps = unrefined_maps(model, A, B)
-            found = sized(voxel_found(maps, places, 0), maps)
+            found = sized(voxel_pair(maps, places, 0), maps)
         everything = methods.count(model.regis_net)
         return replace(found, encoder=everything - found.representation)
     network = load(NETWORKS[kind](size), weights).to(A.device).eval()
@@ -207,7 +207,7 @@ def trained(
     seconds = (methods.now(A.device) - start) / max(1, io_steps)
     with torch.no_grad():
         maps = unrefined_maps(network, A, B)
-    found = voxel_found(maps, places, methods.count(network))
+    found = voxel_pair(maps, places, methods.count(network))
     return replace(found, steps=io_steps, step_seconds=seconds if io_steps else None)
 
 

@@ -47,10 +47,6 @@ def register_pairs(flags: RegisterFlags, command: list[str]) -> tuple[list[Row],
     is there, made with the same flags, is skipped. Whatever a pair raises goes into its
     row. Of several processes (torchrun) each takes its share of the rows.
 
-    Args:
-        flags: that all share.
-        command: what was typed.
-
     Raises:
         ValueError: flags that do not go with a table, or not such a table.
         KeyboardInterrupt: with what it has come to.
@@ -98,11 +94,10 @@ def _check_flags(flags: RegisterFlags) -> tuple[Path, Path]:
 
 
 def read_pairs(path: Path) -> list[Row]:
-    """Return what each row gives, by flag, and its name.
+    """Return what each row of a CSV gives, by flag, and its name.
 
-    Args:
-        path: CSV with the columns fixed and moving and, where wanted, name, `FILES`
-            and `WORDS`; relative paths start at its folder.
+    Its columns are fixed and moving and, where wanted, name, `FILES` and `WORDS`;
+    relative paths start at its folder.
 
     Raises:
         ValueError: not such a table.

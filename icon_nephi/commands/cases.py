@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from icon_nephi.commands.flags import SIDES
 from icon_nephi.io.image_input import read_input
 from icon_nephi.io.itk_images import (
     array_of,
@@ -25,7 +26,6 @@ from icon_nephi.io.points import read_points
 from icon_nephi.space.frames import Array, Geometry
 from icon_nephi.space.intensities import check_intensities
 
-SIDES = ("fixed", "moving")
 # Files that hold the data of a header beside them, such as fixed.raw of fixed.mhd.
 _DATA = (".raw", ".zraw", ".raw.gz", ".img", ".img.gz")
 
@@ -35,40 +35,23 @@ class Case:
     """Two images of one pair, and their ground truth.
 
     A correct map takes ``fixed_points[n]`` to ``moving_points[n]``.
-
-    Attributes:
-        name: of the case.
-        fixed: float ITK image, 2D or 3D.
-        moving: the same type, on any grid.
-        modality: "ct", "mri" or None (any other).
-        fixed_mask: ITK image, 0 or 1, or None.
-        moving_mask: likewise.
-        fixed_points: landmarks ``[N, d]``, LPS mm, or None.
-        moving_points: likewise, row by row.
-        fixed_labels: ITK label map, or None.
-        moving_labels: likewise.
-        label_ids: the labels to score.
     """
 
     name: str
-    fixed: Any
-    moving: Any
-    modality: str | None = None
-    fixed_mask: Any = None
+    fixed: Any  # float ITK image, 2D or 3D
+    moving: Any  # the same type, on any grid
+    modality: str | None = None  # "ct", "mri" or None (any other)
+    fixed_mask: Any = None  # ITK image, 0 or 1
     moving_mask: Any = None
-    fixed_points: Array | None = None
+    fixed_points: Array | None = None  # [N, d], LPS mm
     moving_points: Array | None = None
-    fixed_labels: Any = None
+    fixed_labels: Any = None  # ITK label map
     moving_labels: Any = None
-    label_ids: tuple[int, ...] = ()
+    label_ids: tuple[int, ...] = ()  # to score
 
 
 def find_cases(folder: Path, names: Iterable[str] | None = None) -> dict[str, Path]:
     """Return the folders of the cases asked for, by name; images are not read.
-
-    Args:
-        folder: see `list_cases`.
-        names: see `choose`.
 
     Raises:
         ValueError: no case, an unknown name, or a badly formed case folder.

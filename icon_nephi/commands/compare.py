@@ -18,7 +18,7 @@ from tqdm import tqdm
 from icon_nephi.commands import cases, methods
 from icon_nephi.commands.cases import Case
 from icon_nephi.commands.flags import CompareFlags, check_output
-from icon_nephi.commands.methods import Found, Method, Options, now, peak_gib
+from icon_nephi.commands.methods import MapPair, Method, Options, now, peak_gib
 from icon_nephi.io.atomic import write_csv
 from icon_nephi.io.image_input import choose_device, read_input
 from icon_nephi.io.itk_images import resample_to
@@ -77,17 +77,17 @@ def measure(case: Case, method: Method, options: Options) -> Row:
     """
     torch.set_num_threads(options.threads or torch.get_num_threads())
     began = now(device := choose_device(options.device, None))
-    found = method(case, options)
+    pair = method(case, options)
     row: Row = {"seconds": now(device) - began}
-    maps = maps_of(found, options.device)
+    maps = maps_of(pair, options.device)
     fixed = read_input("B", case.fixed, None)[2]
     size, box = fixed.size, fixed.unit_to_physical()
     moved = over_grid(lambda _, at: at, size, box, fixed.dimension, mapped=maps.forward)
     row["inference_ms"] = 1000 * (now(device) - began)
-    row |= {"peak_gib": peak_gib(device), "steps": found.steps}
-    row["step_ms"] = found.step_seconds and 1000 * found.step_seconds
-    row |= {f"{n}_m": getattr(found, n) / 1e6 for n in NUMBERS}
-    row["grid"], row["warnings"] = found.place_B.size, "; ".join(found.warnings)
+    row |= {"peak_gib": peak_gib(device), "steps": pair.steps}
+    row["step_ms"] = pair.step_seconds and 1000 * pair.step_seconds
+    row |= {f"{n}_m": getattr(pair, n) / 1e6 for n in NUMBERS}
+    row["grid"], row["warnings"] = pair.place_B.size, "; ".join(pair.warnings)
     row["folds_voxels_percent"] = flips_on_grid(moved, fixed)
     spread = np.random.default_rng(0).uniform(size=(POINTS, fixed.dimension))
     points = apply_affine(box, torch.from_numpy(spread)).numpy()
@@ -110,10 +110,10 @@ def measure(case: Case, method: Method, options: Options) -> Row:
     return row
 
 
-def maps_of(found: Found, device: str | None) -> TwoWay:
-    """Return what a method found as maps of millimetres, on a device."""
-    places = found.place_A, found.place_B
-    return TwoWay(found.phi_AB, found.phi_BA, *places, choose_device(device, None))
+def maps_of(pair: MapPair, device: str | None) -> TwoWay:
+    """Return a method's maps as maps of millimetres, on a device."""
+    places = pair.place_A, pair.place_B
+    return TwoWay(pair.phi_AB, pair.phi_BA, *places, choose_device(device, None))
 
 
 def compare_cases(

@@ -14,6 +14,7 @@ IMAGES = (".nii.gz", ".nii", ".nrrd", ".mha", ".tif", ".tiff")
 TRANSFORMS = (".h5", ".hdf5", ".tfm", ".txt")
 VECTORS = (".nii.gz", ".nii", ".nrrd", ".mha")
 POINTS = (".csv", ".fcsv", ".mrk.json", ".vtk", ".ply", ".stl", ".gii")
+SIDES = ("fixed", "moving")
 MODALITIES = ("ct", "mri", "none")
 MODELS = ("lung", "brain", "knee", "unigradicon", "multigradicon", "none")
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from icon_nephi._check import check_dimension, check_mask_numbers
-from icon_nephi.commands.flags import RegisterFlags, is_own
+from icon_nephi.commands.flags import SIDES, RegisterFlags, is_own
 from icon_nephi.io import itk_images
 from icon_nephi.io.itk_transforms import read_transform
 from icon_nephi.io.points import read_points
@@ -16,8 +16,6 @@ from icon_nephi.maps.two_way import Mapping
 from icon_nephi.registration.itk_pair import ItkPair
 from icon_nephi.registration.result import Registration, load
 from icon_nephi.space.frames import Array
-
-SIDES = ("fixed", "moving")
 
 
 class Inputs:
@@ -114,11 +112,9 @@ def _windowed(flags: RegisterFlags, side: str, image: Any) -> Any:
 
 
 def read_map(path: Path, way: str | None) -> Registration | ItkPair:
-    """Return what a file holds; of an ITK transform there is only one direction.
+    """Return what ``--transform`` holds; of an ITK transform there is one direction.
 
-    Args:
-        path: of ``--transform``.
-        way: what was typed to ask for a direction, if anything.
+    ``way`` is what was typed to ask for a direction, if anything.
 
     Raises:
         ValueError: neither, a registration of tensors, or a way of an ITK transform.

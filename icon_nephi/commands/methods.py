@@ -1,6 +1,6 @@
 """Methods to compare: NePhi, and a voxel network under GradICON, on one pair.
 
-A *method* takes a `Case` and `Options` and returns what it `Found`.
+A *method* takes a `Case` and `Options` and returns a `MapPair`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from icon_nephi._memory import peak_memory
-from icon_nephi.commands.cases import SIDES, Case
+from icon_nephi.commands.cases import Case
+from icon_nephi.commands.flags import SIDES
 from icon_nephi.fit.settings import find_settings
 from icon_nephi.io.image_input import choose_device, read_input
 from icon_nephi.maps.transforms import Map
@@ -43,7 +44,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Found:
+class MapPair:
     """Two maps between the unit boxes of two grids, and how many numbers made them."""
 
     phi_AB: Map  # unit box of place_B -> unit box of place_A, ICON frame
@@ -58,7 +59,7 @@ class Found:
     warnings: Sequence[str] = ()
 
 
-Method: TypeAlias = Callable[[Case, Options], Found]
+Method: TypeAlias = Callable[[Case, Options], MapPair]
 
 
 def now(device: torch.device) -> float:
@@ -76,7 +77,7 @@ def peak_gib(device: torch.device) -> float | None:
     return peak_memory() / 2**30 or None
 
 
-def nephi(case: Case, options: Options) -> Found:
+def nephi(case: Case, options: Options) -> MapPair:
     """Register as `icon_nephi.register` does; ``options.seconds`` is an upper limit."""
     size = case.fixed.GetLargestPossibleRegion().GetSize()
     settings = find_settings("auto", tuple(size), case.modality)
@@ -94,7 +95,7 @@ def nephi(case: Case, options: Options) -> Found:
         time_limit=None if options.steps else options.seconds,
     )
     fit, steps = result.fit, len(result.losses)
-    return Found(
+    return MapPair(
         *(result.map_AB, result.map_BA, result.geometry_A, result.geometry_B),
         representation=count(fit.field_AB) + count(fit.field_BA),
         code=sum(t.numel() for t in (fit.code.global_code, *fit.code.local_codes)),
@@ -104,7 +105,7 @@ def nephi(case: Case, options: Options) -> Found:
     )
 
 
-def voxel(case: Case, options: Options, make: Any = None) -> Found:
+def voxel(case: Case, options: Options, make: Any = None) -> MapPair:
     """Optimise GradICON's voxel network for this pair alone from random weights.
 
     ``make(shape)`` is the loss to optimise; default `voxel_network`.
@@ -123,8 +124,8 @@ def voxel(case: Case, options: Options, make: Any = None) -> Found:
         progress = steps / options.steps if options.steps else spent / options.seconds
     with torch.no_grad():  # in training mode: running means would be of earlier maps
         maps = [network.regis_net(*pair) for pair in ((A, B), (B, A))]
-    found = voxel_found(maps, places, count(network))
-    return replace(found, steps=steps, step_seconds=spent / steps)
+    pair = voxel_pair(maps, places, count(network))
+    return replace(pair, steps=steps, step_seconds=spent / steps)
 
 
 METHODS: dict[str, Method] = {"nephi": nephi, "voxel": voxel}
@@ -175,11 +176,13 @@ def network_images(
     return tensors[1], tensors[0], (places[1], places[0])
 
 
-def voxel_found(maps: Sequence[Map], places: Sequence[Geometry], encoder: int) -> Found:
+def voxel_pair(
+    maps: Sequence[Map], places: Sequence[Geometry], encoder: int
+) -> MapPair:
     """Return what a voxel network found, as maps of coordinates of any precision."""
     AB, BA = (partial(_as_float, phi) for phi in maps)
     dense = 2 * places[1].dimension * math.prod(places[1].size)
-    return Found(AB, BA, places[0], places[1], code=dense, encoder=encoder)
+    return MapPair(AB, BA, places[0], places[1], code=dense, encoder=encoder)
 
 
 def _as_float(phi: Map, coordinates: Tensor) -> Tensor:

@@ -14,12 +14,13 @@ from tqdm import tqdm
 
 from icon_nephi.commands.flags import (
     IMAGES,
+    SIDES,
     TRANSFORMS,
     VECTORS,
     RegisterFlags,
     check_output,
 )
-from icon_nephi.commands.inputs import SIDES, Inputs
+from icon_nephi.commands.inputs import Inputs
 from icon_nephi.io.atomic import written_whole
 from icon_nephi.io.itk_images import geometry_of, write_image
 from icon_nephi.io.itk_transforms import write_transform
@@ -149,10 +150,6 @@ def find_outputs(flags: RegisterFlags) -> dict[str, Path]:
 
 def run(flags: RegisterFlags, command: list[str]) -> dict[str, Any]:
     """Register, write every output, and return the summary (see `summarize_result`).
-
-    Args:
-        flags: of one pair.
-        command: what was typed.
 
     Raises:
         ValueError: what cannot be registered, in the words of the flags.

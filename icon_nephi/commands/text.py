@@ -37,7 +37,7 @@ def _inline(value: Any) -> str:
     return "unknown" if value is None else str(value)
 
 
-def summary_lines(summary: dict[str, Any]) -> list[str]:
+def summary_text(summary: dict[str, Any]) -> str:
     """Return the summary of nephi-register, a line each."""
     text = [f"registered in {summary['seconds']:.1f} s"]
     if "folds_percent" in summary:
@@ -65,7 +65,8 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     for when, scores in summary.get("dice", {}).items():
         each = ", ".join(f"{k}: {v:.3f}" for k, v in scores["labels"].items())
         text.append(f"Dice {when}: mean {scores['mean']:.3f} ({each})")
-    return text + [f"{name}: {path}" for name, path in summary["outputs"].items()]
+    text += [f"{name}: {path}" for name, path in summary["outputs"].items()]
+    return "\n".join(text)
 
 
 def pairs_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -41,14 +41,9 @@ def expand_displacement(
 ) -> Expansion:
     """Return the `Expansion` of the displacement a field makes of a code, C = d.
 
-    Args:
-        field: float64.
-        code: of batch 1, float64.
-        centre: of the boxes ``[N, d]``, in the unit box, float64.
-        half: half their sides, 0 along axes where nothing changes.
-        degree: of the polynomials.
-        dtype: what the layers work in; float32 takes half the time, and bounds by the
-            more that it rounds.
+    Of boxes with centres ``[N, d]`` in the unit box and half sides, 0 along axes where
+    nothing changes; all float64, the code of batch 1. The layers work in ``dtype``:
+    float32 takes half the time, and bounds by the more that it rounds.
 
     Raises:
         TypeError: the field has no ``expand``.

@@ -26,20 +26,14 @@ _ROUNDED = 1e-12
 
 
 class Bounds(NamedTuple):
-    """What is known of the determinant of psi's Jacobian in each box, all ``[N]``.
+    """What is known of the determinant of psi's Jacobian in each box, all ``[N]``."""
 
-    Attributes:
-        centre: at the centre.
-        least: a share of that below which it falls nowhere in the box; not above zero
-            where that could not be shown.
-        far: the largest row sum of |E|.
-        blame: ``[N, d]``, how much of that comes from each axis.
-    """
-
-    centre: Tensor
+    centre: Tensor  # at the centre
+    # A share of that below which it falls nowhere in the box; not above zero where that
+    # could not be shown.
     least: Tensor
-    far: Tensor
-    blame: Tensor
+    far: Tensor  # the largest row sum of |E|
+    blame: Tensor  # [N, d], how much of that comes from each axis
 
 
 def degree_for(field: Field) -> int:
@@ -58,12 +52,7 @@ def bound_determinant(
 ) -> Bounds:
     """Bound det J in boxes that no knot crosses, nor the unit box's border.
 
-    Args:
-        field: with ``expand``, float64.
-        code: of batch 1, float64.
-        low: lowest corners ``[N, d]``, float64.
-        high: highest corners.
-        dtype: see `expand_displacement`.
+    All are float64, corners ``[N, d]``; see `expand_displacement`.
     """
     d, degree = low.shape[1], degree_for(field)
     half = (high - low) / 2 * (1 + WIDER) + WIDER
@@ -121,10 +110,8 @@ class _Polynomials(NamedTuple):
 def _lowest(entries: Tensor, stray: Tensor, degree: int) -> Tensor:
     """Return a lower bound ``[N]`` of determinants of polynomials in boxes.
 
-    Args:
-        entries: ``[M, d, d, N]``.
-        stray: ``[d, d, N]``, at most how far they are off, anywhere in the box.
-        degree: their highest total degree.
+    Of ``entries [M, d, d, N]`` up to a total degree, which are off by at most ``stray
+    [d, d, N]`` anywhere in the box.
     """
     d = entries.shape[1]
 

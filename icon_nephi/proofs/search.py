@@ -44,19 +44,12 @@ KEPT = 1000
 
 
 class Boxes(NamedTuple):
-    """Axis-parallel boxes.
+    """Axis-parallel boxes, in psi's frame."""
 
-    Attributes:
-        low: lowest corners ``[N, d]``.
-        high: highest corners.
-        halved: how often ``[N]``.
-        least: ``[N]``, what determinants in them are already proven to exceed, else 0.
-    """
-
-    low: Tensor
+    low: Tensor  # corners [N, d]
     high: Tensor
-    halved: Tensor
-    least: Tensor
+    halved: Tensor  # how often [N]
+    least: Tensor  # [N], what their determinants are proven to exceed already, else 0
 
     def at(self, chosen: Tensor | slice) -> Boxes:
         """Return those chosen by a mask, by numbers or in a row."""
@@ -70,15 +63,9 @@ class Boxes(NamedTuple):
 class Search:
     """What is proven about one neural map over a region, and what not.
 
-    Args:
-        field: with ``expand``, see `icon_nephi.fields`.
-        code: what it reads, of batch 1.
-        region: where.
-
     Attributes:
-        total: volume of the boxes that cover the region, in psi's unit boxes.
-        proven: of it.
-        refuted: of it.
+        total: volume of the boxes that cover the region, in psi's unit boxes; of it
+            are ``proven`` and ``refuted``.
         smallest: lower bound of det J in what is proven.
         points: counterexamples ``[N, d]`` in psi's frame, worst first.
         determinants: theirs ``[N]``.
@@ -109,9 +96,7 @@ class Search:
     def run(self, ends: float | None, decided: Callable[[float], None]) -> None:
         """Work until all is decided, or until a time (`time.monotonic`).
 
-        Args:
-            ends: when to stop.
-            decided: called with the share of the volume newly decided.
+        ``decided`` is called with each share of the volume that is newly decided.
         """
         waiting, weak = deque([self._cover()]), deque[Boxes]()
         self.total = waiting[0].volume()

@@ -14,7 +14,7 @@ from icon_nephi import cli
 from icon_nephi.commands import methods
 from icon_nephi.commands.cases import find_cases, read_case
 from icon_nephi.commands.compare import compare_cases, measure
-from icon_nephi.commands.methods import Found, Options
+from icon_nephi.commands.methods import MapPair, Options
 from icon_nephi.io.itk_images import geometry_of
 from icon_nephi.phantoms import breathing_thorax
 from icon_nephi.space.frames import apply_affine
@@ -38,7 +38,7 @@ def case(data):
 def exact(case, options):
     phantom = breathing_thorax(SHAPE, seed=0)
     places = geometry_of(case.moving), geometry_of(case.fixed)
-    return Found(phantom.phi_AB, phantom.phi_BA, *places)
+    return MapPair(phantom.phi_AB, phantom.phi_BA, *places)
 
 
 def resampled(case, options):
@@ -61,7 +61,7 @@ def resampled(case, options):
         partial(through, phantom.phi_AB, 1, 0),
         partial(through, phantom.phi_BA, 0, 1),
     )
-    return Found(*maps, *places)
+    return MapPair(*maps, *places)
 
 
 @pytest.mark.parametrize("method", [exact, resampled])
@@ -77,7 +77,7 @@ def test_the_true_map_scores_as_true(case, method):
 def test_a_folded_map_is_seen_by_both_measures(case):
     def mirrored(case, options):
         places = geometry_of(case.moving), geometry_of(case.fixed)
-        return Found(lambda x: 1 - x, lambda x: 1 - x, *places)
+        return MapPair(lambda x: 1 - x, lambda x: 1 - x, *places)
 
     row = measure(case, mirrored, Options(device="cpu"))
     assert row["folds_points_percent"] == row["folds_voxels_percent"] == 100
@@ -119,7 +119,7 @@ def test_a_trained_voxel_network_is_read_back(data, case, tmp_path):
 
 def still(case, options):
     places = geometry_of(case.moving), geometry_of(case.fixed)
-    return Found(_same, _same, *places)
+    return MapPair(_same, _same, *places)
 
 
 def _same(x):

@@ -23,7 +23,7 @@ from icon_nephi.io.image_input import voxel_geometry
 from icon_nephi.maps.transforms import NeuralTransform, value_and_jacobian
 from icon_nephi.maps.two_way import DIRECTIONS
 from icon_nephi.proofs import determinants as determinant_bounds
-from icon_nephi.proofs import search as proofs
+from icon_nephi.proofs import search as box_search
 from icon_nephi.proofs.bounds import expand_displacement, knots
 from icon_nephi.proofs.determinants import bound_determinant
 from icon_nephi.proofs.regions import Region
@@ -200,7 +200,7 @@ def in_boxes(point, *several):
 
 def check_no_false_proof(seeds, monkeypatch):
     """Fields around folding: what is found folded is never inside a proven box."""
-    monkeypatch.setattr(proofs, "HALVINGS", 5)
+    monkeypatch.setattr(box_search, "HALVINGS", 5)
     outcomes = []
     for seed in seeds:
         dimension, kind = 2 + (seed % 16 == 0), list(FIELDS)[seed % 3]
@@ -239,7 +239,7 @@ def test_no_fold_is_ever_proven_away_in_ten_thousand_fields(monkeypatch):
 
 def test_a_search_that_is_interrupted_leaves_threads_as_they_were(monkeypatch):
     before = torch.get_num_threads()
-    monkeypatch.setattr(proofs, "BATCH", 1000)
+    monkeypatch.setattr(box_search, "BATCH", 1000)
     search = Search(*random_map("mlp", 2, 3), Region(torch.eye(3).double()))
 
     def interrupt(_):
@@ -399,8 +399,8 @@ def test_a_spent_budget_leaves_the_rest_undecided():
 
 
 def test_what_is_proven_stays_proven_when_more_is_asked_for(monkeypatch):
-    monkeypatch.setattr(proofs, "SHARE", 2.0)
-    monkeypatch.setattr(proofs, "HALVINGS", 2)
+    monkeypatch.setattr(box_search, "SHARE", 2.0)
+    monkeypatch.setattr(box_search, "HALVINGS", 2)
     assert certify(made(2, strength=0.01), progress=False).holds
 
 

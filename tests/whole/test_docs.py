@@ -18,8 +18,8 @@ import pytest
 from icon_nephi import cli
 from icon_nephi.io import itk_images
 from icon_nephi.registration import register as registration
-from icon_nephi.report import page as report
-from icon_nephi.report import scene as layers
+from icon_nephi.report import page as report_page
+from icon_nephi.report import scene
 from tests.commands.command_files import write_points
 from tests.small_fits import geometry, small_fit, unit_matrix
 
@@ -73,8 +73,8 @@ def folder(tmp_path, monkeypatch):
 
     monkeypatch.setattr(registration, "fit_pair", fit)
     for name in ("PICTURE", "FLAT", "MAP"):
-        monkeypatch.setattr(layers, name, 12)
-    monkeypatch.setattr(report, "SLICES", 2)
+        monkeypatch.setattr(scene, name, 12)
+    monkeypatch.setattr(report_page, "SLICES", 2)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

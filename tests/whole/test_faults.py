@@ -17,7 +17,7 @@ import torch
 from icon_nephi import _memory as memory
 from icon_nephi import cli, load, register
 from icon_nephi.commands import cases, info
-from icon_nephi.commands import register as runs
+from icon_nephi.commands import register as register_command
 from icon_nephi.fit.optimize import FitOptions
 from icon_nephi.io import atomic, itk_images
 from icon_nephi.io import blocks as block_files
@@ -192,11 +192,11 @@ def test_of_many_pairs_the_finished_ones_are_kept(folder, monkeypatch, capfd):
         calls.append(0)
         if len(calls) == 2:
             press()
-        found = {"flags": runs.flags_of(given)}
+        found = {"flags": register_command.flags_of(given)}
         given.json.write_text(json.dumps(found))
         return found
 
-    monkeypatch.setattr(runs, "run", second)
+    monkeypatch.setattr(register_command, "run", second)
     said = stopped(cli.register, flags, capfd)
     assert said == (
         "stopped by the user; 1 of 2 pairs are done, and the same command goes on with "
@@ -459,7 +459,7 @@ def test_another_error_of_the_machinery_keeps_its_traceback(folder, monkeypatch)
 
 
 def test_a_pair_without_memory_does_not_stop_the_others(folder, monkeypatch):
-    monkeypatch.setattr(runs, "run", full_of("cuda"))
+    monkeypatch.setattr(register_command, "run", full_of("cuda"))
     (folder.path / "pairs.csv").write_text("fixed,moving\nfixed.nrrd,moving.nrrd\n")
     with pytest.raises(SystemExit) as stop:
         cli.register(["--pairs", "pairs.csv", "--out_dir", "out", "--quiet"])
