@@ -50,17 +50,16 @@ def between(
 def learned(
     name: str, folder: Path, size: int, count: int, steps: int, seed: int, device: str
 ) -> tuple[nn.Module, list[LatentCode], float]:
-    """Return `codes_of` the first two pairs, from a table or an encoder that learned."""
+    """Return `codes_of` the first two pairs, once a table or an encoder has learned."""
     drawn = triangles_and_circles(2 * count, size, name == "encoder", seed=seed)
     keywords: dict[str, Any] = {"seed": seed, "device": device}
+    made = shapes.network(size, seed)
     if name == "table":
         net = Table(count, seed)
         generator = torch.Generator().manual_seed(seed)
         values = net.table.global_codes.shape[1] + sum(CHANNELS)
         fields = [LatentMLP(2, values, generator=generator) for _ in "AB"]
         keywords["chosen"] = lambda rows: setattr(net, "index", rows[:, 0])
-    made = shapes.network(size, seed)
-    if name == "table":
         made.regis_net = NePhi(net, *fields)
     pairs = torch.arange(2 * count).reshape(2, -1).T
     shapes.learn(made, folder / name, drawn.images, steps, pairs=pairs, **keywords)
@@ -92,7 +91,7 @@ def main(
     seed: int = 0,
     device: str = "cpu",
 ) -> str:
-    """Return whether the paper's statement holds, looking at ``drawn`` points a side."""
+    """Return whether the paper's statement holds, at ``drawn`` points a side."""
     rows: list[dict[str, Any]] = []
     for (name, title), length in zip(tqdm(WHERE.items()), steps, strict=True):
         numbers = size, count, length, seed, device

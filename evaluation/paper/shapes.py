@@ -118,7 +118,7 @@ class Fits:
         ]
 
     def loss(self, pair: Held, made: Any = None, **other: Any) -> tuple[Any, Any]:
-        """Return `loss_of` the pair and Adam's groups, of what `neural` made or that."""
+        """Return `loss_of` a pair and Adam's groups; ``made`` is as from `neural`."""
         net, groups = made or neural(self.field, self.seed)
         return loss_of(net.to(self.device), pair, self.seed, **other), groups
 
