@@ -245,7 +245,7 @@ def test_a_full_disk(writer, kind, folder, monkeypatch, capfd):
             pytest.skip("only ITK says so")
         monkeypatch.setattr(Registration, "save", full)
     else:
-        monkeypatch.setattr(itk_maps.itk, writer, full, raising=False)
+        monkeypatch.setattr(itk_maps.itk, writer, full)
     words = "No space left" if kind is OSError else "disk"
     refused(cli.register, [*pair(**EVERYTHING), "--quiet"], words, folder.path, capfd)
     assert not list((folder.path / "out").iterdir())
