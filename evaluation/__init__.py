@@ -9,6 +9,7 @@ by itself: what the package adds to a process, some 30 MB, is the same for all o
 
 import argparse
 import platform
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -145,22 +146,16 @@ def random_points(image: Any, count: int = RANDOM_POINTS, seed: int = 0) -> np.n
 
 
 def register(case: Case, *, masks: bool = True, **options: Any) -> Any:
-    """Return icon_nephi's `Registration` of a case, from scratch.
-
-    Args:
-        case: The images.
-        masks: Whether their masks are used.
-        options: Further arguments of ``icon_nephi.register``.
-    """
+    """Return icon_nephi's `Registration` of a case; masks may be left out."""
     import icon_nephi
 
-    given = {
+    defaults = {
         "modality": case.modality,
         "mask_A": case.moving_mask if masks else None,
         "mask_B": case.fixed_mask if masks else None,
         "progress": False,
     }
-    return icon_nephi.register(case.moving, case.fixed, **given | options)
+    return icon_nephi.register(case.moving, case.fixed, **defaults | options)
 
 
 def csv_file(text: str) -> Path:
@@ -176,10 +171,8 @@ def csv_file(text: str) -> Path:
 
 def machine() -> str:
     """Return the processor's name and the system."""
-    name, information = platform.processor(), Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text("utf-8", "replace").splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
+    information = Path("/proc/cpuinfo")
+    text = information.read_text("utf-8", "replace") if information.exists() else ""
+    model = re.search("^model name.*?:(.*)", text, re.MULTILINE)
+    name = model[1].strip() if model else platform.processor()
     return f"{name or platform.machine()}, {platform.system()}"

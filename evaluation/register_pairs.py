@@ -98,10 +98,7 @@ def measure(
 ) -> dict[str, Any]:
     """Return what one registration cost and how good it is, by the names of RESULTS.
 
-    Args:
-        pair: The images and their ground truth.
-        method: What registers them.
-        start: ``time.process_time()`` from which CPU seconds count; None means now.
+    CPU seconds count from a ``time.process_time()``; None means now.
     """
     start = time.process_time() if start is None else start
     wall = time.perf_counter()
@@ -332,10 +329,8 @@ def main(argv: list[str] | None = None, methods: dict[str, str] | None = None) -
             print(summary(row))
             if "not_applicable" not in row:
                 rows.append(row)
-            if args.out:
-                write_csv(
-                    args.out, CSV_COLUMNS, rows
-                )  # what is done stays when the rest is stopped
+            if args.out:  # what is done stays when the rest is stopped
+                write_csv(args.out, CSV_COLUMNS, rows)
     print("\n" + table(rows))
     return int(any(row.get("error", NOT_INSTALLED) != NOT_INSTALLED for row in rows))
 

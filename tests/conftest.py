@@ -44,9 +44,8 @@ def generator():
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """What the commands are tried in, see `make_folder`."""
-    from tests.commands.command_files import (
-        make_folder,  # imports itk, which few tests need
-    )
+    # Imports itk, which few tests need.
+    from tests.commands.command_files import make_folder
 
     return make_folder(tmp_path, monkeypatch)
 

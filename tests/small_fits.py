@@ -1,4 +1,4 @@
-"""Fits made by hand, small enough for a test: random fields, a random affine part."""
+"""Small places and points in them, fits made by hand, and `fit_pair` of tensors."""
 
 import numpy as np
 import torch

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from evaluation import csv_file, image_from, version, write_csv
@@ -126,10 +127,9 @@ def write_phantoms(
             itk.imwrite(image, str(home / f"{side}.nii.gz"))
             label = image_from(labels[side][0, 0].numpy(), image)
             itk.imwrite(label, str(home / f"{side}_labels.nii.gz"))
-            lines = [",".join(f"{x:.6f}" for x in row) for row in points[side]]
-            header = ",".join("xyz"[: len(shape)])
-            text = "\n".join([header, *lines]) + "\n"
-            (home / f"{side}_landmarks.csv").write_text(text)
+            style = {"header": ",".join("xyz"[: len(shape)]), "comments": ""}
+            style |= {"fmt": "%.6f", "delimiter": ","}
+            np.savetxt(home / f"{side}_landmarks.csv", points[side], **style)
         (home / "case.json").write_text('{"modality": "ct"}')
 
 
@@ -174,8 +174,8 @@ def run(
     fixed = {"threads": args.threads, "device": args.device}
     fixed |= {name: version(name) for name in PACKAGES}
     rows: list[dict[str, Any]] = []
-    found = compare_cases(cases, methods, options)
-    for row in tqdm(found, "registering", len(cases) * len(methods)):
+    compared = compare_cases(cases, methods, options)
+    for row in tqdm(compared, "registering", len(cases) * len(methods)):
         rows.append(row | fixed)
         write_csv(args.out, (*COLUMNS, *EXTRA), rows)
     return rows

@@ -30,13 +30,9 @@ import numpy as np
 from evaluation import image_from, write_csv
 
 MODULES = (
-    *(
-        "icon_nephi.commands.register",
-        "icon_nephi.registration.streaming",
-        "training.train_triangles",
-    ),
+    *("icon_nephi.commands.register", "icon_nephi.registration.streaming"),
     *("scipy.linalg", "scipy.sparse", "torch._dynamo", "itk.support.extras"),
-    "torch.utils.tensorboard",
+    *("torch.utils.tensorboard", "training.train_triangles"),
 )
 LOADED_LATE = (
     *("ImageFileReader", "ImageFileWriter", "TransformFileReaderTemplate"),

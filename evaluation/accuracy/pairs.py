@@ -34,12 +34,9 @@ FREESURFER_STRUCTURES = (
 def load_pairs(
     data_dir: str | Path, cases: Iterable[str] | None = None
 ) -> Iterator[Case]:
-    """Return an iterator that reads one pair at a time.
+    """Return an iterator that reads one pair at a time: every case, or those named.
 
-    Args:
-        data_dir: Folder of cases.
-        cases: Names of cases, or of groups such as ``brain3d_hippocampus``; None means
-            every case found.
+    A name may be that of a group, such as ``brain3d_hippocampus``.
 
     Raises:
         ValueError: At once for a wrong folder, an unknown case or a badly formed

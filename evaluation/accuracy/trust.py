@@ -63,19 +63,16 @@ def register(pair: Case, seeds: int, folder: Path | None) -> list[Any]:
     """Return the registrations, read from the folder where they are there."""
     import icon_nephi
 
-    found = []
+    registrations = []
     for seed in range(seeds):
-        file = None
-        if folder is not None:
-            file = folder / f"{pair.name.replace('/', '_')}_{seed}.nephi"
-        if file is None or not file.exists():
-            made = evaluation.register(pair, seed=seed)
-            if file is not None:
-                made.save(file)
-        else:
-            made = icon_nephi.load(file)
-        found.append(made)
-    return found
+        file = folder and folder / f"{pair.name.replace('/', '_')}_{seed}.nephi"
+        if file and file.exists():
+            registrations.append(icon_nephi.load(file))
+            continue
+        registrations.append(evaluation.register(pair, seed=seed))
+        if file:
+            registrations[-1].save(file)
+    return registrations
 
 
 def measure(pair: Case, registrations: list[Any]) -> Measured:

@@ -110,23 +110,14 @@ def refined(
     options: Options,
 ) -> MapPair:
     """What instance optimisation of a model's codes and fields found."""
+    how = {"steps": steps, "regularity": guarded_term, "seed": options.seed, **masks}
     start = methods.now(A.device)
-    phi_AB, phi_BA, _ = refine_pair(
-        model,
-        A,
-        B,
-        steps=steps,
-        regularity=guarded_term,
-        progress=False,
-        seed=options.seed,
-        **masks,
-    )
+    maps = refine_pair(model, A, B, progress=False, **how)[:2]
+    seconds = (methods.now(A.device) - start) / steps
     found = replace(
-        voxel_pair((phi_AB, phi_BA), places, encoder),
-        steps=steps,
-        step_seconds=(methods.now(A.device) - start) / steps,
+        voxel_pair(maps, places, encoder), steps=steps, step_seconds=seconds
     )
-    return sized(found, (phi_AB, phi_BA))
+    return sized(found, maps)
 
 
 def sized(found: MapPair, maps: Sequence[Any]) -> MapPair:

@@ -122,11 +122,8 @@ def find_dirlab(
 ) -> dict[str, Callable[[], Case]]:
     """Return the reader of each case by name; ValueError where files are missing.
 
-    Args:
-        root: Folder with the unpacked archives.
-        kind: "copd" or "4dct".
-        numbers: Cases, 1 to 10; None means those whose fixed image is there.
-        fixed: "exhale" (the default) or "inhale".
+    The folder holds the unpacked archives of "copd" or "4dct"; without numbers (1 to
+    10) the cases that are whole are taken. "exhale" or "inhale" is fixed.
     """
     sizes, files = SETS[kind]
     if not root.is_dir():
@@ -179,12 +176,8 @@ def find_people(
     The folder has ``images/NAME.nii.gz`` and ``labels/NAME.nii.gz`` (HCP and OASIS as
     they are commonly passed on: aligned affinely, one grid), or a folder for each
     person with ``image.nii.gz`` (OASIS: ``aligned_norm.nii.gz``) and
-    ``labels.nii.gz`` (``aligned_seg35.nii.gz``).
-
-    Args:
-        root: See above.
-        pairs: At most as many.
-        labels: Those to score; None means all that both have.
+    ``labels.nii.gz`` (``aligned_seg35.nii.gz``). At most as many ``pairs``; without
+    ``labels`` all that both have are scored.
     """
     people = {
         path.name: (path, root / "labels" / path.name)

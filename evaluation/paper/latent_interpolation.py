@@ -47,47 +47,22 @@ def between(
     )
 
 
-def by_table(
-    folder: Path, size: int, count: int, steps: int, seed: int, device: str
+def learned(
+    name: str, folder: Path, size: int, count: int, steps: int, seed: int, device: str
 ) -> tuple[nn.Module, list[LatentCode], float]:
-    """The forward field, the codes of the first two pairs of a table, their Dice."""
-    drawn = triangles_and_circles(2 * count, size, seed=seed)
-    net = Table(count, seed)
-    generator = torch.Generator().manual_seed(seed)
-    values = net.table.global_codes.shape[1] + sum(CHANNELS)
-    fields = [LatentMLP(2, values, generator=generator) for _ in "AB"]
+    """Return `codes_of` the first two pairs, once a table or an encoder has learned."""
+    drawn = triangles_and_circles(2 * count, size, name == "encoder", seed=seed)
+    keywords: dict[str, Any] = {"seed": seed, "device": device}
     made = shapes.network(size, seed)
-    made.regis_net = NePhi(net, *fields)
+    if name == "table":
+        net = Table(count, seed)
+        generator = torch.Generator().manual_seed(seed)
+        values = net.table.global_codes.shape[1] + sum(CHANNELS)
+        fields = [LatentMLP(2, values, generator=generator) for _ in "AB"]
+        keywords["chosen"] = lambda rows: setattr(net, "index", rows[:, 0])
+        made.regis_net = NePhi(net, *fields)
     pairs = torch.arange(2 * count).reshape(2, -1).T
-    shapes.learn(
-        made,
-        folder / "table",
-        drawn.images,
-        steps,
-        pairs=pairs,
-        seed=seed,
-        device=device,
-        chosen=lambda rows: setattr(net, "index", rows[:, 0]),
-    )
-    return codes_of(made.regis_net, drawn, pairs[:2], device)
-
-
-def by_encoder(
-    folder: Path, size: int, count: int, steps: int, seed: int, device: str
-) -> tuple[nn.Module, list[LatentCode], float]:
-    """The same of an encoder."""
-    drawn = triangles_and_circles(2 * count, size, True, seed=seed)
-    pairs = torch.arange(2 * count).reshape(2, -1).T
-    made = shapes.network(size, seed)
-    shapes.learn(
-        made,
-        folder / "encoder",
-        drawn.images,
-        steps,
-        pairs=pairs,
-        seed=seed,
-        device=device,
-    )
+    shapes.learn(made, folder / name, drawn.images, steps, pairs=pairs, **keywords)
     return codes_of(made.regis_net, drawn, pairs[:2], device)
 
 
@@ -116,25 +91,14 @@ def main(
     seed: int = 0,
     device: str = "cpu",
 ) -> str:
-    """The line that says whether the paper's statement holds here.
-
-    Args:
-        folder: to write to.
-        size: voxels a side of the images.
-        count: training pairs.
-        steps: of training the table, and the encoder.
-        drawn: points a side of the maps that are looked at.
-        seed: of everything.
-        device: to train on.
-    """
+    """Return whether the paper's statement holds, at ``drawn`` points a side."""
     rows: list[dict[str, Any]] = []
-    ways = {"table": by_table, "encoder": by_encoder}
-    for (name, make), length in zip(tqdm(ways.items()), steps, strict=True):
-        field, codes, overlap = make(folder, size, count, length, seed, device)
-        maps, found = interpolated(field, codes, drawn)
-        rows += [{"codes": name, **row, "dice_of_pairs": overlap} for row in found]
-        picture = draw(maps, found, WHERE[name])
-        picture.savefig(folder / f"latent_interpolation_{name}.png")
+    for (name, title), length in zip(tqdm(WHERE.items()), steps, strict=True):
+        numbers = size, count, length, seed, device
+        field, codes, overlap = learned(name, folder, *numbers)
+        maps, looks = interpolated(field, codes, drawn)
+        rows += [{"codes": name, **row, "dice_of_pairs": overlap} for row in looks]
+        draw(maps, looks, title).savefig(folder / f"latent_interpolation_{name}.png")
     shapes.table(folder, "interpolation", rows)
     return judged(rows)
 
@@ -160,14 +124,14 @@ def interpolated(
     for z_g in SHARES:
         for z_l in SHARES:
             phi, jacobian = at(z_g, z_l)
-            found = determinants(jacobian)
+            values = determinants(jacobian)
             maps.append(phi)
             rows.append(
                 {
                     "z_g": z_g,
                     "z_l": z_l,
-                    "folds_percent": 100 * fold_fraction(found),
-                    "least_determinant": float(found.min()),
+                    "folds_percent": 100 * fold_fraction(values),
+                    "least_determinant": float(values.min()),
                     "distance_to_first": distance(phi, ends[0]),
                     "distance_to_second": distance(phi, ends[1]),
                 }

@@ -10,6 +10,7 @@ small one optimises each pair by itself instead, which takes minutes. Writes
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +28,16 @@ FULL = {"size": 128, "steps": 20_000, "pairs": 500, "count": 10_000, "learned": 
 
 def main(
     folder: Path,
-    size: int = 96,
-    steps: int = 100,
-    pairs: int = 2,
     weights: dict[str, tuple[float, ...]] = WEIGHTS,
     learned: bool = False,
     count: int = 1000,
     batch: int = 16,
-    field: str = "ours",
-    seed: int = 0,
-    device: str = "cpu",
+    **numbers: Any,
 ) -> str:
-    """The line that says whether the paper's statement holds here."""
-    held = shapes.held_pairs(pairs, size, True, seed if not learned else 2**31)
+    """Return whether the paper's statement holds; more numbers are `shapes.Fits`'."""
+    fits = shapes.Fits(**numbers)
+    size, seed = fits.size, fits.seed
+    held = shapes.held_pairs(fits.pairs, size, True, seed if not learned else 2**31)
     images = triangles_and_circles(count if learned else 0, size, True, seed).images
     rows = []
     work = [(term, lmbda) for term in weights for lmbda in weights[term]]
@@ -48,12 +46,11 @@ def main(
         if learned:
             network = shapes.network(size, seed, **keywords)
             run = folder / f"{term.replace(' ', '_')}_{lmbda:g}"
-            shapes.learn(
-                network, run, images, steps, batch=batch, seed=seed, device=device
-            )
+            how = {"batch": batch, "seed": seed, "device": fits.device}
+            shapes.learn(network, run, images, fits.steps, **how)
             seen = [judge(network.eval(), held)]
         else:
-            seen = list(fitted(held, steps, field, seed, device, keywords))
+            seen = list(fitted(fits, held, keywords))
         rows.append(
             {
                 "regularizer": term,
@@ -71,18 +68,13 @@ def main(
 
 
 def fitted(
-    held: list[Any],
-    steps: int,
-    field: str,
-    seed: int,
-    device: str,
-    keywords: dict[str, Any],
+    fits: shapes.Fits, held: list[Any], keywords: dict[str, Any]
 ) -> Iterator[dict[str, float]]:
-    """Of each pair, optimised by itself, what `judge` says."""
-    for pair in (shapes.on(device, p) for p in held):
-        net, groups = shapes.neural(field, seed)
-        loss = shapes.loss_of(net.to(device), pair, seed, **keywords)
-        shapes.fit(loss, groups, pair, steps, every=steps, blur=True)
+    """Yield what `judge` says of each pair, optimised by itself."""
+    fits = replace(fits, every=fits.steps)
+    for pair in fits.placed(held):
+        loss, groups = fits.loss(pair, **keywords)
+        fits.fit(loss, groups, pair, blur=True)
         yield judge(loss, [pair])
 
 

@@ -11,6 +11,7 @@ Differs from the paper: several pairs instead of one of each kind, and outlines 
 blurred at first, because without that they do not find each other.
 """
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,43 +27,24 @@ SMALL = {"size": 128, "steps": 140, "pairs": 3}
 FULL = {"size": 512, "steps": 400, "pairs": 10}
 
 
-def main(
-    folder: Path,
-    size: int = 128,
-    steps: int = 120,
-    pairs: int = 3,
-    every: int = 10,
-    field: str = "ours",
-    seed: int = 0,
-    device: str = "cpu",
-) -> str:
-    """The line that says whether the paper's statement holds here."""
+def main(folder: Path, **numbers: Any) -> str:
+    """Return whether the paper's statement holds; the numbers are `shapes.Fits`'."""
+    fits = shapes.Fits(**numbers)
     rows: list[dict[str, Any]] = []
     images = {}
-    work = [(kind, term, n) for kind in KINDS for term in WEIGHTS for n in range(pairs)]
-    for kind, term, number in tqdm(work, desc="fits"):
-        pair = shapes.held_pairs(pairs, size, KINDS[kind], seed)[number]
-        pair = shapes.on(device, pair)
-        net, groups = shapes.neural(field, seed)
-        loss = shapes.loss_of(
-            net.to(device),
-            pair,
-            seed,
-            lmbda=WEIGHTS[term],
-            regularity=shapes.TERMS[term],
-        )
-        found = shapes.fit(loss, groups, pair, steps, every, blur=KINDS[kind])
-        rows += [
-            {"shapes": kind, "regularizer": term, "pair": number, **row}
-            for row in found
-        ]
-        if number == pairs - 1:
-            with torch.no_grad():
-                loss(pair.image_A, pair.image_B)
-                images[kind, term] = loss.warped_image_A, loss.phi_AB_vectorfield
-            images[kind] = pair.image_A, pair.image_B
+    for kind, term in tqdm(list(product(KINDS, WEIGHTS)), desc="fits"):
+        for number, pair in enumerate(fits.held(KINDS[kind])):
+            keywords = {"lmbda": WEIGHTS[term], "regularity": shapes.TERMS[term]}
+            loss, groups = fits.loss(pair, **keywords)
+            looks = fits.fit(loss, groups, pair, blur=KINDS[kind])
+            row = {"shapes": kind, "regularizer": term, "pair": number}
+            rows += [row | look for look in looks]
+        with torch.no_grad():  # of the last pair
+            loss(pair.image_A, pair.image_B)
+            images[kind, term] = loss.warped_image_A, loss.phi_AB_vectorfield
+        images[kind] = pair.image_A, pair.image_B
     shapes.table(folder, "curves", rows)
-    draw(rows, images, size).savefig(folder / "regularizer_curves.png")
+    draw(rows, images, fits.size).savefig(folder / "regularizer_curves.png")
     return judged(rows)
 
 

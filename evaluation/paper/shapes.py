@@ -5,7 +5,7 @@ Pairs, fits that are looked at while they run, memory, folders, pictures.
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,7 @@ FIELDS = {
     "ours": OURS,
     # Width 128, 128 frequencies, omega 30, one code grid: the published field.
     "paper": replace(
-        OURS,
-        arguments=(),
-        grids=(16,),
-        channels=(32,),
-        field_rate=1e-4,
-        code_rate=1e-3,
+        OURS, arguments=(), grids=(16,), channels=(32,), field_rate=1e-4, code_rate=1e-3
     ),
 }
 TERMS: dict[str, Callable[..., Tensor]] = {
@@ -98,52 +93,66 @@ def loss_of(network: nn.Module, pair: Held, seed: int, **other: Any) -> Any:
     return loss.to(pair.image_B.device)
 
 
-def on(device: str, pair: Held) -> Held:
-    """The same pair with its images on a device."""
-    return replace(
-        pair, image_A=pair.image_A.to(device), image_B=pair.image_B.to(device)
-    )
+@dataclass(frozen=True)
+class Fits:
+    """Fits of pairs of shapes, one by one, all in the same way."""
 
+    size: int  # pixels a side
+    steps: int  # of each fit
+    pairs: int
+    every: int = 10  # steps between two looks
+    field: str = "ours"  # of FIELDS
+    seed: int = 0  # of pairs, weights and points
+    device: str = "cpu"
 
-def fit(
-    loss: GradientICONPoints,
-    groups: Sequence[dict[str, Any]],
-    pair: Held,
-    steps: int,
-    every: int,
-    blur: bool = False,
-) -> list[dict[str, float]]:
-    """Optimise the loss of one pair; what it was at every few steps, see ``FITTED``.
+    def held(self, hollow: bool = False) -> list[Held]:
+        """Return the pairs, their images on the device."""
+        return self.placed(held_pairs(self.pairs, self.size, hollow, self.seed))
 
-    Dice is that of the forward map, folds are the percentage of voxel centres, in both
-    maps, where the analytic determinant is not positive.
-    """
-    found: list[dict[str, float]] = []
+    def placed(self, pairs: Sequence[Held]) -> list[Held]:
+        """Return the same pairs with their images on the device."""
+        to = self.device
+        return [
+            replace(p, image_A=p.image_A.to(to), image_B=p.image_B.to(to))
+            for p in pairs
+        ]
 
-    def look(step: int, result: Any) -> None:
-        if step % every and step != steps:
-            return
-        with torch.random.fork_rng(devices=[]):
-            seen = judge(loss, [pair])
-        found.append(
-            {
-                "step": step,
-                "dice": seen["dice"],
-                "folds_percent": 100 * seen["folds"],
-                "similarity_loss": float(result.similarity_loss.detach()),
-                "regularity_loss": float(result.inverse_consistency_loss.detach()),
-            }
-        )
+    def loss(self, pair: Held, made: Any = None, **other: Any) -> tuple[Any, Any]:
+        """Return `loss_of` a pair and Adam's groups; ``made`` is as from `neural`."""
+        net, groups = made or neural(self.field, self.seed)
+        return loss_of(net.to(self.device), pair, self.seed, **other), groups
 
-    blurs = BLURS if blur else (0.0,)
-    lengths = [steps * (i + 1) // len(blurs) for i in range(len(blurs))]
-    stages = [
-        Stage(end - start, loss.similarity_sampler, share * pair.image_B.shape[-1])
-        for start, end, share in zip([0, *lengths], lengths, blurs, strict=False)
-    ]
-    images = pair.image_A, pair.image_B
-    optimize(loss, *images, stages, groups, callback=look).complete()
-    return found
+    def fit(
+        self, loss: Any, groups: Any, pair: Held, blur: bool = False
+    ) -> list[dict[str, float]]:
+        """Optimise a loss; return what it was at every few steps, see ``FITTED``.
+
+        Dice is that of the forward map, folds are the percentage of voxel centres, in
+        both maps, where the analytic determinant is not positive.
+        """
+        looks: list[dict[str, float]] = []
+
+        def look(step: int, result: Any) -> None:
+            if step % self.every and step != self.steps:
+                return
+            with torch.random.fork_rng(devices=[]):
+                seen = judge(loss, [pair])
+            similarity, regularity = (
+                float(part.detach())
+                for part in (result.similarity_loss, result.inverse_consistency_loss)
+            )
+            values = step, seen["dice"], 100 * seen["folds"], similarity, regularity
+            looks.append(dict(zip(FITTED, values, strict=True)))
+
+        blurs = BLURS if blur else (0.0,)
+        ends = [self.steps * (i + 1) // len(blurs) for i in range(len(blurs))]
+        stages = [
+            Stage(end - start, loss.similarity_sampler, share * pair.image_B.shape[-1])
+            for start, end, share in zip([0, *ends], ends, blurs, strict=False)
+        ]
+        images = pair.image_A, pair.image_B
+        optimize(loss, *images, stages, groups, callback=look).complete()
+        return looks
 
 
 def step_memory(loss: nn.Module, *images: Tensor) -> float:
@@ -186,8 +195,8 @@ def network(
         regularity_sampler=None if points is None else Points(points),
         generator=torch.Generator().manual_seed(seed),
     )
-    made.regularity, made.extent = regularity, None  # without the guard of folds
-    return made
+    # Without the guard of folds.
+    return made.changed(regularity=regularity, extent=None)
 
 
 def learn(
@@ -209,26 +218,21 @@ def learn(
 
     Writes what `training.loop.train` does to the folder; ``other`` goes there too.
     """
-    found: list[dict[str, float]] = []
+    looks: list[dict[str, float]] = []
     folder.mkdir(parents=True, exist_ok=True)
 
     def validate(live: nn.Module) -> dict[str, float]:
         seen = judge(live, held)
-        step = min(steps, (len(found) + 1) * (every or steps))
-        found.append(
-            {
-                "step": step,
-                "dice": seen["dice"],
-                "folds_percent": 100 * seen["folds"],
-            }
-        )
+        step = min(steps, (len(looks) + 1) * (every or steps))
+        values = step, seen["dice"], 100 * seen["folds"]
+        looks.append(dict(zip(FITTED, values, strict=False)))
         return seen
 
     plan = Plan(steps=steps, batch=batch, rate=rate, seed=seed, validate_every=every)
     data = Images(in_memory(images), len(images), pairs)
     check = validate if held else None
     train(made, data, plan, folder, validate=check, device=device, **other)
-    return found
+    return looks
 
 
 # --- what is written ----------------------------------------------------------------

@@ -11,6 +11,7 @@ as many points as pixels. Writes ``curves.csv`` (each pair, way and step) and
 Differs from the paper: several pairs and several rates; the paper gives none.
 """
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,10 @@ def voxels(size: int, rate: float) -> tuple[nn.Module, list[dict[str, Any]]]:
     return pair, [{"params": list(pair.parameters()), "lr": rate}]
 
 
-def main(
-    folder: Path,
-    size: int = 64,
-    steps: int = 120,
-    pairs: int = 2,
-    every: int = 10,
-    field: str = "ours",
-    seed: int = 0,
-    device: str = "cpu",
-) -> str:
-    """The line that says whether the paper's statement holds here."""
+def main(folder: Path, **numbers: Any) -> str:
+    """Return whether the paper's statement holds; the numbers are `shapes.Fits`'."""
+    fits = shapes.Fits(**numbers)
+    size = fits.size
     all_points = {
         "similarity_sampler": Points(size**2),
         "regularity_sampler": Points(size**2),
@@ -54,14 +48,11 @@ def main(
         ways += [(f"voxels, rate {rate:g}", rate, {})]
         ways += [(f"voxels, rate {rate:g}, {size**2} points", rate, all_points)]
     rows: list[dict[str, Any]] = []
-    work = [(way, number) for way in ways for number in range(pairs)]
-    held = shapes.held_pairs(pairs, size, False, seed)
-    for (name, rate, samplers), number in tqdm(work, desc="fits"):
-        pair = shapes.on(device, held[number])
-        net, groups = voxels(size, rate) if rate else shapes.neural(field, seed)
-        loss = shapes.loss_of(net.to(device), pair, seed, **samplers)
-        found = shapes.fit(loss, groups, pair, steps, every)
-        rows += [{"way": name, "pair": number, **row} for row in found]
+    work = list(product(ways, enumerate(fits.held())))
+    for (name, rate, samplers), (number, pair) in tqdm(work, desc="fits"):
+        made = voxels(size, rate) if rate else None
+        looks = fits.fit(*fits.loss(pair, made, **samplers), pair)
+        rows += [{"way": name, "pair": number, **row} for row in looks]
     shapes.table(folder, "curves", rows)
     draw(rows, size).savefig(folder / "voxel_vs_neural_optimization.png")
     return judged(rows)

@@ -54,19 +54,11 @@ def main(
         # ICON's voxel network makes batches of one size only; so does this step.
         first = [images[i * batch : (i + 1) * batch].to(device) for i in range(2)]
         memory = shapes.step_memory(made, *first)
-        found = shapes.learn(
-            made,
-            folder / str(way).replace(" ", "_"),
-            images,
-            steps,
-            held=pairs,
-            every=every,
-            batch=batch,
-            seed=seed,
-            device=device,
-        )
-        rows += [{"network": way, **row} for row in found]
-        ends.append({"network": way, **found[-1], "memory_mib": memory})
+        how = {"every": every, "batch": batch, "seed": seed, "device": device}
+        run = folder / str(way).replace(" ", "_")
+        looks = shapes.learn(made, run, images, steps, held=pairs, **how)
+        rows += [{"network": way, **row} for row in looks]
+        ends.append({"network": way, **looks[-1], "memory_mib": memory})
     shapes.table(folder, "curves", rows)
     shapes.table(folder, "networks", ends)
     draw(rows, ends, size).savefig(folder / "learned_ratio.png")

@@ -102,14 +102,14 @@ def measure(
                 bar.set_postfix_str(f"{name}, {side}^3")
                 start, slope = law(mine)
                 expected = start + slope * side**3
-                row: dict[str, Any] = {"side": side, "method": name, "fitted": False}
-                if failed or expected > limit:  # nan compares as False
-                    row |= {"fitted": True, "peak_gib": expected}
-                else:
+                row: dict[str, Any] = {"side": side, "method": name}
+                fitted = failed or expected > limit  # nan compares as False
+                if not fitted:
                     row |= bench.alone(function, side, device)
-                    if "error" in row:
-                        failed = True
-                        row |= {"fitted": True, "peak_gib": expected}
+                    fitted = failed = "error" in row
+                if fitted:
+                    row["peak_gib"] = expected
+                row["fitted"] = fitted
                 mine.append(row | fixed)
                 bar.update()
             slope = law(mine)[1]

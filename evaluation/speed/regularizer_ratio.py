@@ -26,34 +26,24 @@ FULL = {"size": 512, "steps": 300, "pairs": 5}
 LESS_DICE, MORE_FOLDS = 0.01, 0.01
 
 
-def main(
-    folder: Path,
-    size: int = 128,
-    steps: int = 100,
-    pairs: int = 2,
-    every: int = 10,
-    field: str = "ours",
-    seed: int = 0,
-    device: str = "cpu",
-) -> str:
-    """The line that says whether the paper's statement holds here."""
-    counts = shapes.counts_of_points(FEWEST, size)
-    held = [shapes.on(device, p) for p in shapes.held_pairs(pairs, size, False, seed)]
+def main(folder: Path, **numbers: Any) -> str:
+    """Return whether the paper's statement holds; the numbers are `shapes.Fits`'."""
+    fits = shapes.Fits(**numbers)
+    counts = shapes.counts_of_points(FEWEST, fits.size)
     rows: list[dict[str, Any]] = []
     memory = {}
     for count in tqdm(counts[::-1], desc="ratios"):
-        for number, pair in enumerate(held):
-            net, groups = shapes.neural(field, seed)
-            net.to(device).chunk_size = 3 * max(counts)
-            loss = shapes.loss_of(net, pair, seed, regularity_sampler=Points(count))
+        for number, pair in enumerate(fits.held()):
+            loss, groups = fits.loss(pair, regularity_sampler=Points(count))
+            loss.regis_net.chunk_size = 3 * max(counts)
             memory[count] = shapes.step_memory(loss, pair.image_A, pair.image_B)
-            found = shapes.fit(loss, groups, pair, steps, every)
-            rows += [{"points": count, "pair": number, **row} for row in found]
+            looks = fits.fit(loss, groups, pair)
+            rows += [{"points": count, "pair": number, **row} for row in looks]
     end = shapes.last(rows)
     ratios = [
         {
             "points": count,
-            "ratio_percent": 100 * count / size**2,
+            "ratio_percent": 100 * count / fits.size**2,
             "dice": shapes.mean(end, "dice", points=count),
             "folds_percent": shapes.mean(end, "folds_percent", points=count),
             "worst_folds_percent": max(
@@ -65,7 +55,7 @@ def main(
     ]
     shapes.table(folder, "curves", rows)
     shapes.table(folder, "ratios", ratios)
-    draw(rows, ratios, size, device).savefig(folder / "regularizer_ratio.png")
+    draw(rows, ratios, fits.size, fits.device).savefig(folder / "regularizer_ratio.png")
     return judged(ratios)
 
 

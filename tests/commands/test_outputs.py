@@ -14,7 +14,7 @@ from icon_nephi.registration.result import Registration
 from icon_nephi.report import measure, metrics
 from icon_nephi.space.frames import Geometry
 from tests.commands.command_files import PLACE_A, PLACE_B, pair, result, write_points
-from tests.small_fits import rows_in, voxels_in
+from tests.small_fits import rows_in, small_fit, unit_matrix, voxels_in
 
 NUMBERS = itk.VariableLengthVector[itk.F]
 
@@ -251,8 +251,6 @@ def test_jacobians_of_an_itk_transform(folder):
 
 
 def test_folds_have_no_logarithm(folder, capsys):
-    from tests.small_fits import small_fit, unit_matrix
-
     fit = small_fit(3, unit_matrix(3), strength=1.0)
     wild = Registration(fit, PLACE_A, PLACE_B, itk=True)
     wild.save(folder.path / "wild.nephi")

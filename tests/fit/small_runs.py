@@ -1,4 +1,4 @@
-"""Settings, images and losses with which fitting takes a second."""
+"""Settings, images and a loss with which fitting takes a second, and such a fit."""
 
 from dataclasses import replace
 

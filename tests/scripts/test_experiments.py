@@ -1,6 +1,8 @@
 """Every script of the paper's experiments runs, and writes what it says."""
 
 import csv
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,10 +114,9 @@ def test_codes_are_interpolated_part_by_part():
 
 @pytest.mark.parametrize("small", [False, True])
 def test_the_command_runs_small_or_full_in_its_folder(tmp_path, monkeypatch, small):
-    footsteps = pytest.importorskip("footsteps")
     asked = {}
-    monkeypatch.setattr(footsteps, "initialize", lambda **given: asked.update(given))
-    monkeypatch.setattr(footsteps, "output_dir", str(tmp_path), raising=False)
+    footsteps = SimpleNamespace(output_dir=str(tmp_path), initialize=asked.update)
+    monkeypatch.setitem(sys.modules, "footsteps", footsteps)
     options = ["--out", "runs", "--seed", "3", "--device", "cpu"]
     monkeypatch.setattr("sys.argv", ["script", *options, *["--small"] * small])
 
