@@ -32,15 +32,9 @@ Box: TypeAlias = tuple[slice, ...]
 class ChunkCache:
     """The chunks of one array that were used last, in at most ``limit`` bytes.
 
-    Reading is safe beside one thread of `ahead`, and what it gives does not depend on
-    what is held.
-
-    Args:
-        read: the voxels of a box of the array.
-        shape: of the array.
-        chunk: voxels of a chunk along each axis.
-        dtype: of the voxels.
-        limit: bytes of chunks held; at least one chunk is.
+    At least one chunk is held, of so many voxels along each axis; ``read`` gives the
+    voxels of a box of the array. Reading is safe beside one thread of `ahead`, and what
+    it gives does not depend on what is held.
     """
 
     def __init__(
@@ -82,16 +76,10 @@ class ChunkCache:
         """Whether every chunk has a place, so that none is ever read twice."""
         return self.slots == self._total
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the places for chunks, filled or not."""
-        return int(self._data.nbytes)
-
     def voxels(self, axes: Sequence[Array]) -> Array:
-        """``[2, ..., 2, N]``: voxels at every combination of the axes' two indices.
+        """``[2, ..., 2, N]``: voxels at every combination of two indices on each axis.
 
-        Args:
-            axes: ``[2, N]`` int64 for each axis.
+        The indices are ``[2, N]`` int64 for each axis.
         """
         d, number, place = len(axes), np.zeros((), np.int64), np.zeros((), np.int64)
         for axis, index in enumerate(axes):
@@ -249,12 +237,9 @@ class Level:
 class ChunkedImage:
     """A level of an image, read at points of the image's unit box.
 
-    Args:
-        cache: of the level's voxels.
-        scale: voxels of the level along the unit box, for each axis.
-        shift: where the unit box's first corner lies, in voxels of the level.
-        intensities: of a float tensor of voxels, what the registration sees.
-        device: where intensities are given.
+    The unit box begins at ``shift`` and is ``scale`` long, in voxels of the level. What
+    the registration sees of a float tensor of voxels are its ``intensities``, on the
+    device.
 
     Attributes:
         shape: ``[1, 1, *grid]`` of the level.
