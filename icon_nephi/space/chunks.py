@@ -47,9 +47,8 @@ class ChunkCache:
     ) -> None:
         self.read, self.shape = read, tuple(shape)
         self.chunk = tuple(min(c, n) for c, n in zip(chunk, shape, strict=True))
-        self.counts = tuple(
-            -(-n // c) for n, c in zip(self.shape, self.chunk, strict=True)
-        )
+        pairs = zip(self.shape, self.chunk, strict=True)
+        self.counts = tuple(-(-n // c) for n, c in pairs)
         self._total, self._voxels = math.prod(self.counts), math.prod(self.chunk)
         slots = limit // (self._voxels * np.dtype(dtype).itemsize)
         self.slots = max(1, min(int(slots), self._total))
@@ -111,10 +110,8 @@ class ChunkCache:
             number = int(np.ravel_multi_index(piles, self.counts))
             start = [p * c for p, c in zip(piles, self.chunk, strict=True)]
             first = [max(b.start, s) for b, s in zip(box, start, strict=True)]
-            last = [
-                min(b.stop, s + c, n)
-                for b, s, c, n in zip(box, start, self.chunk, self.shape, strict=True)
-            ]
+            sizes = zip(box, start, self.chunk, self.shape, strict=True)
+            last = [min(b.stop, s + c, n) for b, s, c, n in sizes]
             into = _box_from([b.start for b in box], first, last)
             out = _box_from(start, first, last)
             with self._lock:
@@ -183,12 +180,8 @@ class ChunkCache:
 
     def _read_chunk(self, number: int) -> Array:
         piles = np.unravel_index(number, self.counts)
-        return self.read(
-            tuple(
-                slice(int(p) * c, min((int(p) + 1) * c, n))
-                for p, c, n in zip(piles, self.chunk, self.shape, strict=True)
-            )
-        )
+        sizes = zip(map(int, piles), self.chunk, self.shape, strict=True)
+        return self.read(tuple(slice(p * c, min(p * c + c, n)) for p, c, n in sizes))
 
 
 def _box_from(corner: list[int], first: list[int], last: list[int]) -> Box:
