@@ -69,9 +69,7 @@ class UnknownField(ValueError):
 def register_field(name: str, kind: type[nn.Module]) -> None:
     """Let a class of fields be made, saved and loaded by a name.
 
-    Args:
-        name: for `Settings` and files; files are loaded where it is registered again.
-        kind: the class.
+    Files with it are loaded where it is registered again.
 
     Raises:
         TypeError: not a class of modules.

@@ -99,8 +99,8 @@ class LatentCode:
             )
             for axis, matrix in enumerate(across, 1):
                 table = torch.tensordot(matrix, table, ([1], [axis])).movedim(0, axis)
-            read = table.reshape(channels, -1, count).permute(2, 1, 0)
-            nodes[row : row + count, :, column : column + channels] = read
+            vectors = table.reshape(channels, -1, count).permute(2, 1, 0)
+            nodes[row : row + count, :, column : column + channels] = vectors
             weights.append(along)
             row, column = row + count, column + channels
         return torch.cat(weights, 1), nodes

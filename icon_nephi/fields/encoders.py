@@ -118,11 +118,10 @@ class HybridEncoder(nn.Module):
 
     def forward(self, image_A: Tensor, image_B: Tensor) -> LatentCode:
         """The code of each pair of a batch ``[B, C, *grid]``, A moving, B fixed."""
+        expected = self.image_channels, self.dimension + 2
         for name, image in (("image_A", image_A), ("image_B", image_B)):
             check_image(name, image)
-            if image.shape[1:2] != (self.image_channels,) or (
-                image.dim() != self.dimension + 2
-            ):
+            if (image.shape[1], image.dim()) != expected:
                 raise ValueError(
                     f"{name} must be [B, {self.image_channels}, *grid] with "
                     f"{self.dimension} axes, got {tuple(image.shape)}; build the "

@@ -150,10 +150,7 @@ def by_degree(rows: Tensor, dimension: int, degree: int) -> Tensor:
 
 
 def _magnitudes(of: Expansion) -> Tensor:
-    """``[1 + d, 1 + degree, N, C]``: sums of |coefficients| by degree.
-
-    Row 0 is of the polynomials, row 1 + a of their slopes by s_a.
-    """
+    """``[1 + d, 1 + degree, N, C]``: as `by_degree`; row 1 + a of slopes by s_a."""
     table = _sums(of.dimension, of.degree, of.rows.dtype)
     sums = table @ of.rows.abs().flatten(1)
     return sums.view(1 + of.dimension, 1 + of.degree, *of.rows.shape[1:])
@@ -297,10 +294,12 @@ def product(first: Expansion, second: Expansion) -> Expansion:
     p, q = first.rows, second.rows
     a, b = _magnitudes(first), _magnitudes(second)
     stray, size = torch.zeros_like(first.stray), torch.zeros_like(first.stray)
-    for one, other, sums, others in ((first, second, a, b), (second, first, b, a)):
+    for factor, other, sums, others in ((first, second, a, b), (second, first, b, a)):
         values = others[0].sum(0)
         steep = sums[1:].sum(1)
-        stray[1:].addcmul_(one.stray[1:], values + other.off).addcmul_(other.off, steep)
+        stray[1:].addcmul_(factor.stray[1:], values + other.off).addcmul_(
+            other.off, steep
+        )
         for k in range(degree):
             stray[1:].addcmul_(sums[1:, k], others[0, degree - k :].sum(0))
         size[1:].addcmul_(steep, values)

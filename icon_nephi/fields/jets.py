@@ -62,13 +62,10 @@ def siren(
 ) -> Tensor:
     """``[R, M, d]``: the formulas of `icon_nephi.fields.siren.ModulatedSiren` on a jet.
 
-    Args:
-        points: ``[M, d]`` in the unit box.
-        values: jet of the code ``[R, M, C]``, R = 1 or 1 + d.
-        frequencies: ``[F, d]``.
-        omegas: of the first synthesis layer, and of every other layer.
-        weights: from level to level weight and bias of the modulator's layer and of
-            the synthesis', then those of the last layer.
+    Of points ``[M, d]`` in the unit box with a jet of the code ``[R, M, C]``, R = 1 or
+    1 + d, and frequencies ``[F, d]``. The omegas are of the first synthesis layer and
+    of every other layer, the weights from level to level weight and bias of the
+    modulator's layer and of the synthesis', then those of the last layer.
     """
     inputs = points, values, *weights
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
@@ -114,7 +111,7 @@ class _Siren(torch.autograd.Function):
         torch.bmm(repeated, turned[1].mT, out=outer)
         _sine_of(outer[0].add_(weights[3], alpha=start), product[0], needed)
         torch.mul(outer[1:], outer[0], out=product[1:])
-        kept = [inner, first, outer, product]
+        layers = [inner, first, outer, product]
         gate, spare = first, plane()
         for level in range(1, levels):
             modulate, shift, synthesise, offset = weights[4 * level : 4 * level + 4]
@@ -135,11 +132,11 @@ class _Siren(torch.autograd.Function):
                 torch.mul(outer[0], gate[0], out=spare)
                 torch.mul(outer[1:], spare, out=product[1:])
                 product[1:].addcmul_(gate[1:], wave)
-            kept += [inner, sine, gate, outer, wave, product]
+            layers += [inner, sine, gate, outer, wave, product]
         if keep:
             ctx.omegas = omegas
             constant = frequencies, features, *turned, values
-            ctx.save_for_backward(*constant, *weights, *kept)
+            ctx.save_for_backward(*constant, *weights, *layers)
         out = product @ (0.5 * weights[-2].T)
         out[0].add_(weights[-1], alpha=0.5)
         return out
@@ -150,9 +147,9 @@ class _Siren(torch.autograd.Function):
         frequencies, features, *saved = ctx.saved_tensors
         (*turned, values), saved = saved[:3], saved[3:]
         levels, (start, omega) = len(saved) // 10, ctx.omegas
-        weights, kept = saved[: 4 * levels + 2], saved[4 * levels + 2 :]
-        gates, products = [kept[1], *kept[6::6]], [kept[3], *kept[9::6]]
-        needed, first = ctx.needs_input_grad[3:], kept[1]
+        weights, layers = saved[: 4 * levels + 2], saved[4 * levels + 2 :]
+        gates, products = [layers[1], *layers[6::6]], [layers[3], *layers[9::6]]
+        needed, first = ctx.needs_input_grad[3:], layers[1]
         of_weights: list[Tensor | None] = [None] * len(weights)
         jet = _cut(5, first.shape, first)
         of_first, of_gate, of_inner, of_product, of_outer = (jet() for _ in range(5))
@@ -168,7 +165,7 @@ class _Siren(torch.autograd.Function):
         derive(4 * levels, grad, products[-1], 0.5)
         torch.mm(_flat(grad), 0.5 * weights[-2], out=_flat(of_product))
         for level in range(levels - 1, 0, -1):
-            inner, sine, gate, outer, wave, _ = kept[6 * level - 2 : 6 * level + 4]
+            inner, sine, gate, outer, wave, _ = layers[6 * level - 2 : 6 * level + 4]
             top = level == levels - 1
             into = of_first if top else of_gate
             _product_grad(of_product, gate, outer, wave, into, of_outer, total)
@@ -186,8 +183,8 @@ class _Siren(torch.autograd.Function):
         else:
             of_first.zero_()
         for of, z, sine in (
-            (of_first, kept[0], first[0]),
-            (of_product, kept[2], products[0][0]),
+            (of_first, layers[0], first[0]),
+            (of_product, layers[2], products[0][0]),
         ):
             _sine_grad(of, z[0], z[1:], sine, of, total)
         for at, of, factor in ((0, of_first, omega), (2, of_product, start)):

@@ -88,9 +88,9 @@ class LatentMLP(nn.Module):
         weight = first.weight * self.omega
         scale = torch.ones_like(weight[0])
         scale[:d] = 2  # 2 x - 1
-        read = F.linear(nodes, weight * scale)
-        read[0] += first.bias * self.omega - weight[:, :d].sum(1)
-        hidden = (weights @ read.flatten(1)).sin_().view(1, -1, len(weight))
+        of_nodes = F.linear(nodes, weight * scale)
+        of_nodes[0] += first.bias * self.omega - weight[:, :d].sum(1)
+        hidden = (weights @ of_nodes.flatten(1)).sin_().view(1, -1, len(weight))
         for layer in others:
             hidden = _sine_layer(hidden, layer, self.omega)
         return _last_layer(hidden, self.last).view(len(weights), -1, d)

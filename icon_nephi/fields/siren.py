@@ -93,9 +93,8 @@ class ModulatedSiren(nn.Module):
     def jet(self, points: Tensor, values: Tensor) -> Tensor:
         """``[R, B, N, d]``: displacement, and its derivatives where values has them.
 
-        Args:
-            points: rows ``[B, N, d]`` in the unit box.
-            values: ``[R, B, N, C]``, R = 1 or 1 + d.
+        At rows ``[B, N, d]`` in the unit box, of values ``[R, B, N, C]``, R = 1 or
+        1 + d.
         """
         flat = points.reshape(-1, points.shape[-1])
         omegas = self.first_omega, self.omega

@@ -18,18 +18,12 @@ class Workspace:
     """Memory that waits for its next use once no tensor refers to it.
 
     Fresh memory costs a processor more than all the sines: the system hands it out in
-    small pages, each faulted in and zeroed.
-
-    Args:
-        most: bytes that wait at most.
-
-    Attributes:
-        waiting: what waits, by address.
+    small pages, each faulted in and zeroed. At most so many bytes wait.
     """
 
     def __init__(self, most: int = 2**27) -> None:
         self.most = most
-        self.waiting: dict[int, _Memory] = {}
+        self.waiting: dict[int, _Memory] = {}  # by address
 
     def take(self, count: int, like: Tensor) -> Tensor:
         """``[count]`` numbers, whatever they are, of a tensor's dtype and device.

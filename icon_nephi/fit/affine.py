@@ -30,11 +30,9 @@ def centre_of_mass(image: Tensor, geometry: Geometry) -> Tensor:
     total = weights.sum().clamp(min=1e-12)
     centre = []
     for axis, n in enumerate(weights.shape):
-        others = [a for a in range(weights.dim()) if a != axis]
-        profile = weights.sum(dim=others)
-        centre.append(
-            (profile * torch.arange(n, dtype=profile.dtype)).sum() / total / (n - 1)
-        )
+        profile = weights.sum(dim=[a for a in range(weights.dim()) if a != axis])
+        moment = (profile * torch.arange(n, dtype=profile.dtype)).sum()
+        centre.append(moment / total / (n - 1))
     return apply_affine(geometry.unit_to_physical(), torch.stack(centre)[None])[0]
 
 
@@ -82,13 +80,11 @@ def search(
         moved = points @ linear.mT + matrices[:, None, :d, d]
         x = apply_affine(to_unit, moved).to(rows.dtype)
         at = points_as_grid(x.reshape(1, -1, d))
-        values = sample_image(image_A, at)[0].reshape(
-            image_A.shape[1], len(matrices), -1
-        )
+        values = sample_image(image_A, at)[0].unflatten(1, (len(matrices), -1))
+        values = values.flatten(2)
         weight = inside(at)[0, 0].reshape(len(matrices), -1).to(values.dtype)
-        return agreement(values, target[:, None], weight).mean(0) * (
-            weight.mean(1).sqrt()
-        )
+        agreed = agreement(values, target[:, None], weight).mean(0)
+        return agreed * weight.mean(1).sqrt()
 
     extent, around = max(geometry_B.extent), [*starts]
     for reach, steps, turns in (
@@ -144,9 +140,8 @@ def _shifted(matrix: Tensor, reach: float, steps: int) -> list[Tensor]:
     """The matrix moved by every vector of a lattice of +- reach millimetres."""
     d = matrix.shape[0] - 1
     result = []
-    for shift in itertools.product(
-        torch.linspace(-reach, reach, 2 * steps + 1).tolist(), repeat=d
-    ):
+    shifts = torch.linspace(-reach, reach, 2 * steps + 1).tolist()
+    for shift in itertools.product(shifts, repeat=d):
         moved = matrix.clone()
         moved[:d, d] += torch.tensor(shift, dtype=matrix.dtype)
         result.append(moved)

@@ -62,25 +62,22 @@ def fit_levels(
 ) -> Course:
     """The `Course` of all; the codes are left at their optimum for the last level.
 
-    After a level with a warning none follows. Masks and label maps are those of the
-    images, on coarser grids; where ``points`` are told, so many take the place of each
-    block, for a similarity of points.
     The network of the loss is near already; its prior is left out. Levels are
-    (moving, fixed), coarse to fine, all over the same unit boxes.
+    (moving, fixed), coarse to fine, all over the same unit boxes; after one with a
+    warning none follows. Masks and label maps are those of the images, on coarser
+    grids; where ``points`` are told, so many take the place of each block.
     """
     history: list[dict[str, float]] = []
     loss = loss.changed(prior_lmbda=0.0)
     steps = max(2, round(settings.steps * SHARE))
-    stages = [
-        Stage(
-            steps // len(STRIDES),
-            Points(points * settings.patches)
-            if points
-            # A block is a few voxels wide: any map is affine across it.
-            else Patches(settings.patches, settings.size, stride, corners=True),
-        )
+    # A block is a few voxels wide: any map is affine across it.
+    samplers: list[Points | Patches] = [
+        Points(points * settings.patches)
+        if points
+        else Patches(settings.patches, settings.size, stride, corners=True)
         for stride in STRIDES
     ]
+    stages = [Stage(steps // len(STRIDES), sampler) for sampler in samplers]
     for number, (image_A, image_B) in enumerate(levels, 1):
         if options.late:
             break
@@ -149,10 +146,8 @@ class Neighbourhoods:
         self.cells_A, image_A.cell = _cells(where_A)
         cells_B, image_B.cell = _cells(where_B)
         cache = image_B.cache
-        side = [
-            min(n, c * -(-SIDE // c))
-            for c, n in zip(cache.chunk, cache.shape, strict=True)
-        ]
+        sizes = zip(cache.chunk, cache.shape, strict=True)
+        side = [min(n, c * -(-SIDE // c)) for c, n in sizes]
         shape = torch.tensor(cache.shape)
         index = cells_B.double() * image_B.scale + image_B.shift
         index = index.clamp(min=0).minimum(shape - 1).long() // torch.tensor(side)

@@ -28,7 +28,7 @@ class FitOptions:
     Attributes:
         seed: of everything random.
         progress: show a bar.
-        time_limit: seconds for all of the fit, after which it stops early.
+        time_limit: seconds for all of the fit, after which its searches stop early.
         keep_on_interrupt: once a step is done Ctrl-C only ends the optimisation.
 
     Raises:

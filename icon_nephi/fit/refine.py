@@ -56,28 +56,18 @@ def refine_pair(
     used. For ICON's dense losses only ``lmbda`` is: the similarity becomes `PatchNCC`
     on `Patches`, as theirs would need every voxel in every step.
 
-    Args:
-        model: a loss around a registration network, or the network; as it was after.
-        image_A: moving ``[1, C, *grid]``, on the network's grid.
-        image_B: fixed ``[1, C, *grid]``.
-        steps: how many, unless there are stages.
-        learning_rate: Adam's, of the fields.
-        code_learning_rate: of the codes; default ten times that, for codes larger than
-            0.1 a hundred times that and their root mean square.
-        mask_A: ``[1, 1, *grid]``, where the samples of image_A lie.
-        mask_B: the same of image_B.
-        segmentation_A: label map ``[1, 1, *grid]`` for the loss's Dice term, if it has
-            a weight.
-        segmentation_B: the same of image_B.
-        stages: coarse to fine; default: with `Patches` half of the steps with samples
-            6 voxels apart, and half with 2, in small images less; with `Points` all
-            alike.
-        regularity: in place of the loss's own. `guarded_term`, which also holds the
-            values of both maps together, is better for one pair.
-        patience: see `icon_nephi.fit.optimize.optimize`.
-        progress: show a bar.
-        callback: called after every step with its number and ICONLoss.
-        seed: of the sample positions; None leaves the loss's own generator.
+    The model is a loss around a registration network, or the network, and after it as
+    it was. Images are ``[1, C, *grid]``, on the network's grid, A moving, B fixed;
+    masks and label maps (for the loss's Dice term, if it has a weight) are
+    ``[1, 1, *grid]``.
+
+    Without ``stages`` half of the steps have samples of `Patches` 6 voxels apart, and
+    half 2, in small images less; with `Points` all are alike. The ``regularity`` takes
+    the place of the loss's own: `guarded_term`, which also holds the values of both
+    maps together, is better for one pair. Adam's learning rate is that of the fields;
+    codes have ten times that, those larger than 0.1 a hundred times that and their root
+    mean square. The seed is of the sample positions; None leaves the loss's own
+    generator. See `optimize` for the others.
 
     Raises:
         ValueError: a model without neural parts, or a map that is not a closure.

@@ -117,12 +117,9 @@ def find_settings(
 ) -> Settings:
     """The settings of a name in `PRESETS`, or "auto", for a fixed image of that size.
 
-    Small images get coarser codes, with nodes `APART`.
-
-    Args:
-        field: what to find; `Settings` are returned as they are.
-        size: voxels a side.
-        modality: of both images, where it is the same: "auto" takes "ct" for 3D CT.
+    `Settings` are returned as they are. Small images get coarser codes, with nodes
+    `APART`. The modality is that of both images, where it is the same: "auto" takes
+    "ct" for 3D CT.
 
     Raises:
         ValueError: unknown name.

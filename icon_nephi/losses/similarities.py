@@ -39,9 +39,8 @@ class PatchNCC:
         if self.squared:
             correlation = correlation.square()
         share = weight.mean(2)
-        return 1 - (correlation * share).sum() / share.expand_as(
-            correlation
-        ).sum().clamp(min=1)
+        total = share.expand_as(correlation).sum().clamp(min=1)
+        return 1 - (correlation * share).sum() / total
 
 
 def correlations(a: Tensor, b: Tensor, weight: Tensor, floor: float) -> Tensor:
@@ -177,22 +176,23 @@ def find_similarity(similarity: Any, floor: float = 1e-3) -> Comparison:
         ValueError: unknown name.
         TypeError: neither a name nor callable.
     """
-    if similarity is None or similarity == "lncc":
-        return Comparison(PatchNCC(floor), features="beside")
     if callable(similarity) and not isinstance(similarity, type):
         return Comparison(similarity)
+    similarity = "lncc" if similarity is None else similarity
     named = f"a name of {', '.join(map(repr, NAMES))} or an ICON similarity object"
     if not isinstance(similarity, str):
         raise TypeError(f"similarity must be {named}, got {similarity!r}")
-    if similarity == "ncc":
-        return Comparison(PatchNCC(floor), points=True)
-    if similarity == "lncc2":
-        return Comparison(PatchNCC(floor, squared=True), contrast=True)
-    if similarity == "mind":
-        return Comparison(PatchNCC(floor), features="only", contrast=True)
-    if similarity == "mi":
-        return Comparison(MutualInformation(), points=True, contrast=True)
-    raise ValueError(f"similarity must be {named}, got {similarity!r}")
+    ncc = PatchNCC(floor)
+    comparisons = {
+        "lncc": Comparison(ncc, features="beside"),
+        "lncc2": Comparison(PatchNCC(floor, squared=True), contrast=True),
+        "ncc": Comparison(ncc, points=True),
+        "mind": Comparison(ncc, features="only", contrast=True),
+        "mi": Comparison(MutualInformation(), points=True, contrast=True),
+    }
+    if similarity not in comparisons:
+        raise ValueError(f"similarity must be {named}, got {similarity!r}")
+    return comparisons[similarity]
 
 
 def dice_loss(

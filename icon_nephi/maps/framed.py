@@ -28,11 +28,9 @@ _STRAIGHT = 1e-9
 class FramedMap:
     """A map between two frames: rows in, rows out, never more than a chunk at once.
 
-    Args:
-        phi: between unit boxes, on ICON-frame coordinates ``[1, d, *any]``.
-        source: homogeneous ``[d + 1, d + 1]`` float64, source unit box -> its frame.
-        target: the same of the space that phi maps to.
-        device: where phi is evaluated.
+    Made of phi, between unit boxes, on ICON-frame coordinates ``[1, d, *any]`` on a
+    device, and of homogeneous ``[d + 1, d + 1]`` float64 matrices from the source's and
+    the target's unit boxes to their frames.
     """
 
     def __init__(
@@ -77,11 +75,10 @@ class FramedMap:
         ]
         axes = [x.to(dtype=self.dtype).to(self.device) for x in axes]
         first, last = _lines(size, frame)
-        start = 0
+        stop = 0
         for moved in on_lattice(self.phi, axes):
-            stop = start + len(moved) // len(last)
+            start, stop = stop, stop + len(moved) // len(last)
             yield (*_slab(first, last, start, stop), self._back(moved))
-            start = stop
 
     def jacobians(self, points: Array) -> Array:
         """Analytic d target_i / d source_j at points, ``[N, d, d]`` float64."""
@@ -152,14 +149,10 @@ def over_grid(
 ) -> Array:
     """A function of rows at every voxel: ``[*size]``, or ``[*size, channels]``.
 
-    Args:
-        function: rows ``[n, d]`` in the frame -> ``[n]`` or ``[n, channels]``.
-        size: voxels per tensor axis.
-        frame: homogeneous matrix, the grid's unit box -> the frame.
-        channels: of the result, None for one number a voxel.
-        dtype: of the result.
-        mapped: a map of the frame; then the function takes the rows and the mapped
-            rows, which is quicker than mapping them in it: see `FramedMap.on_grid`.
+    It takes rows ``[n, d]`` in the frame, to which the homogeneous matrix ``frame``
+    takes the grid's unit box, to ``[n]`` or ``[n, channels]``. With a map of the frame
+    it takes the rows and the mapped rows, which is quicker than mapping them in it: see
+    `FramedMap.on_grid`.
     """
     shape = () if channels is None else (channels,)
     result = np.empty((int(np.prod(size)), *shape), dtype)

@@ -171,13 +171,13 @@ class _Recomputed(torch.autograd.Function):
     def forward(
         ctx: Any, phi: NeuralTransform, jets: bool, rows: Tensor, *weights: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.phi, ctx.jets, ctx.weights, ctx.kept = phi, jets, weights, []
+        ctx.phi, ctx.jets, ctx.weights, ctx.graphs = phi, jets, weights, []
         ctx.save_for_backward(rows, *weights)
         chunks = phi._split(jets, rows)
         if len(chunks) > 1:
             return _joined([phi._evaluate(jets, chunk) for chunk in chunks])
-        ctx.kept = [_with_graph(ctx, rows)]
-        return tuple(t.detach() for t in ctx.kept[0][1])
+        ctx.graphs = [_with_graph(ctx, rows)]
+        return tuple(t.detach() for t in ctx.graphs[0][1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -187,13 +187,13 @@ class _Recomputed(torch.autograd.Function):
 def _gradients(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     phi, rows, derive = ctx.phi, ctx.saved_tensors[0], ctx.needs_input_grad[2]
     slopes, sums = [], list[Tensor]()
-    split = (lambda t: (t,)) if ctx.kept else partial(phi._split, ctx.jets)
+    split = (lambda t: (t,)) if ctx.graphs else partial(phi._split, ctx.jets)
     for chunk, *outer in zip(*map(split, (rows, *grads)), strict=True):
-        x, out = ctx.kept.pop() if ctx.kept else _with_graph(ctx, chunk)
+        x, out = ctx.graphs.pop() if ctx.graphs else _with_graph(ctx, chunk)
         inputs = (*ctx.weights, x) if derive else ctx.weights
-        found = [*torch.autograd.grad(out, inputs, [g.detach() for g in outer])]
-        slopes.append(found.pop() if derive else x)
-        sums = list(map(torch.add, sums, found)) if sums else found
+        of_inputs = [*torch.autograd.grad(out, inputs, [g.detach() for g in outer])]
+        slopes.append(of_inputs.pop() if derive else x)
+        sums = list(map(torch.add, sums, of_inputs)) if sums else of_inputs
     sums.append(torch.cat(slopes, dim=1))
     if torch.is_grad_enabled():
         once = torch._C._functions.DelayedError(_TWICE, len(sums))

@@ -60,8 +60,8 @@ def register(
         seed: of every random number.
         device: default: the tensors' own; for ITK images a GPU if there is one.
         progress: show a bar.
-        time_limit: seconds after which the optimisation stops early; reading the
-            images and the search for a start count.
+        time_limit: seconds after which the search for a start and the optimisation
+            stop early; reading the images counts.
         memory_limit: bytes, or as "4GiB": what images on disk may take in all.
         keep_on_interrupt: Ctrl-C stops the optimisation early; `warnings` say so.
 

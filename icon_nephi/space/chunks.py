@@ -32,15 +32,9 @@ Box: TypeAlias = tuple[slice, ...]
 class ChunkCache:
     """The chunks of one array that were used last, in at most ``limit`` bytes.
 
-    Reading is safe beside one thread of `ahead`, and what it gives does not depend on
-    what is held.
-
-    Args:
-        read: the voxels of a box of the array.
-        shape: of the array.
-        chunk: voxels of a chunk along each axis.
-        dtype: of the voxels.
-        limit: bytes of chunks held; at least one chunk is.
+    At least one chunk is held, of so many voxels along each axis; ``read`` gives the
+    voxels of a box of the array. Reading is safe beside one thread of `ahead`, and what
+    it gives does not depend on what is held.
     """
 
     def __init__(
@@ -53,9 +47,8 @@ class ChunkCache:
     ) -> None:
         self.read, self.shape = read, tuple(shape)
         self.chunk = tuple(min(c, n) for c, n in zip(chunk, shape, strict=True))
-        self.counts = tuple(
-            -(-n // c) for n, c in zip(self.shape, self.chunk, strict=True)
-        )
+        pairs = zip(self.shape, self.chunk, strict=True)
+        self.counts = tuple(-(-n // c) for n, c in pairs)
         self._total, self._voxels = math.prod(self.counts), math.prod(self.chunk)
         slots = limit // (self._voxels * np.dtype(dtype).itemsize)
         self.slots = max(1, min(int(slots), self._total))
@@ -82,16 +75,10 @@ class ChunkCache:
         """Whether every chunk has a place, so that none is ever read twice."""
         return self.slots == self._total
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the places for chunks, filled or not."""
-        return int(self._data.nbytes)
-
     def voxels(self, axes: Sequence[Array]) -> Array:
-        """``[2, ..., 2, N]``: voxels at every combination of the axes' two indices.
+        """``[2, ..., 2, N]``: voxels at every combination of two indices on each axis.
 
-        Args:
-            axes: ``[2, N]`` int64 for each axis.
+        The indices are ``[2, N]`` int64 for each axis.
         """
         d, number, place = len(axes), np.zeros((), np.int64), np.zeros((), np.int64)
         for axis, index in enumerate(axes):
@@ -123,10 +110,8 @@ class ChunkCache:
             number = int(np.ravel_multi_index(piles, self.counts))
             start = [p * c for p, c in zip(piles, self.chunk, strict=True)]
             first = [max(b.start, s) for b, s in zip(box, start, strict=True)]
-            last = [
-                min(b.stop, s + c, n)
-                for b, s, c, n in zip(box, start, self.chunk, self.shape, strict=True)
-            ]
+            sizes = zip(box, start, self.chunk, self.shape, strict=True)
+            last = [min(b.stop, s + c, n) for b, s, c, n in sizes]
             into = _box_from([b.start for b in box], first, last)
             out = _box_from(start, first, last)
             with self._lock:
@@ -195,12 +180,8 @@ class ChunkCache:
 
     def _read_chunk(self, number: int) -> Array:
         piles = np.unravel_index(number, self.counts)
-        return self.read(
-            tuple(
-                slice(int(p) * c, min((int(p) + 1) * c, n))
-                for p, c, n in zip(piles, self.chunk, self.shape, strict=True)
-            )
-        )
+        sizes = zip(map(int, piles), self.chunk, self.shape, strict=True)
+        return self.read(tuple(slice(p * c, min(p * c + c, n)) for p, c, n in sizes))
 
 
 def _box_from(corner: list[int], first: list[int], last: list[int]) -> Box:
@@ -249,12 +230,9 @@ class Level:
 class ChunkedImage:
     """A level of an image, read at points of the image's unit box.
 
-    Args:
-        cache: of the level's voxels.
-        scale: voxels of the level along the unit box, for each axis.
-        shift: where the unit box's first corner lies, in voxels of the level.
-        intensities: of a float tensor of voxels, what the registration sees.
-        device: where intensities are given.
+    The unit box begins at ``shift`` and is ``scale`` long, in voxels of the level. What
+    the registration sees of a float tensor of voxels are its ``intensities``, on the
+    device.
 
     Attributes:
         shape: ``[1, 1, *grid]`` of the level.

@@ -35,19 +35,13 @@ def read_grids(
     order: str = "quadratic",
     gradient: bool = False,
 ) -> Tensor:
-    """Values, and with ``gradient`` their d spatial derivatives, of grids at points.
+    """``[R, B, N, C]``: values and, if asked for, derivatives of grids at points.
 
-    Args:
-        grids: ``[B, C, *g]`` each, or batch 1 for all points.
-        points: ``[B, N, d]`` rows in the unit box; outside it the nearest border value
-            is read, with derivative zero across that border (but see `within`).
-        order: ``"linear"`` or ``"quadratic"``.
-        gradient: also return the derivatives.
-
-    Returns:
-        ``[R, B, N, C]``, the channels of the grids one after the other: the values and,
-        with gradient (R = 1 + d, else R = 1), the derivatives by each unit-box
-        coordinate. Differentiable by grids and points.
+    Of grids ``[B, C, *g]`` each, or batch 1 for all points, the channels one after the
+    other; points are rows ``[B, N, d]`` in the unit box. Outside it the nearest border
+    value is read, with derivative zero across that border (but see `within`). R = 1,
+    and with the derivatives by each unit-box coordinate R = 1 + d. Differentiable by
+    grids and points.
 
     Raises:
         ValueError: unknown order, or an axis with too few nodes for it.
@@ -62,13 +56,10 @@ def read_grids(
     base, value, derivative = _axis_weights(
         points.reshape(-1, dimension), sizes[:, None], order
     )
-    near = torch.cartesian_prod(
-        *[torch.arange(least, device=points.device)] * dimension
-    ).reshape(-1, dimension)
-    step = torch.tensor(
-        [[s[a + 1 :].numel() for a in range(dimension)] for s in shapes],
-        device=points.device,
-    )
+    axis = torch.arange(least, device=points.device)
+    near = torch.cartesian_prod(*[axis] * dimension).reshape(-1, dimension)
+    strides = [[s[a + 1 :].numel() for a in range(dimension)] for s in shapes]
+    step = torch.tensor(strides, device=points.device)
     beside = (near * step[:, None]).sum(2)
     nodes = (base * step[:, None]).sum(2, keepdim=True) + beside[:, None]
     # All grids are one table, each begins where the last one ends.
@@ -77,13 +68,12 @@ def read_grids(
     if grids[0].shape[0] != 1:
         pair = torch.arange(batch, device=points.device).repeat_interleave(count)
         nodes = nodes + (sizes.prod(1)[:, None] * pair)[..., None]
-    weights = _tensor_product(
-        value.flatten(0, 1), derivative.flatten(0, 1) if gradient else None
-    )
+    slopes = derivative.flatten(0, 1) if gradient else None
+    weights = _tensor_product(value.flatten(0, 1), slopes)
     table = torch.cat([g.flatten(2).transpose(1, 2).flatten(0, 1) for g in grids])
-    read = _weighted_read(table, nodes.flatten(0, 1), weights)
-    read = read.reshape(len(weights), len(grids), batch, count, table.shape[1])
-    return read.permute(0, 2, 3, 1, 4).flatten(3)
+    vectors = _weighted_read(table, nodes.flatten(0, 1), weights)
+    vectors = vectors.reshape(len(weights), len(grids), batch, count, table.shape[1])
+    return vectors.permute(0, 2, 3, 1, 4).flatten(3)
 
 
 def axis_matrix(positions: Tensor, nodes: int, order: str = "quadratic") -> Tensor:

@@ -6,12 +6,7 @@ import pytest
 import torch
 from icon_registration.mermaidlite import compute_warped_image_multiNC
 
-from icon_nephi._check import (
-    check_coordinates,
-    check_image,
-    check_intensities,
-    check_mask,
-)
+from icon_nephi._check import check_coordinates, check_image, check_mask
 from icon_nephi.space.frames import (
     Geometry,
     apply_affine,
@@ -22,6 +17,7 @@ from icon_nephi.space.frames import (
     to_rows,
 )
 from icon_nephi.space.images import sample_image
+from icon_nephi.space.intensities import check_intensities
 from tests.maps.problems import SHAPES, images, points
 
 
