@@ -209,7 +209,7 @@ INNER = {
     ),
     "evaluation.paper.table2_learned": ("space.intensities", TENSORS),
     "evaluation.speed.bench": (
-        "commands.batch commands.compare losses.similarities",
+        "commands.text commands.compare losses.similarities",
         "a process for each row, a table of them, a loss to time",
     ),
     "evaluation.speed.bench_export": (
