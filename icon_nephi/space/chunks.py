@@ -75,6 +75,11 @@ class ChunkCache:
         """Whether every chunk has a place, so that none is ever read twice."""
         return self.slots == self._total
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the places for chunks, filled or not."""
+        return int(self._data.nbytes)
+
     def voxels(self, axes: Sequence[Array]) -> Array:
         """``[2, ..., 2, N]``: voxels at every combination of two indices on each axis.
 
