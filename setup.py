@@ -1,21 +1,55 @@
 """Packaging of icon_nephi. Tools are configured in pyproject.toml."""
 
+import platform
 import re
+import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 # The version is read as text, so that building does not import torch.
 INIT = Path(__file__).parent / "icon_nephi" / "__init__.py"
 VERSION = re.search(r'^__version__ = "(.+)"$', INIT.read_text("utf-8"), re.MULTILINE)[1]
+
+
+def core(build: str, *flags: str) -> Extension:
+    """One build of the compiled core; without a compiler the package does without it.
+
+    No -march=native and no -ffast-math: what is built here may run elsewhere, and the
+    range reduction of the sine needs the order of its terms.
+    """
+    source = Path("icon_nephi/core/source")
+    return Extension(
+        f"icon_nephi.core._{build}",
+        [f"{source}/{build}.cpp"],
+        depends=[str(p) for p in source.glob("*.[ch]pp")],
+        extra_compile_args=[
+            *("-std=c++17", "-O3", "-fvisibility=hidden", "-pthread"),
+            *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+            *flags,
+        ],
+        extra_link_args=["-pthread"],
+        py_limited_api=True,  # it knows nothing of Python: any version loads it
+        optional=True,
+    )
+
+
+def cores() -> list[Extension]:
+    """Those of this platform; AVX2 is chosen when loaded, where the processor has it."""
+    found = [core("baseline")]
+    if platform.machine().lower() in ("x86_64", "amd64") and sys.maxsize > 2**32:
+        found.append(core("avx2", "-mavx2", "-mfma"))
+    return found
+
 
 setup(
     name="icon_nephi",
     version=VERSION,
     description="NePhi neural deformation fields for icon_registration",
     license="Apache-2.0",
-    packages=["icon_nephi"],  # written out: training and tests are never installed
+    packages=["icon_nephi", "icon_nephi.core"],  # written out: training and tests are never installed
     package_data={"icon_nephi": ["py.typed", "report.html"]},
+    ext_modules=cores(),
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11",

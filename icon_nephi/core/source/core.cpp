@@ -1,0 +1,18 @@
+// The whole library: one source, compiled once for each set of instructions.
+#include "pool.cpp"
+#include "model.cpp"
+#include "sines.cpp"
+#include "field.cpp"
+
+// Of the functions and structs that Python calls; see icon_nephi/core/loading.py.
+NEPHI_API int nephi_version() { return 1; }
+
+// Asked of the baseline build, which runs on any processor.
+NEPHI_API int nephi_has_avx2() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+    return 0;
+#endif
+}
