@@ -121,6 +121,7 @@ class Plan:
         global_code: ``[1, G]``.
         interpolation: see `LatentCode`.
         dimension: d.
+        weights: of the field, in place of its own, see `weights_of`.
     """
 
     def __init__(
@@ -131,11 +132,14 @@ class Plan:
         global_code: Tensor,
         interpolation: str,
         dimension: int,
+        weights: Sequence[Tensor] | None = None,
     ) -> None:
         known: Any = field
         self.kind, self.dimension = _KINDS[type(field)], dimension
         self.tables = list(tables)
-        self.weights = [w.detach().contiguous() for w in weights_of(field)]
+        self.weights = [
+            w.detach().contiguous() for w in weights or weights_of(field)
+        ]
         self.shared = global_code.detach().contiguous()
         frequencies = known.frequencies.contiguous() if self.kind else None
         nodes = [n for t in tables for n in t.shape[:-1]]
@@ -181,7 +185,8 @@ class Plan:
         if out is None:
             out = (rows.new_empty(count, d),)
             out += (rows.new_empty(count, d, d),) if jets else ()
-        answer = _library().nephi_field_forward(
+        loading.call(
+            "nephi_field_forward",
             ctypes.byref(self.raw),
             count,
             address(rows),
@@ -190,7 +195,6 @@ class Plan:
             address(out[0]),
             address(out[1]) if jets else None,
         )
-        loading.check(answer, "field")
         return out
 
     def backward(
@@ -206,7 +210,8 @@ class Plan:
         by_rows: Tensor | None = None,
     ) -> None:
         """Add the gradients by tables, weights and global code; write that by rows."""
-        answer = _library().nephi_field_backward(
+        loading.call(
+            "nephi_field_backward",
             ctypes.byref(self.raw),
             len(rows),
             address(rows),
@@ -219,13 +224,6 @@ class Plan:
             address(shared),
             address(by_rows),
         )
-        loading.check(answer, "field")
-
-
-def _library() -> ctypes.CDLL:
-    found = loading.library()
-    assert found is not None
-    return found
 
 
 def displacements(

@@ -43,10 +43,69 @@ class Field(ctypes.Structure):
     ]
 
 
+class Image(ctypes.Structure):
+    """NephiImage of source/blocks.cpp."""
+
+    _fields_ = [("intensities", _POINTER), ("features", _POINTER), ("size", _I64 * 3)]
+
+
+class Blocks(ctypes.Structure):
+    """NephiBlocks of source/blocks.cpp."""
+
+    _fields_ = [
+        ("bytes", _I64),
+        ("dimension", _I64),
+        ("count", _I64),
+        ("samples", _I64),
+        ("places", _I64),
+        ("channels", _I64),
+        ("features", _I64),
+        ("stored", _I64),
+        ("bits", _I64),
+        ("squared", _I64),
+        ("centres", _POINTER),
+        ("offsets", _POINTER),
+        ("corners", _POINTER),
+        ("shares", _POINTER),
+        ("post", _POINTER),
+        ("moving", Image),
+        ("fixed", Image),
+        ("floor", _F32),
+        ("weight", _F32),
+    ]
+
+
+class Consistency(ctypes.Structure):
+    """NephiConsistency of source/regularity.cpp."""
+
+    _fields_ = [
+        ("bytes", _I64),
+        ("dimension", _I64),
+        ("count", _I64),
+        ("points", _POINTER),
+        ("values", _POINTER),
+        ("jacobian_1", _POINTER),
+        ("jacobian_2", _POINTER),
+        ("pre_1", _POINTER),
+        ("post_1", _POINTER),
+        ("pre_2", _POINTER),
+        ("post_2", _POINTER),
+        ("extent", _POINTER),
+        ("consistency", _F32),
+        ("hinge", _F32),
+        ("goal", _F32),
+        ("weight", _F32),
+    ]
+
+
 # i: int64, f: float, d: double, p: a pointer. All answer with a code.
 _SIGNATURES = {
     "nephi_field_forward": "pipiipp",
     "nephi_field_backward": "pipiipppppp",
+    "nephi_compare": "pppipp",
+    "nephi_consistency": "ppppp",
+    "nephi_determinants": "iipp",
+    "nephi_adam": "iiddddipppppp",
 }
 _TYPES = {"i": _I64, "f": _F32, "d": _F64, "p": _POINTER}
 _ANSWERS = {
@@ -78,6 +137,18 @@ def check(answer: int, what: str) -> None:
 def library() -> ctypes.CDLL | None:
     """The library that runs, or None where everything is left to torch."""
     return _chosen(os.environ.get(VARIABLE, ""))
+
+
+def call(name: str, *arguments: object) -> None:
+    """Call a function of the library that runs.
+
+    Raises:
+        MemoryError: there is no memory.
+        CoreError: it refused the call.
+    """
+    found = library()
+    assert found is not None
+    check(getattr(found, name)(*arguments), name)
 
 
 def which() -> str:

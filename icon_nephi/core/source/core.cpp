@@ -3,6 +3,9 @@
 #include "model.cpp"
 #include "sines.cpp"
 #include "field.cpp"
+#include "blocks.cpp"
+#include "regularity.cpp"
+#include "adam.cpp"
 
 // Of the functions and structs that Python calls; see icon_nephi/core/loading.py.
 NEPHI_API int nephi_version() { return 1; }

@@ -1,0 +1,303 @@
+"""Blocks of samples, regularity and Adam on the compiled core.
+
+The references are `icon_nephi.blocks` with `icon_nephi.similarities` and
+`icon_nephi.features`, `icon_nephi.folds`, and torch's Adam.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from icon_nephi.core import loading
+from icon_nephi.core.field import address
+from icon_nephi.features import FeatureDifference, FeaturesAlone
+from icon_nephi.folds import GUARD
+from icon_nephi.sampling import Patches
+from icon_nephi.similarities import PatchNCC
+
+_STORED = 8  # channels of features are padded to a multiple of these
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a similarity compares, as the core does.
+
+    Attributes:
+        correlation: of the channels from ``first`` to ``last``.
+        first: see correlation.
+        last: see correlation.
+        weight: of the squared difference of the channels after ``last``; None: none.
+    """
+
+    correlation: PatchNCC
+    first: int
+    last: int
+    weight: float | None
+
+
+def find_measure(similarity: object, channels: int) -> Measure | None:
+    """A similarity of images with so many channels; None where torch has to do it."""
+    if type(similarity) is PatchNCC:
+        return Measure(similarity, 0, channels, None)
+    inner = getattr(similarity, "similarity", None)
+    if type(inner) is not PatchNCC:
+        return None
+    if type(similarity) is FeaturesAlone and similarity.channels < channels:
+        return Measure(inner, similarity.channels, channels, None)
+    if type(similarity) is FeatureDifference and similarity.channels < channels:
+        return Measure(inner, 0, similarity.channels, similarity.weight)
+    return None
+
+
+class Channels:
+    """An image as the core reads it.
+
+    Args:
+        image: ``[1, C, *grid]``.
+        measure: which channels are intensities, and which features.
+    """
+
+    def __init__(self, image: Tensor, measure: Measure) -> None:
+        self.size = tuple(image.shape[2:])
+        self.intensities = image[0, measure.first : measure.last].contiguous()
+        self.features, self.bits, self.count = None, 32, 0
+        if measure.weight is None:
+            return
+        features = image[0, measure.last :]
+        self.count = len(features)
+        stored = self.count + -self.count % _STORED
+        # Half the memory where 16 bits say the same: what is read waits for it.
+        low, high = (float(v) for v in torch.aminmax(features))
+        self.bits = 16 if low >= 0 and high <= 1 else 32
+        dtype = torch.float32 if self.bits == 32 else torch.int16
+        self.features = torch.zeros(*self.size, stored, dtype=dtype)
+        for at, feature in zip(self.features.unbind(-1), features, strict=False):
+            # int16 holds the bits of the uint16 that is meant.
+            at.copy_(feature if self.bits == 32 else _in_16_bits(feature))
+
+    def raw(self) -> loading.Image:
+        """The struct; its memory is this object's."""
+        size = (*self.size, 1)[:3]
+        return loading.Image(
+            address(self.intensities), address(self.features), (ctypes.c_int64 * 3)(*size)
+        )
+
+
+def _in_16_bits(values: Tensor) -> Tensor:
+    whole = (values * 65535).round_().to(torch.int32)
+    return torch.where(whole > 32767, whole - 65536, whole).to(torch.int16)
+
+
+class Layout:
+    """Where the samples of blocks lie around their centres, and the map's places.
+
+    Args:
+        patches: the blocks.
+        shape: grid that the stride counts voxels of.
+    """
+
+    def __init__(self, patches: Patches, shape: torch.Size) -> None:
+        d, size, like = len(shape), patches.size, torch.empty(0)
+        offsets = patches.offsets(shape, like)
+        self.offsets = offsets.flatten(1).contiguous()
+        self.samples = self.places = size**d
+        self.corners: Tensor | None = None
+        self.shares: Tensor | None = None
+        if not patches.corners:
+            return
+        for axis in range(1, d + 1):
+            ends = torch.tensor([0, size - 1])
+            offsets = offsets.index_select(axis, ends)
+        self.corners, self.places = offsets.flatten(1).contiguous(), 2**d
+        share = torch.linspace(0, 1, size)
+        weights = torch.stack([1 - share, share])
+        shares = torch.ones(1, 1)
+        for _ in range(d):
+            shares = torch.kron(shares, weights)
+        self.shares = shares.contiguous()
+
+    def at(self, centres: Tensor) -> Tensor:
+        """``[P * places, d]``: where the map is evaluated, of centres ``[P, d]``."""
+        around = self.offsets if self.corners is None else self.corners
+        return (centres[:, None] + around.T).flatten(0, 1)
+
+
+def compare(
+    layout: Layout,
+    measure: Measure,
+    centres: Tensor,
+    post: Tensor,
+    moving: Channels,
+    fixed: Channels,
+    at: Tensor,
+    moves: Tensor,
+    by_moves: Tensor,
+) -> float:
+    """Similarity of the blocks at centres under x -> post(at + moves).
+
+    Args:
+        layout: of the blocks.
+        measure: what is compared.
+        centres: ``[P, d]`` in the fixed image's unit box.
+        post: ``[d, d + 1]``.
+        moving: image.
+        fixed: image.
+        at: ``[P * places, d]``, where the map was evaluated.
+        moves: what its field found there.
+        by_moves: the gradient by moves, written.
+    """
+    d, weight = centres.shape[1], measure.weight
+    raw = loading.Blocks(
+        ctypes.sizeof(loading.Blocks),
+        d,
+        len(centres),
+        layout.samples,
+        layout.places,
+        len(moving.intensities),
+        moving.count,
+        0 if moving.features is None else moving.features.shape[-1],
+        moving.bits,
+        measure.correlation.squared,
+        address(centres),
+        address(layout.offsets),
+        address(layout.corners),
+        address(layout.shares),
+        address(post),
+        moving.raw(),
+        fixed.raw(),
+        measure.correlation.floor,
+        weight or 0.0,
+    )
+    sums = (ctypes.c_double * 2)()
+    loading.call(
+        "nephi_compare",
+        ctypes.byref(raw),
+        address(at),
+        address(moves),
+        torch.get_num_threads(),
+        sums,
+        address(by_moves),
+    )
+    return sums[0] + (weight or 0.0) * sums[1]
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """What `consistency` finds.
+
+    Attributes:
+        term: of `guarded_term`.
+        folded: share of the points where the first map folds.
+        by_1: gradient of the weighted term by the first Jacobian, ``[N, d, d]``.
+        by_2: by the second.
+        by_values: by where both maps take the points.
+    """
+
+    term: float
+    folded: float
+    by_1: Tensor
+    by_2: Tensor
+    by_values: Tensor
+
+
+def consistency(
+    points: Tensor,
+    values: Tensor,
+    jacobians: tuple[Tensor, Tensor],
+    matrices: tuple[Tensor, Tensor, Tensor, Tensor],
+    extent: Tensor,
+    drift: float,
+    hinge: float,
+    weight: float,
+) -> Consistency:
+    """`guarded_term` of two maps x -> post(y + u(y)), y = pre x, and its gradients.
+
+    Args:
+        points: ``[N, d]``.
+        values: where both maps take them.
+        jacobians: ``[N, d, d]`` of the first's u, and of the second's.
+        matrices: the first's pre and post ``[d, d + 1]``, and the second's.
+        extent: ``[d]``.
+        drift: weight of inverse consistency, inside.
+        hinge: weight of the guard, inside.
+        weight: of all that, in the gradients only.
+    """
+    count, d = points.shape
+    raw = loading.Consistency(
+        ctypes.sizeof(loading.Consistency),
+        d,
+        count,
+        *map(address, (points, values, *jacobians, *matrices, extent)),
+        drift,
+        hinge,
+        GUARD,
+        weight,
+    )
+    sums = (ctypes.c_double * 4)()
+    by_1, by_2 = (torch.empty_like(j) for j in jacobians)
+    by_values = torch.empty_like(values)
+    loading.call(
+        "nephi_consistency",
+        ctypes.byref(raw),
+        sums,
+        *map(address, (by_1, by_2, by_values)),
+    )
+    term = sums[0] + drift * sums[1] + hinge * sums[2]
+    return Consistency(term, sums[3], by_1, by_2, by_values)
+
+
+def determinants(jacobians: Tensor) -> Tensor:
+    """``[N]`` of float32 matrices ``[N, d, d]``."""
+    jacobians = jacobians.contiguous()
+    found = jacobians.new_empty(len(jacobians))
+    loading.call(
+        "nephi_determinants",
+        jacobians.shape[-1],
+        len(jacobians),
+        address(jacobians),
+        address(found),
+    )
+    return found
+
+
+def adam(
+    number: int,
+    rate: float,
+    betas: tuple[float, float],
+    decay: float,
+    weight: Tensor,
+    gradient: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    before: Tensor,
+) -> float:
+    """Step ``number`` (from 1) of Adam; the sum of the new weights' squares.
+
+    Args:
+        number: of the step.
+        rate: learning rate.
+        betas: of Adam.
+        decay: a prior's weight; it adds decay times the sum of squares to the loss.
+        weight: changed.
+        gradient: cleared.
+        mean: Adam's own, changed.
+        square: Adam's own, changed.
+        before: takes the weight as it was.
+    """
+    squares = ctypes.c_double()
+    loading.call(
+        "nephi_adam",
+        weight.numel(),
+        number,
+        rate,
+        *betas,
+        decay,
+        torch.get_num_threads(),
+        *map(address, (weight, gradient, mean, square, before)),
+        ctypes.byref(squares),
+    )
+    return squares.value
