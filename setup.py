@@ -47,7 +47,10 @@ setup(
     version=VERSION,
     description="NePhi neural deformation fields for icon_registration",
     license="Apache-2.0",
-    packages=["icon_nephi", "icon_nephi.core"],  # written out: training and tests are never installed
+    packages=[
+        "icon_nephi",
+        "icon_nephi.core",
+    ],  # written out: training and tests are never installed
     package_data={"icon_nephi": ["py.typed", "report.html"]},
     ext_modules=cores(),
     python_requires=">=3.10",

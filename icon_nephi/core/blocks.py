@@ -74,22 +74,36 @@ class Channels:
         low, high = (float(v) for v in torch.aminmax(features))
         self.bits = 16 if low >= 0 and high <= 1 else 32
         dtype = torch.float32 if self.bits == 32 else torch.int16
+        # int16 stands for the uint16 that is meant.
         self.features = torch.zeros(*self.size, stored, dtype=dtype)
-        for at, feature in zip(self.features.unbind(-1), features, strict=False):
-            # int16 holds the bits of the uint16 that is meant.
-            at.copy_(feature if self.bits == 32 else _in_16_bits(feature))
+        if self.bits == 32:
+            self.features[..., : self.count] = features.movedim(0, -1)
+        else:
+            _pack(features, self.features)
 
     def raw(self) -> loading.Image:
         """The struct; its memory is this object's."""
         size = (*self.size, 1)[:3]
         return loading.Image(
-            address(self.intensities), address(self.features), (ctypes.c_int64 * 3)(*size)
+            address(self.intensities),
+            address(self.features),
+            (ctypes.c_int64 * 3)(*size),
         )
 
 
-def _in_16_bits(values: Tensor) -> Tensor:
-    whole = (values * 65535).round_().to(torch.int32)
-    return torch.where(whole > 32767, whole - 65536, whole).to(torch.int16)
+def _pack(features: Tensor, to: Tensor) -> None:
+    """Features ``[F, *grid]`` between 0 and 1 in 16 bits to ``[*grid, stored]``."""
+    rows = features.movedim(0, -1).flatten(0, -2)  # a view of most layouts
+    if min(rows.stride()) < 0:
+        rows = rows.contiguous()
+    loading.call(
+        "nephi_pack",
+        *rows.shape,
+        *rows.stride(),
+        rows.data_ptr(),
+        to.shape[-1],
+        address(to),
+    )
 
 
 class Layout:
@@ -301,3 +315,23 @@ def adam(
         ctypes.byref(squares),
     )
     return squares.value
+
+
+def with_features(image: Tensor) -> Tensor:
+    """`icon_nephi.features.with_features` of a float32 image ``[1, C, *grid]``."""
+    d, channels = image.dim() - 2, image.shape[1]
+    count = 2 * d * (d - 1)
+    layout = torch.channels_last if d == 2 else torch.channels_last_3d
+    shape = 1, channels + count, *image.shape[2:]
+    out = torch.empty(shape, dtype=torch.float32, memory_format=layout)
+    planes = image[0].contiguous()
+    loading.call(
+        "nephi_features",
+        d,
+        channels,
+        (ctypes.c_int64 * d)(*image.shape[2:]),
+        address(planes),
+        torch.get_num_threads(),
+        out.data_ptr(),
+    )
+    return out

@@ -137,9 +137,7 @@ class Plan:
         known: Any = field
         self.kind, self.dimension = _KINDS[type(field)], dimension
         self.tables = list(tables)
-        self.weights = [
-            w.detach().contiguous() for w in weights or weights_of(field)
-        ]
+        self.weights = [w.detach().contiguous() for w in weights or weights_of(field)]
         self.shared = global_code.detach().contiguous()
         frequencies = known.frequencies.contiguous() if self.kind else None
         nodes = [n for t in tables for n in t.shape[:-1]]

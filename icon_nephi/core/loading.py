@@ -106,6 +106,9 @@ _SIGNATURES = {
     "nephi_consistency": "ppppp",
     "nephi_determinants": "iipp",
     "nephi_adam": "iiddddipppppp",
+    "nephi_rate": "iiiipppppip",
+    "nephi_features": "iippip",
+    "nephi_pack": "iiiipip",
 }
 _TYPES = {"i": _I64, "f": _F32, "d": _F64, "p": _POINTER}
 _ANSWERS = {

@@ -177,7 +177,9 @@ class PairStep:
             weight.copy_(first)
         sigma, prior = self.loss.sigma, self.loss.prior_lmbda
         self.decays = [
-            prior / sigma**2 / (w[..., 0].numel() if n < count else 1) if n <= count else 0.0
+            prior / sigma**2 / (w[..., 0].numel() if n < count else 1)
+            if n <= count
+            else 0.0
             for n, w in enumerate(self.weights)
         ]
         self.sizes = [float(w.double().square().sum()) for w in self.weights]

@@ -58,16 +58,17 @@ inline void take_points(Inputs& in, const float* x, int points) {
         }
 }
 
-template <int D, int K>
+template <int D, int K, bool SLOPES>
 inline void find_all_weights(Inputs& in) {
     for (size_t l = 0; l < in.model.grids.size(); l++)
         for (int a = 0; a < D; a++)
-            find_weights<K>(in.x[a], in.points, in.model.grids[l].nodes[a],
+            find_weights<K, SLOPES>(in.x[a], in.points, in.model.grids[l].nodes[a],
                             in.axes[l * D + a]);
 }
 
 template <int D, int K, int ORDER>
 inline void read_grids(Inputs& in) {
+    find_all_weights<D, K, ORDER >= 1>(in);
     const int second = D * (D + 1) / 2;
     Targets to{in.rows.data(), in.rows.data() + in.K, in.second.data(), in.K};
     const bool jets = in.R > 1;
@@ -80,7 +81,6 @@ inline void read_grids(Inputs& in) {
 
 template <int D, int K>
 inline void read_code(Inputs& in, bool by_x) {
-    find_all_weights<D, K>(in);
     const int order = (in.R > 1) + by_x;
     if (order == 0)
         read_grids<D, K, 0>(in);

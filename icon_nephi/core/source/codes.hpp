@@ -26,7 +26,7 @@ struct Grid {
 
 // Where a point lies on an axis. A place that is not a number gets weights that are
 // none, at a node that exists.
-template <int K>
+template <int K, bool SLOPES>
 inline void find_weights(const float* x, int count, int64_t nodes, Axis& axis) {
     const float steps = float(nodes - (K - 1)), last = float(nodes - K);
     axis.steps = steps;
@@ -43,15 +43,15 @@ inline void find_weights(const float* x, int count, int64_t nodes, Axis& axis) {
         if (K == 2) {
             axis.value[0][p] = 1.0f - f;
             axis.value[1][p] = f;
-            axis.slope[0][p] = -steps;
-            axis.slope[1][p] = steps;
+            if (SLOPES) axis.slope[0][p] = -steps;
+            if (SLOPES) axis.slope[1][p] = steps;
         } else {
             axis.value[0][p] = 0.5f * (0.5f - f) * (0.5f - f);
             axis.value[1][p] = 0.75f - f * f;
             axis.value[2][p] = 0.5f * (0.5f + f) * (0.5f + f);
-            axis.slope[0][p] = (f - 0.5f) * steps;
-            axis.slope[1][p] = -2.0f * f * steps;
-            axis.slope[2][p] = (f + 0.5f) * steps;
+            if (SLOPES) axis.slope[0][p] = (f - 0.5f) * steps;
+            if (SLOPES) axis.slope[1][p] = -2.0f * f * steps;
+            if (SLOPES) axis.slope[2][p] = (f + 0.5f) * steps;
         }
     }
 }

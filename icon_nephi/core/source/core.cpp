@@ -6,6 +6,8 @@
 #include "blocks.cpp"
 #include "regularity.cpp"
 #include "adam.cpp"
+#include "search.cpp"
+#include "features.cpp"
 
 // Of the functions and structs that Python calls; see icon_nephi/core/loading.py.
 NEPHI_API int nephi_version() { return 1; }

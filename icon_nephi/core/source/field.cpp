@@ -170,7 +170,7 @@ void add_to_tables(const Call& call, const Gradients& g, int64_t begin, int64_t 
                     const float v = call.x[(begin + at + p) * D + a];
                     x[p] = v < 0.0f ? 0.0f : v > 1.0f ? 1.0f : v;
                 }
-                find_weights<K>(x, points, grid.nodes[a], axes[a]);
+                find_weights<K, JET>(x, points, grid.nodes[a], axes[a]);
             }
             add_grid<K, D, JET>(table, grid, axes.data(), points,
                                 of_inputs + at * call.rows() * pitch, int(pitch), low, high);
