@@ -35,7 +35,7 @@ def core(build: str, *flags: str) -> Extension:
 
 
 def cores() -> list[Extension]:
-    """Those of this platform; AVX2 is chosen when loaded, where the processor has it."""
+    """Those of this platform; which one runs is chosen when it is loaded."""
     found = [core("baseline")]
     if platform.machine().lower() in ("x86_64", "amd64") and sys.maxsize > 2**32:
         found.append(core("avx2", "-mavx2", "-mfma"))

@@ -316,12 +316,9 @@ def _gradients(
         by_rows=by_rows,
     )
     grids = [as_grid(t, g) for t, g in zip(tables or (), rest, strict=False)]
-    found = [
-        None if by_rows is None else by_rows[None],
-        by_shared,
-        *(grids or [None] * count),
-        *(weights or [None] * (len(rest) - count)),
-    ]
+    found: list[Tensor | None] = [None if by_rows is None else by_rows[None], by_shared]
+    found += grids or [None] * count
+    found += weights or [None] * (len(rest) - count)
     return [g if n else None for g, n in zip(found, needed, strict=True)]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from icon_registration.losses import ICONLoss
@@ -128,7 +128,7 @@ class PairStep:
         mask_B: Tensor | None,
         groups: Sequence[dict[str, Any]],
     ) -> None:
-        self.loss, pair = loss, loss.regis_net
+        self.loss, pair = loss, cast(AffinePair, loss.regis_net)
         net: Any = pair.net
         self.dimension, self.steps = image_A.dim() - 2, 0
         self._collect(net, groups)
@@ -157,7 +157,7 @@ class PairStep:
         )
 
     def _collect(self, net: Any, groups: Sequence[dict[str, Any]]) -> None:
-        """All weights beside each other, codes channels last; and what belongs to each."""
+        """All weights beside each other, codes channels last, and what is of each."""
         self.grids = list(net.net.local_codes)
         self.owners: list[nn.Parameter] = [*self.grids, net.net.global_codes]
         self.owners += fields.weights_of(net.field_AB)  # type: ignore[arg-type]
@@ -199,7 +199,7 @@ class PairStep:
         )
 
     def derive(self) -> ICONLoss:
-        """The loss at fresh samples, in plain numbers; its gradients wait for `advance`."""
+        """The loss at fresh samples, in numbers; `advance` takes its gradients."""
         loss = self.loss
         measure = find_measure(loss.similarity, self.channels)
         assert measure is not None
@@ -243,7 +243,7 @@ class PairStep:
         return found
 
     def _regularity(self, first: int, then: int) -> tuple[float, float, float]:
-        """The term of both maps, mean squared displacement, share folded of the first."""
+        """The term of two maps; mean squared displacement and folds of the first."""
         loss: Any = self.loss
         d, one, two = self.dimension, self.maps[first], self.maps[then]
         x = self._rows(loss.regularity_sampler.count, 1 - first, False).contiguous()
@@ -257,8 +257,12 @@ class PairStep:
             x,
             _moved(two.post, after + moves_2),
             (slopes, slopes_2),
-            tuple(self.identity if m is None else m for m in (one.pre, one.post))
-            + tuple(self.identity if m is None else m for m in (two.pre, two.post)),
+            (
+                self.identity if one.pre is None else one.pre,
+                one.post,
+                self.identity if two.pre is None else two.pre,
+                two.post,
+            ),
             self.extent,
             known.get("consistency", 300.0),
             known.get("weight", 1.0),

@@ -200,6 +200,7 @@ void add_sums(const Model& m, const std::vector<std::unique_ptr<Sums>>& all,
 
 template <int D, int K>
 void backward_all(const Call& call, const Gradients& g) {
+    if (call.count == 0) return;
     const int64_t step = call.chunk(), pitch = call.model.inputs, R = call.rows();
     const int64_t chunks = (call.count + step - 1) / step;
     const int64_t most = std::min(SHARE_CHUNKS, (chunks + SHARES - 1) / SHARES);
