@@ -137,7 +137,7 @@ class Layout:
     def at(self, centres: Tensor) -> Tensor:
         """``[P * places, d]``: where the map is evaluated, of centres ``[P, d]``."""
         around = self.offsets if self.corners is None else self.corners
-        return (centres[:, None] + around.T).flatten(0, 1)
+        return (centres[:, None] + around.T).flatten(0, 1).contiguous()
 
 
 def compare(
