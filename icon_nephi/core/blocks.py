@@ -7,6 +7,7 @@ The references are `icon_nephi.blocks` with `icon_nephi.similarities` and
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,20 +60,19 @@ class Channels:
     Args:
         image: ``[1, C, *grid]``.
         measure: which channels are intensities, and which features.
+        bits: of a feature, 32 or 16; 16 are for numbers from 0 to 1.
     """
 
-    def __init__(self, image: Tensor, measure: Measure) -> None:
+    def __init__(self, image: Tensor, measure: Measure, bits: int = 32) -> None:
         self.size = tuple(image.shape[2:])
         self.intensities = image[0, measure.first : measure.last].contiguous()
-        self.features, self.bits, self.count = None, 32, 0
+        self.features: Tensor | None = None
+        self.bits, self.count = bits, 0
         if measure.weight is None:
             return
         features = image[0, measure.last :]
         self.count = len(features)
         stored = self.count + -self.count % _STORED
-        # Half the memory where 16 bits say the same: what is read waits for it.
-        low, high = (float(v) for v in torch.aminmax(features))
-        self.bits = 16 if low >= 0 and high <= 1 else 32
         dtype = torch.float32 if self.bits == 32 else torch.int16
         # int16 stands for the uint16 that is meant.
         self.features = torch.zeros(*self.size, stored, dtype=dtype)
@@ -80,6 +80,19 @@ class Channels:
             self.features[..., : self.count] = features.movedim(0, -1)
         else:
             _pack(features, self.features)
+
+    @staticmethod
+    def of(images: Sequence[Tensor], measure: Measure) -> list[Channels]:
+        """Images that are compared; features in 16 bits where that suits them all.
+
+        What is read waits for memory, of which that is half.
+        """
+        bits = 16
+        if measure.weight is not None:
+            for image in images:
+                low, high = torch.aminmax(image[0, measure.last :])
+                bits = bits if low >= 0 and high <= 1 else 32
+        return [Channels(image, measure, bits) for image in images]
 
     def raw(self) -> loading.Image:
         """The struct; its memory is this object's."""
@@ -89,6 +102,11 @@ class Channels:
             address(self.features),
             (ctypes.c_int64 * 3)(*size),
         )
+
+
+def _kind(channels: Channels) -> tuple[int, int, int, int]:
+    """What two images that are compared have in common."""
+    return len(channels.size), len(channels.intensities), channels.count, channels.bits
 
 
 def _pack(features: Tensor, to: Tensor) -> None:
@@ -165,6 +183,7 @@ def compare(
         by_moves: the gradient by moves, written.
     """
     d, weight = centres.shape[1], measure.weight
+    assert _kind(moving) == _kind(fixed)
     raw = loading.Blocks(
         ctypes.sizeof(loading.Blocks),
         d,

@@ -134,7 +134,7 @@ class PairStep:
         self._collect(net, groups)
         measure = find_measure(loss.similarity, image_A.shape[1])
         assert measure is not None
-        self.images = Channels(image_A, measure), Channels(image_B, measure)
+        self.images = Channels.of((image_A, image_B), measure)
         self.shapes = image_A.shape[2:], image_B.shape[2:]
         self.channels = image_A.shape[1]
         self.masks = mask_A, mask_B

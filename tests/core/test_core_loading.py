@@ -118,8 +118,8 @@ def raw_blocks():
 
 def call_compare(raw):
     at, sums = torch.rand(32, 3), (ctypes.c_double * 2)()
-    out = torch.empty(32, 3)
-    pointers = at.data_ptr(), torch.zeros(32, 3).data_ptr()
+    moves, out = torch.zeros(32, 3), torch.empty(32, 3)
+    pointers = at.data_ptr(), moves.data_ptr()
     loading.call("nephi_compare", ctypes.byref(raw), *pointers, 1, sums, out.data_ptr())
     return sums[0]
 

@@ -102,14 +102,15 @@ def test_features_of_a_constant_image_and_of_none(core, dimension):
 def test_features_in_16_bits(core, dimension):
     image = with_features(numbers(1, 2, *SIZE[:dimension]))
     measure = blocks.Measure(PatchNCC(), 0, 2, 1.0)
-    packed = blocks.Channels(image, measure)
+    (packed,) = blocks.Channels.of([image], measure)
     assert packed.bits == 16
     whole = packed.features.int() % 65536
     expected = (image[0, 2:] * 65535).round().int().movedim(0, -1)
     assert ((whole[..., : packed.count] - expected).abs() <= 1).all()
     assert not whole[..., packed.count :].any()
+    good = image.clone()
     image[:, 3] *= 2  # beyond what 16 bits are for
-    assert blocks.Channels(image, measure).bits == 32
+    assert [c.bits for c in blocks.Channels.of([good, image], measure)] == [32, 32]
 
 
 def test_determinants(core, dimension):
