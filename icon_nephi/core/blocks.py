@@ -1,7 +1,7 @@
-"""Blocks of samples, regularity and Adam on the compiled core.
+"""Blocks of samples, and the regularity, on the compiled core.
 
 The references are `icon_nephi.blocks` with `icon_nephi.similarities` and
-`icon_nephi.features`, `icon_nephi.folds`, and torch's Adam.
+`icon_nephi.features`, and `icon_nephi.folds`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from icon_nephi.core import loading
-from icon_nephi.core.field import address
+from icon_nephi.core.arrays import address, pack
 from icon_nephi.features import FeatureDifference, FeaturesAlone
-from icon_nephi.folds import GUARD
 from icon_nephi.sampling import Patches
 from icon_nephi.similarities import PatchNCC
 
@@ -79,7 +78,7 @@ class Channels:
         if self.bits == 32:
             self.features[..., : self.count] = features.movedim(0, -1)
         else:
-            _pack(features, self.features)
+            pack(features, self.features)
 
     @staticmethod
     def of(images: Sequence[Tensor], measure: Measure) -> list[Channels]:
@@ -107,21 +106,6 @@ class Channels:
 def _kind(channels: Channels) -> tuple[int, int, int, int]:
     """What two images that are compared have in common."""
     return len(channels.size), len(channels.intensities), channels.count, channels.bits
-
-
-def _pack(features: Tensor, to: Tensor) -> None:
-    """Features ``[F, *grid]`` between 0 and 1 in 16 bits to ``[*grid, stored]``."""
-    rows = features.movedim(0, -1).flatten(0, -2)  # a view of most layouts
-    if min(rows.stride()) < 0:
-        rows = rows.contiguous()
-    loading.call(
-        "nephi_pack",
-        *rows.shape,
-        *rows.stride(),
-        rows.data_ptr(),
-        to.shape[-1],
-        address(to),
-    )
 
 
 class Layout:
@@ -245,6 +229,7 @@ def consistency(
     extent: Tensor,
     drift: float,
     hinge: float,
+    goal: float,
     weight: float,
 ) -> Consistency:
     """`guarded_term` of two maps x -> post(y + u(y)), y = pre x, and its gradients.
@@ -257,6 +242,7 @@ def consistency(
         extent: ``[d]``.
         drift: weight of inverse consistency, inside.
         hinge: weight of the guard, inside.
+        goal: relative determinants below it are pushed up.
         weight: of all that, in the gradients only.
     """
     count, d = points.shape
@@ -267,7 +253,7 @@ def consistency(
         *map(address, (points, values, *jacobians, *matrices, extent)),
         drift,
         hinge,
-        GUARD,
+        goal,
         weight,
     )
     sums = (ctypes.c_double * 4)()
@@ -281,76 +267,3 @@ def consistency(
     )
     term = sums[0] + drift * sums[1] + hinge * sums[2]
     return Consistency(term, sums[3], by_1, by_2, by_values)
-
-
-def determinants(jacobians: Tensor) -> Tensor:
-    """``[N]`` of float32 matrices ``[N, d, d]``."""
-    jacobians = jacobians.contiguous()
-    found = jacobians.new_empty(len(jacobians))
-    loading.call(
-        "nephi_determinants",
-        jacobians.shape[-1],
-        len(jacobians),
-        address(jacobians),
-        address(found),
-    )
-    return found
-
-
-def adam(
-    number: int,
-    rate: float,
-    betas: tuple[float, float],
-    decay: float,
-    weight: Tensor,
-    gradient: Tensor,
-    mean: Tensor,
-    square: Tensor,
-    before: Tensor,
-) -> float:
-    """Step ``number`` (from 1) of Adam; the sum of the new weights' squares.
-
-    Args:
-        number: of the step.
-        rate: learning rate.
-        betas: of Adam.
-        decay: a prior's weight; it adds decay times the sum of squares to the loss.
-        weight: changed.
-        gradient: cleared.
-        mean: Adam's own, changed.
-        square: Adam's own, changed.
-        before: takes the weight as it was.
-    """
-    squares = ctypes.c_double()
-    loading.call(
-        "nephi_adam",
-        weight.numel(),
-        number,
-        rate,
-        *betas,
-        decay,
-        torch.get_num_threads(),
-        *map(address, (weight, gradient, mean, square, before)),
-        ctypes.byref(squares),
-    )
-    return squares.value
-
-
-def with_features(image: Tensor) -> Tensor:
-    """`icon_nephi.features.with_features` of a float32 image ``[1, C, *grid]``."""
-    d, channels = image.dim() - 2, image.shape[1]
-    count = 2 * d * (d - 1)
-    layout = torch.channels_last if d == 2 else torch.channels_last_3d
-    shape = 1, channels + count, *image.shape[2:]
-    out = torch.empty(shape, dtype=torch.float32, memory_format=layout)
-    planes = image[0].contiguous()
-    loading.call(
-        "nephi_features",
-        d,
-        channels,
-        (ctypes.c_int64 * d)(*image.shape[2:]),
-        address(planes),
-        torch.get_num_threads(),
-        out.data_ptr(),
-    )
-    return out

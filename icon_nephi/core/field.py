@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from icon_nephi.codes import LatentCode
 from icon_nephi.core import loading
+from icon_nephi.core.arrays import address, pointers
 from icon_nephi.fields import LatentMLP, ModulatedSiren
 
 _LANES = 4  # channels of a table are a multiple of these
@@ -98,17 +99,6 @@ def as_table(grid: Tensor) -> Tensor:
 def as_grid(table: Tensor, like: Tensor) -> Tensor:
     """The grid of a table; a view."""
     return table[..., : like.shape[1]].movedim(-1, 0)[None]
-
-
-def pointers(tensors: Sequence[Tensor]) -> Any:
-    """An array of the addresses of tensors, which must outlive it."""
-    return (ctypes.c_void_p * max(1, len(tensors)))(*[t.data_ptr() for t in tensors])
-
-
-def address(tensor: Tensor | None) -> int | None:
-    """Where a contiguous tensor's numbers begin."""
-    assert tensor is None or tensor.is_contiguous()
-    return None if tensor is None else tensor.data_ptr()
 
 
 class Plan:

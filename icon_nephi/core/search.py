@@ -1,48 +1,14 @@
-"""The affine start on the compiled core; the reference is `icon_nephi.affine`."""
+"""Refine an affine map on the compiled core; the reference is `icon_nephi.affine`."""
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from icon_nephi.core import loading
 from icon_nephi.core.blocks import Channels, Layout, Measure, compare
-from icon_nephi.core.field import address
-
-
-def rate(matrices: Tensor, points: Tensor, target: Tensor, image: Tensor) -> Tensor:
-    """``[K]``: agreement of an image with values at points under affine maps.
-
-    Correlation over the points inside, the mean over channels, times the root of the
-    share that is inside.
-
-    Args:
-        matrices: ``[K, d, d + 1]``, from the frame of the points to the unit box.
-        points: ``[N, d]``, N at least 1; centred, so that float32 places them well.
-        target: ``[C, N]``.
-        image: ``[1, C, *grid]``.
-    """
-    matrices, points, target, planes = (
-        t.float().contiguous() for t in (matrices, points, target, image[0])
-    )
-    scores = torch.empty(len(matrices))
-    d = points.shape[1]
-    loading.call(
-        "nephi_rate",
-        d,
-        len(target),
-        len(points),
-        len(matrices),
-        *map(address, (matrices, points, target, planes)),
-        (ctypes.c_int64 * d)(*planes.shape[1:]),
-        torch.get_num_threads(),
-        address(scores),
-    )
-    return scores
 
 
 class _Agreement(torch.autograd.Function):

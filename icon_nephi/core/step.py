@@ -17,16 +17,16 @@ from torch import Tensor, nn
 
 from icon_nephi.codes import LatentCodeTable
 from icon_nephi.core import field as fields
+from icon_nephi.core.arrays import adam
 from icon_nephi.core.blocks import (
     Channels,
     Layout,
     Measure,
-    adam,
     compare,
     consistency,
     find_measure,
 )
-from icon_nephi.folds import guarded_term
+from icon_nephi.folds import GUARD, guarded_term
 from icon_nephi.losses import GradientICONPoints
 from icon_nephi.sampling import Patches, draw_points
 from icon_nephi.transforms import AffinePair, NePhi
@@ -266,6 +266,7 @@ class PairStep:
             self.extent,
             known.get("consistency", 300.0),
             known.get("weight", 1.0),
+            GUARD,
             loss.lmbda / 2,
         )
         by_moves_2, by_after = found.by_values @ two.post[:, :d], torch.empty_like(x)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from icon_nephi.affine import _weighted_ncc
 from icon_nephi.blocks import determinants, patch_maps
 from icon_nephi.coordinates import inside, points_as_grid, sample_image
-from icon_nephi.core import blocks, search
+from icon_nephi.core import arrays, blocks, search
 from icon_nephi.features import with_features
 from icon_nephi.losses import compare
 from icon_nephi.sampling import Patches
@@ -37,7 +37,7 @@ def test_scores_of_affine_maps(core, dimension, channels, count):
     values = sample_image(image, at)[0].reshape(channels, 37, -1)
     weight = inside(at)[0, 0].reshape(37, -1).float()
     expected = _weighted_ncc(values, target[:, None], weight).mean(0)
-    found = search.rate(matrices, points[0], target, image)
+    found = arrays.rate(matrices, points[0], target, image)
     assert (found - expected * weight.mean(1).sqrt()).abs().max() < 2e-5
 
 
@@ -50,7 +50,7 @@ def test_scores_are_the_same_on_any_number_of_threads(core, threads):
     found = []
     for count in (1, 2, 3):
         threads(count)
-        found.append(search.rate(affine(3, 200), points, target, image))
+        found.append(arrays.rate(affine(3, 200), points, target, image))
     assert all(torch.equal(found[0], f) for f in found[1:])
 
 
@@ -83,7 +83,7 @@ def test_agreement_of_blocks_and_its_gradient(core, dimension, channels):
 @settings(max_examples=20, deadline=None, derandomize=True)
 def any_features(size, channels):
     image = numbers(1, channels, *size)
-    expected, found = with_features(image), blocks.with_features(image)
+    expected, found = with_features(image), arrays.with_features(image)
     assert found.stride() == expected.stride()
     assert (found - expected).abs().max() < 1e-5
 
@@ -94,9 +94,9 @@ def test_features(core):
 
 def test_features_of_a_constant_image_and_of_none(core, dimension):
     image = torch.ones(1, 1, *SIZE[:dimension])
-    assert (blocks.with_features(image) - with_features(image)).abs().max() < 1e-6
+    assert (arrays.with_features(image) - with_features(image)).abs().max() < 1e-6
     image[..., 3] = float("nan")
-    assert blocks.with_features(image).shape == with_features(image).shape
+    assert arrays.with_features(image).shape == with_features(image).shape
 
 
 def test_features_in_16_bits(core, dimension):
@@ -116,5 +116,5 @@ def test_features_in_16_bits(core, dimension):
 def test_determinants(core, dimension):
     matrices = numbers(50, dimension, dimension)
     expected = determinants(matrices)[:, 0]
-    assert apart(blocks.determinants(matrices), expected) < 1e-5
-    assert blocks.determinants(matrices[:0]).shape == (0,)
+    assert apart(arrays.determinants(matrices), expected) < 1e-5
+    assert arrays.determinants(matrices[:0]).shape == (0,)
