@@ -38,7 +38,10 @@ def cores() -> list[Extension]:
     """Those of this platform; which one runs is chosen when it is loaded."""
     found = [core("baseline")]
     if platform.machine().lower() in ("x86_64", "amd64") and sys.maxsize > 2**32:
-        found.append(core("avx2", "-mavx2", "-mfma"))
+        wide = "-mavx2", "-mfma"
+        found.append(core("avx2", *wide))
+        wider = [f"-mavx512{part}" for part in ("f", "dq", "bw", "vl")]
+        found.append(core("avx512", *wide, *wider, "-mprefer-vector-width=512"))
     return found
 
 

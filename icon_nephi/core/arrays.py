@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from icon_nephi.core import loading
+from icon_nephi.core import loading, threads
 
 
 def pointers(tensors: Sequence[Tensor]) -> Any:
@@ -52,7 +52,7 @@ def rate(matrices: Tensor, points: Tensor, target: Tensor, image: Tensor) -> Ten
         len(matrices),
         *map(address, (matrices, points, target, planes)),
         (ctypes.c_int64 * d)(*planes.shape[1:]),
-        torch.get_num_threads(),
+        threads.count(),
         address(scores),
     )
     return scores
@@ -104,7 +104,7 @@ def adam(
         rate,
         *betas,
         decay,
-        torch.get_num_threads(),
+        threads.count(),
         *map(address, (weight, gradient, mean, square, before)),
         ctypes.byref(squares),
     )
@@ -125,7 +125,7 @@ def with_features(image: Tensor) -> Tensor:
         channels,
         (ctypes.c_int64 * d)(*image.shape[2:]),
         address(planes),
-        torch.get_num_threads(),
+        threads.count(),
         out.data_ptr(),
     )
     return out

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from icon_nephi.core import loading
+from icon_nephi.core import loading, threads
 from icon_nephi.core.arrays import address, pack
 from icon_nephi.features import FeatureDifference, FeaturesAlone
 from icon_nephi.sampling import Patches
 from icon_nephi.similarities import PatchNCC
 
-_STORED = 8  # channels of features are padded to a multiple of these
+_STORED = 16  # channels of features are padded to a multiple of these
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def compare(
         ctypes.byref(raw),
         address(at),
         address(moves),
-        torch.get_num_threads(),
+        threads.count(),
         sums,
         address(by_moves),
     )

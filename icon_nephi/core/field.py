@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from icon_nephi.codes import LatentCode
-from icon_nephi.core import loading
+from icon_nephi.core import loading, threads
 from icon_nephi.core.arrays import address, pointers
 from icon_nephi.fields import LatentMLP, ModulatedSiren
 
@@ -179,7 +179,7 @@ class Plan:
             count,
             address(rows),
             jets,
-            torch.get_num_threads(),
+            threads.count(),
             address(out[0]),
             address(out[1]) if jets else None,
         )
@@ -204,7 +204,7 @@ class Plan:
             len(rows),
             address(rows),
             jets,
-            torch.get_num_threads(),
+            threads.count(),
             address(by_values),
             address(by_jacobians),
             None if tables is None else pointers(tables),

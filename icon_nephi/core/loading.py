@@ -10,7 +10,7 @@ from pathlib import Path
 
 #: What forces a choice: "torch", the name of a build, or the path of a library.
 VARIABLE = "NEPHI_CORE"
-BUILDS = ("avx2", "baseline")  # the quickest first
+BUILDS = ("avx512", "avx2", "baseline")  # the quickest first
 # Of the functions below; a library of another version is not used.
 VERSION = 1
 
@@ -180,7 +180,7 @@ def _chosen(wanted: str) -> ctypes.CDLL | None:
         return _load(Path(wanted))
     for build in BUILDS:
         path = _built(build)
-        if path is not None and (build == "baseline" or _has_avx2()):
+        if path is not None and runs_here(build):
             try:
                 return _load(path)
             except (OSError, CoreError):  # of another system or version
@@ -219,12 +219,14 @@ def _load(path: Path) -> ctypes.CDLL:
     return loaded
 
 
-def _has_avx2() -> bool:
-    """Whether this machine's processor has AVX2 and FMA, and its system knows them."""
+def runs_here(build: str) -> bool:
+    """Whether a build that is installed runs on this processor, and well."""
+    if build == "baseline":
+        return True
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     baseline = _built("baseline")
     if baseline is None:
         return False
-    asked = getattr(ctypes.CDLL(str(baseline)), "nephi_has_avx2", None)
+    asked = getattr(ctypes.CDLL(str(baseline)), f"nephi_has_{build}", None)
     return asked is not None and bool(asked())

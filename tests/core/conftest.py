@@ -18,7 +18,7 @@ def builds():
 
 def runs(build):
     built = loading._built(build) is not None
-    return built and (build == "baseline" or loading._has_avx2())
+    return built and loading.runs_here(build)
 
 
 def pytest_generate_tests(metafunc):

@@ -8,6 +8,7 @@ import torch
 from core_problems import make_code, make_field, rows
 
 from icon_nephi.core import blocks, loading, which
+from icon_nephi.core import threads as counting
 from icon_nephi.core.field import Plan
 from icon_nephi.sampling import Patches
 from icon_nephi.similarities import PatchNCC
@@ -173,3 +174,15 @@ def test_missing_arrays_are_refused(core):
     }.items():
         with pytest.raises(loading.CoreError):
             loading.call(name, *arguments)
+
+
+def test_torch_works_on_one_thread_while_the_core_has_its_threads(threads):
+    threads(2)
+    had = counting.count()
+    with counting.lent():
+        assert torch.get_num_threads() == 1
+        assert counting.count() == had
+        with counting.lent():
+            assert counting.count() == had
+    assert torch.get_num_threads() == 2
+    assert counting.count() == had

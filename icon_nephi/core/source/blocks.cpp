@@ -290,7 +290,7 @@ void check(const NephiBlocks& s) {
         require(image->intensities || s.channels == 0, MISSING);
         if (s.features == 0) continue;
         require(s.bits == 16 || s.bits == 32, NOT_SUPPORTED);
-        require(s.stored >= s.features && s.stored % 8 == 0 && s.stored <= 4096, WRONG_SIZE);
+        require(s.stored >= s.features && s.stored % 16 == 0 && s.stored <= 4096, WRONG_SIZE);
         require(image->features, MISSING);
     }
 }

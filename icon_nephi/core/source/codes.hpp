@@ -173,32 +173,37 @@ inline void add_point(float* table, const Grid& grid, const Axis* axes, int p,
     }
 }
 
-// Registers of a build's width where the channels fill them.
-NEPHI_INLINE bool wide(const Grid& grid) { return grid.stored % LANES == 0; }
+// Calls `work` with the widest registers that the channels fill.
+template <class Work>
+NEPHI_INLINE void by_width(const Grid& grid, Work work) {
+    if (grid.stored % LANES == 0) return work(vec{});
+#if defined(__AVX512F__)
+    if (grid.stored % 8 == 0) return work(vec8{});
+#endif
+    work(vec4{});
+}
 
 template <int K, int D, int ORDER>
 inline void read_grid(const Grid& grid, const Axis* axes, int points, Targets to,
                       int64_t value_step, int64_t slope_step, int64_t second_step) {
-    for (int p = 0; p < points; p++) {
-        if (wide(grid))
-            read_point<vec, K, D, ORDER>(grid, axes, p, to);
-        else
-            read_point<vec4, K, D, ORDER>(grid, axes, p, to);
-        to.value += value_step;
-        if (ORDER >= 1) to.slope += slope_step;
-        if (ORDER == 2) to.second += second_step;
-    }
+    by_width(grid, [&](auto lane) {
+        for (int p = 0; p < points; p++) {
+            read_point<decltype(lane), K, D, ORDER>(grid, axes, p, to);
+            to.value += value_step;
+            if (ORDER >= 1) to.slope += slope_step;
+            if (ORDER == 2) to.second += second_step;
+        }
+    });
 }
 
 template <int K, int D, bool JET>
 inline void add_grid(float* table, const Grid& grid, const Axis* axes, int points,
                      const float* rows, int pitch, int64_t low, int64_t high) {
-    for (int p = 0; p < points; p++, rows += (JET ? 1 + D : 1) * pitch) {
-        if (wide(grid))
-            add_point<vec, K, D, JET>(table, grid, axes, p, rows, pitch, low, high);
-        else
-            add_point<vec4, K, D, JET>(table, grid, axes, p, rows, pitch, low, high);
-    }
+    by_width(grid, [&](auto lane) {
+        typedef decltype(lane) V;
+        for (int p = 0; p < points; p++, rows += (JET ? 1 + D : 1) * pitch)
+            add_point<V, K, D, JET>(table, grid, axes, p, rows, pitch, low, high);
+    });
 }
 
 }  // namespace nephi

@@ -114,7 +114,10 @@ inline void read_channel(const float* image, const int64_t* size, const Spots<D>
 NEPHI_INLINE vec load_channels(const float* p) { return load(p); }
 
 NEPHI_INLINE vec load_channels(const uint16_t* p) {
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+    const __m256i half = _mm256_loadu_si256((const __m256i*)p);
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(half)) * (1.0f / 65535.0f);
+#elif defined(__AVX2__)
     const __m128i half = _mm_loadu_si128((const __m128i*)p);
     return (vec)_mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(half)) * (1.0f / 65535.0f);
 #elif defined(__SSE2__)

@@ -12,16 +12,21 @@
 
 namespace nephi {
 
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
 constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
 #endif
 
-// Sizes of rows are padded to this, which is a whole number of registers in any build.
-constexpr int PAD = 16;
+// Sizes of rows are padded to this, which is two registers in any build.
+constexpr int PAD = 2 * (LANES > 8 ? LANES : 8);
 
 typedef float vec4 __attribute__((vector_size(16), aligned(4), may_alias));
+#if defined(__AVX2__)
+typedef float vec8 __attribute__((vector_size(32), aligned(4), may_alias));
+#endif
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t veci __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
@@ -44,8 +49,16 @@ NEPHI_INLINE vec splat(float x) { return x - vec{}; }
 NEPHI_INLINE float sum_of(vec4 v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 
 #if defined(__AVX2__)
-NEPHI_INLINE float sum_of(vec v) {
+NEPHI_INLINE float sum_of(vec8 v) {
     vec4 half[2];
+    std::memcpy(half, &v, sizeof(v));
+    return sum_of(half[0] + half[1]);
+}
+#endif
+
+#if defined(__AVX512F__)
+NEPHI_INLINE float sum_of(vec v) {
+    vec8 half[2];
     std::memcpy(half, &v, sizeof(v));
     return sum_of(half[0] + half[1]);
 }
