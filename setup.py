@@ -1,5 +1,6 @@
 """Packaging of icon_nephi. Tools are configured in pyproject.toml."""
 
+import os
 import platform
 import re
 import sys
@@ -10,6 +11,8 @@ from setuptools import Extension, setup
 # The version is read as text, so that building does not import torch.
 INIT = Path(__file__).parent / "icon_nephi" / "__init__.py"
 VERSION = re.search(r'^__version__ = "(.+)"$', INIT.read_text("utf-8"), re.MULTILINE)[1]
+
+PURE = bool(os.environ.get("NEPHI_PURE"))
 
 
 def core(build: str, *flags: str) -> Extension:
@@ -25,17 +28,22 @@ def core(build: str, *flags: str) -> Extension:
         depends=[str(p) for p in source.glob("*.[ch]pp")],
         extra_compile_args=[
             *("-std=c++17", "-O3", "-fvisibility=hidden", "-pthread"),
-            *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+            *("-g0", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
             *flags,
         ],
-        extra_link_args=["-pthread"],
+        extra_link_args=["-pthread", *os.environ.get("NEPHI_LINK", "").split()],
         py_limited_api=True,  # it knows nothing of Python: any version loads it
         optional=True,
     )
 
 
 def cores() -> list[Extension]:
-    """Those of this platform; which one runs is chosen when it is loaded."""
+    """Those of this platform; which one runs is chosen when it is loaded.
+
+    With NEPHI_PURE set there are none: a wheel for every platform.
+    """
+    if PURE:
+        return []
     found = [core("baseline")]
     if platform.machine().lower() in ("x86_64", "amd64") and sys.maxsize > 2**32:
         wide = "-mavx2", "-mfma"
@@ -56,6 +64,7 @@ setup(
     ],  # written out: training and tests are never installed
     package_data={"icon_nephi": ["py.typed", "report.html"]},
     ext_modules=cores(),
+    options={} if PURE else {"bdist_wheel": {"py_limited_api": "cp310"}},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11",

@@ -51,6 +51,14 @@ double update(int64_t count, const Rates& r, float* __restrict weight,
     return rest;
 }
 
+// By squares: pow of the C library would tie a wheel to its newer versions.
+double power(double base, int64_t exponent) {
+    double result = 1.0;
+    for (; exponent > 0; exponent /= 2, base *= base)
+        if (exponent % 2) result *= base;
+    return result;
+}
+
 }  // namespace
 }  // namespace nephi
 
@@ -67,8 +75,8 @@ NEPHI_API int nephi_adam(int64_t count, int64_t number, double rate, double firs
         require(count >= 0 && number >= 1, WRONG_SIZE);
         require(squares, MISSING);
         require(count == 0 || (weight && gradient && mean && square && before), MISSING);
-        const double c1 = 1.0 - std::pow(first, double(number));
-        const double c2 = 1.0 - std::pow(second, double(number));
+        const double c1 = 1.0 - power(first, number);
+        const double c2 = 1.0 - power(second, number);
         const Rates rates{float(rate / c1), float(first), float(second),
                           float(1.0 / std::sqrt(c2)), float(decay)};
         const int64_t tasks = (count + STRETCH - 1) / STRETCH;
