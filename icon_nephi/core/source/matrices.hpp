@@ -55,24 +55,26 @@ inline void multiply(int rows, const float* X, int ldx, const float* B, int inne
         }
 }
 
-// S[inner][columns] += X^T G of rows; inner a multiple of 4, columns of PAD.
+constexpr int OUTER = LANES == 16 ? 8 : 4;  // rows of a tile: of 32 registers, or 16
+
+// S[inner][columns] += X^T G of rows; inner a multiple of OUTER, columns of PAD.
 inline void add_outer(int rows, const float* X, int ldx, int inner, const float* G,
                       int columns, float* S) {
-    for (int k = 0; k < inner; k += 4)
+    for (int k = 0; k < inner; k += OUTER)
         for (int at = 0; at < columns; at += PANEL) {
             float* s = S + k * columns + at;
-            vec sum[4][2];
-            for (int i = 0; i < 4; i++)
+            vec sum[OUTER][2];
+            for (int i = 0; i < OUTER; i++)
                 for (int j = 0; j < 2; j++) sum[i][j] = load(s + i * columns + LANES * j);
             for (int r = 0; r < rows; r++) {
                 const float *g = G + r * columns + at, *x = X + r * ldx + k;
                 const vec g0 = load(g), g1 = load(g + LANES);
-                for (int i = 0; i < 4; i++) {
+                for (int i = 0; i < OUTER; i++) {
                     sum[i][0] += g0 * x[i];
                     sum[i][1] += g1 * x[i];
                 }
             }
-            for (int i = 0; i < 4; i++)
+            for (int i = 0; i < OUTER; i++)
                 for (int j = 0; j < 2; j++) store(s + i * columns + LANES * j, sum[i][j]);
         }
 }
