@@ -11,6 +11,11 @@ from setuptools import Extension, setup
 # The version is read as text, so that building does not import torch.
 INIT = Path(__file__).parent / "icon_nephi" / "__init__.py"
 VERSION = re.search(r'^__version__ = "(.+)"$', INIT.read_text("utf-8"), re.MULTILINE)[1]
+# Written out: training, evaluation and tests are never installed.
+WINGS = [
+    *("space", "fields", "maps", "losses", "fit", "io"),
+    *("report", "registration", "proofs", "commands", "core"),
+]
 
 PURE = bool(os.environ.get("NEPHI_PURE"))
 
@@ -58,11 +63,8 @@ setup(
     version=VERSION,
     description="NePhi neural deformation fields for icon_registration",
     license="Apache-2.0",
-    packages=[
-        "icon_nephi",
-        "icon_nephi.core",
-    ],  # written out: training and tests are never installed
-    package_data={"icon_nephi": ["py.typed", "report.html"]},
+    packages=["icon_nephi", *(f"icon_nephi.{wing}" for wing in WINGS)],
+    package_data={"icon_nephi": ["py.typed", "report/page.html"]},
     ext_modules=cores(),
     options={} if PURE else {"bdist_wheel": {"py_limited_api": "cp310"}},
     python_requires=">=3.10",
@@ -74,7 +76,6 @@ setup(
         "scipy",
         "safetensors",
         "tqdm",
-        "matplotlib",
         "jinja2",
         "pooch",
     ],
@@ -84,7 +85,8 @@ setup(
         "zarr": ["zarr>=3"],
         "dev": [
             *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "playwright"),
-            *("nibabel", "zarr", "SimpleITK", "sphinx", "myst-parser", "furo"),
+            *("nibabel", "zarr", "SimpleITK", "matplotlib"),
+            *("sphinx", "myst-parser", "furo"),
         ],
     },
     entry_points={

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation import DIRECTIONS, landmark_errors, peak_memory
+from icon_nephi._memory import peak_memory
+from icon_nephi.maps.two_way import DIRECTIONS
+from icon_nephi.report.metrics import landmark_summary
 
 
 def main(out: Path, shape: tuple[int, ...] = (96, 80, 96), seed: int = 0) -> None:
@@ -21,7 +23,7 @@ def main(out: Path, shape: tuple[int, ...] = (96, 80, 96), seed: int = 0) -> Non
     import itk
 
     import icon_nephi
-    from icon_nephi.metrics import summarize
+    from icon_nephi.report.metrics import summarize
 
     moving, fixed, points = chest(shape, seed)
     out.mkdir(parents=True, exist_ok=True)
@@ -32,7 +34,7 @@ def main(out: Path, shape: tuple[int, ...] = (96, 80, 96), seed: int = 0) -> Non
     for warning in result.warnings:
         print(f"warning: {warning}")
 
-    before = landmark_errors(points["fixed"], points["moving"])
+    before = landmark_summary(points["fixed"], points["moving"])
     print(f"images                  {' x '.join(map(str, shape))} voxels, breathing in")
     print(f"landmarks               {len(points['fixed'])}")
     print(f"TRE before              {_in_mm(before)}")
@@ -40,7 +42,7 @@ def main(out: Path, shape: tuple[int, ...] = (96, 80, 96), seed: int = 0) -> Non
         source, goal = direction.split("_to_")
         moved = result.transform_points(points[source], direction)
         label = f"TRE {source} to {goal}"
-        print(f"{label:23s} {_in_mm(landmark_errors(moved, points[goal]))}")
+        print(f"{label:23s} {_in_mm(landmark_summary(moved, points[goal]))}")
     print(f"folds                   {100 * result.fold_fraction():.4g} % of voxels")
     errors = summarize(np.asarray(result.inverse_consistency_error()))
     print(f"inverse consistency     {_in_mm(errors)}")
@@ -56,8 +58,8 @@ def main(out: Path, shape: tuple[int, ...] = (96, 80, 96), seed: int = 0) -> Non
     result.report(report, **landmarks)
     draw(result, moving, fixed, image, picture)
     memory = peak_memory()
-    if memory is not None:
-        print(f"peak memory             {1024 * memory:.0f} MB, everything together")
+    if memory:
+        print(f"peak memory             {memory / 2**20:.0f} MB, everything together")
     for name in names:
         print(f"wrote                   {out / name}")
 
@@ -66,7 +68,7 @@ def write_example(out: Path, moving, fixed, points, seed: int) -> None:
     """Write what there is to register as files: inhale_* moves, exhale_* is fixed."""
     import itk
 
-    from icon_nephi.itk_images import geometry_of, image_of
+    from icon_nephi.io.itk_images import geometry_of, image_of
     from icon_nephi.phantoms import LABELS, breathing_thorax
 
     place = geometry_of(fixed)
@@ -87,9 +89,9 @@ def write_example(out: Path, moving, fixed, points, seed: int) -> None:
 
 def chest(shape: tuple[int, ...], seed: int) -> tuple:
     """Return moving and fixed ITK images and their landmarks ``[N, d]`` in LPS mm."""
-    from icon_nephi.coordinates import Geometry
-    from icon_nephi.itk_images import image_of
+    from icon_nephi.io.itk_images import image_of
     from icon_nephi.phantoms import breathing_thorax
+    from icon_nephi.space.frames import Geometry
 
     phantom = breathing_thorax(shape, seed=seed)
     spacing = tuple(reversed(phantom.spacing))

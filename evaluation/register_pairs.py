@@ -4,7 +4,7 @@
 
 Every registration runs in a fresh process, so that CPU seconds and peak memory are its
 own. docs/evaluation.md says what each column means. A method is a function that takes
-a Pair and returns an object with the names of icon_nephi's Registration; what it lacks
+a Case and returns an object with the names of icon_nephi's Registration; what it lacks
 (or answers with NotImplementedError) stays empty in the table.
 """
 
@@ -28,18 +28,14 @@ from typing import Any
 
 import numpy as np
 
-from evaluation import (
-    DIRECTIONS,
-    STATISTICS,
-    before,
-    machine,
-    peak_memory,
-    score,
-    version,
-    write_csv,
-)
-from evaluation.pairs import Pair, find_cases
-from evaluation.peers import DEFAULT, PEERS, NotApplicable, missing
+from evaluation import STATISTICS, before, csv_file, machine, register, score
+from evaluation.accuracy.pairs import find_cases
+from evaluation.accuracy.peers import DEFAULT, PEERS, NotApplicable, missing
+from icon_nephi._memory import peak_memory
+from icon_nephi.commands.cases import Case
+from icon_nephi.io.atomic import write_csv, written_whole
+from icon_nephi.io.versions import version
+from icon_nephi.maps.two_way import DIRECTIONS
 
 NOT_INSTALLED = "not installed"
 OURS = {"icon_nephi": "evaluation.register_pairs:nephi"}
@@ -73,47 +69,39 @@ HEAD = (  # each column's name and unit
 
 
 def nephi(
-    pair: Pair, threads: int = 1, masks: bool = True, options: Iterable[str] = ()
+    pair: Case, threads: int = 1, masks: bool = True, options: Iterable[str] = ()
 ) -> Any:
     """Return icon_nephi's Registration of a pair, from scratch."""
     import torch
 
-    import icon_nephi
-
     torch.set_num_threads(threads)
-    arguments = {
-        "modality": pair.modality,
-        "mask_A": pair.moving_mask if masks else None,
-        "mask_B": pair.fixed_mask if masks else None,
-        "seed": 0,
-        "progress": False,
-    }
+    arguments: dict[str, Any] = {"seed": 0}
     for option in options:
         key, _, value = option.partition("=")
         try:
             arguments[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             arguments[key] = value
-    return icon_nephi.register(image_A=pair.moving, image_B=pair.fixed, **arguments)
+    return register(pair, masks=masks, **arguments)
 
 
 def measure(
-    pair: Pair, register: Callable[[Pair], Any], start: float | None = None
+    pair: Case, method: Callable[[Case], Any], start: float | None = None
 ) -> dict[str, Any]:
     """Return what one registration cost and how good it is, by the names of RESULTS.
 
     Args:
         pair: The images and their ground truth.
-        register: The method.
+        method: What registers them.
         start: ``time.process_time()`` from which CPU seconds count; None means now.
     """
     start = time.process_time() if start is None else start
     wall = time.perf_counter()
-    result = register(pair)
+    result = method(pair)
     row = {
         "cpu_s": time.process_time() - start,
         "wall_s": time.perf_counter() - wall,
-        "peak_rss_gib": peak_memory(),
+        "peak_rss_gib": peak_memory() / 2**30 or None,
     }
     return row | before(pair) | score(pair, result)
 
@@ -176,9 +164,8 @@ def work() -> None:
     """Run the task in the first file named and write its row to the second."""
     task_file, row_file = map(Path, sys.argv[1:])
     row = run_task(json.loads(task_file.read_text("utf-8")))
-    part = row_file.with_suffix(".part")
-    part.write_text(json.dumps(row), "utf-8")
-    part.replace(row_file)
+    with written_whole(row_file) as (part,):
+        part.write_text(json.dumps(row), "utf-8")
 
 
 # --- the table ----------------------------------------------------------------------
@@ -268,7 +255,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--data", required=True, metavar="DIR", help="folder of cases")
     add("--cases", nargs="+", metavar="NAME", help="cases or groups (default: all)")
     add("--threads", type=int, default=1, metavar="N", help="CPU threads (default: 1)")
-    add("--out", type=Path, metavar="CSV", help="write every number to this file")
+    add("--out", type=csv_file, metavar="CSV", help="write every number to this file")
     add(
         "--peers",
         nargs="*",
@@ -292,8 +279,6 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     for option in args.options:
         if not option.partition("=")[0].isidentifier() or "=" not in option:
             parser.error(f"--options takes key=value, not {option!r}.")
-    if args.out and (args.out.is_dir() or not args.out.parent.is_dir()):
-        parser.error(f"--out: {args.out} is not a file in an existing folder.")
     args.peers = [] if args.only_peers and args.peers is None else args.peers
     try:
         args.cases = list(find_cases(args.data, args.cases))
@@ -317,7 +302,10 @@ def main(argv: list[str] | None = None, methods: dict[str, str] | None = None) -
     runs = {n: {"function": f, "arguments": ours} for n, f in methods.items()}
     for name in DEFAULT if args.peers == [] else args.peers or ():
         settings = {"asked": name in args.peers, "threads": args.threads}
-        runs[name] = {"function": f"evaluation.peers:{name}", "arguments": settings}
+        runs[name] = {
+            "function": f"evaluation.accuracy.peers:{name}",
+            "arguments": settings,
+        }
         if sentence := missing(name):
             print(sentence)
     rows: list[dict[str, Any]] = []

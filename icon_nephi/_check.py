@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 
 def check_image(name: str, image: Tensor) -> None:
-    """Nothing, or a ValueError: an image is ``[B, C, *grid]`` with 2 or 3 axes.
+    """Raise unless an image is ``[B, C, *grid]`` with 2 or 3 axes.
 
     Every axis needs two voxels, because the unit box puts voxel i at i / (n - 1).
     """
@@ -33,7 +36,7 @@ def check_image(name: str, image: Tensor) -> None:
 
 
 def check_intensities(name: str, image: Tensor) -> None:
-    """Nothing, or a ValueError: finite intensities that are not all the same."""
+    """Raise a ValueError unless intensities are finite and not all the same."""
     bad = int((~image.isfinite()).sum())
     if bad:
         raise ValueError(
@@ -46,22 +49,88 @@ def check_intensities(name: str, image: Tensor) -> None:
         )
 
 
-def check_mask(name: str, mask: Tensor, shape: Sequence[int]) -> None:
-    """Nothing, or a ValueError: a mask on its image's grid with a voxel inside."""
-    if tuple(mask.shape[2:]) != tuple(shape):
+def check_grid(name: str, values: Tensor, shape: Sequence[int]) -> None:
+    """Raise a ValueError unless ``[B, C, *grid]`` is on its image's grid."""
+    if tuple(values.shape[2:]) != tuple(shape):
         raise ValueError(
-            f"{name} has grid {tuple(mask.shape[2:])} but its image has "
-            f"{tuple(shape)}; resample the mask to the image"
+            f"{name} has grid {tuple(values.shape[2:])} but its image has "
+            f"{tuple(shape)}; resample it to the image"
         )
+
+
+def check_mask(name: str, mask: Tensor, shape: Sequence[int]) -> None:
+    """Raise a ValueError unless a mask is on its image's grid with a voxel inside."""
+    check_grid(name, mask, shape)
     if not bool((mask > 0).any()):
         raise ValueError(
-            f"{name} is empty: no voxel is above zero; leave it out to use all of "
-            "the image"
+            f"{name} is empty: no voxel is above zero in its image; leave it out to "
+            "use all of the image"
         )
+
+
+def check_mask_numbers(name: str, values: npt.NDArray[Any]) -> None:
+    """Raise a ValueError unless an array may be a mask: 0, 1, shares, label numbers."""
+    if (
+        not np.isfinite(values).all()
+        or values.min() < 0
+        or (values[values > 1] % 1).any()
+    ):
+        raise ValueError(
+            f"{name} does not look like a mask: it holds negative numbers or fractions "
+            "above 1; were image and mask swapped?"
+        )
+
+
+def check_labels(
+    name: str, values: npt.NDArray[Any], least: float = -np.inf
+) -> npt.NDArray[Any]:
+    """Return label numbers as they are, or as integers if they were floats.
+
+    Args:
+        name: for the error.
+        values: of any shape.
+        least: number that a label may have.
+
+    Raises:
+        ValueError: numbers that are not whole or below the least.
+    """
+    odd = values[
+        ~(np.isfinite(values) & (values == np.round(values)) & (values >= least))
+    ]
+    if odd.size:
+        below = f" or below {least:g}" if np.isfinite(least) else ""
+        raise ValueError(
+            f"{name} holds {odd.size} numbers that are not whole{below}, such as "
+            f"{odd.flat[0]:g}: it is not a label map; give the segmentation"
+        )
+    if values.dtype.kind in "iub":
+        return values
+    kind = np.int16 if np.abs(values).max(initial=0) < 2**15 else np.int32
+    return values.astype(kind)
+
+
+def check_dimension(
+    name: str,
+    dimension: int,
+    other: str,
+    expected: int,
+    advice: str = "pass two 2D or two 3D ones",
+) -> None:
+    """Raise a ValueError unless two things have as many axes.
+
+    Args:
+        name: what came.
+        dimension: of it.
+        other: what it must fit, with its verb: "image_B is".
+        expected: dimension of that.
+        advice: what to do.
+    """
+    if dimension != expected:
+        raise ValueError(f"{name} is {dimension}D but {other} {expected}D; {advice}")
 
 
 def check_both(name: str, of_A: object, of_B: object) -> None:
-    """Nothing, or a ValueError: one of two that only serve together is missing."""
+    """Raise a ValueError if one of two that only serve together is missing."""
     if (of_A is None) != (of_B is None):
         given, missing = "AB" if of_B is None else "BA"
         raise ValueError(
@@ -71,7 +140,7 @@ def check_both(name: str, of_A: object, of_B: object) -> None:
 
 
 def check_coordinates(name: str, coordinates: Tensor, dimension: int) -> None:
-    """Nothing, or a ValueError: coordinates are ``[B, d, *any]`` in the ICON frame."""
+    """Raise a ValueError unless coordinates are ``[B, d, *any]`` in the ICON frame."""
     if coordinates.dim() < 3 or coordinates.shape[1] != dimension:
         raise ValueError(
             f"{name} must be [B, {dimension}, *any] in the unit box, got shape "

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from icon_nephi.memory import memory_for
-from icon_nephi.parsers import (
+from icon_nephi._memory import memory_for
+from icon_nephi.commands.flags import (
     IMAGES,
     MODALITIES,
     POINTS,
@@ -64,7 +62,8 @@ def register(argv: Sequence[str] | None = None) -> None:
         _register_pairs(given, command)
         return
 
-    from icon_nephi import runs, scores
+    from icon_nephi.commands import register as runs
+    from icon_nephi.commands.info import summary_lines
 
     runs.check_flags(given)
     found = runs.run(given, command)
@@ -73,11 +72,12 @@ def register(argv: Sequence[str] | None = None) -> None:
     if str(given.json) == "-":
         print(json.dumps(found, indent=2))
     elif not given.quiet:
-        print("\n".join(scores.as_text(found)))
+        print("\n".join(summary_lines(found)))
 
 
 def _register_pairs(given: argparse.Namespace, command: list[str]) -> None:
-    from icon_nephi import batch, runs
+    from icon_nephi.commands import batch
+    from icon_nephi.commands import register as runs
 
     if given.pairs is None or given.out_dir is None:
         raise ValueError("--pairs and --out_dir belong together: give both")
@@ -129,7 +129,7 @@ def _register_pairs(given: argparse.Namespace, command: list[str]) -> None:
 
 @_one_sentence("nephi-warp")
 def warp(argv: Sequence[str] | None = None) -> None:
-    """Nothing; moves an image, a label map, points or a mesh and writes the result."""
+    """Write an image, a label map, points or a mesh, moved by a registration."""
     given = warp_parser().parse_args(argv)
     kind = "points" if given.points else "labels" if given.labels else "image"
     ending = given.points and next(
@@ -159,21 +159,36 @@ def warp(argv: Sequence[str] | None = None) -> None:
     if given.errors and not (own and ending == ".csv"):
         raise ValueError("--errors needs a .nephi file and --points in a .csv")
 
-    from icon_nephi import warps
-    from icon_nephi.files import written_whole
+    from icon_nephi.commands import warp as warps
+    from icon_nephi.io.atomic import written_whole
+    from icon_nephi.maps.two_way import direction_of, opposite
 
-    transform = warps.read_map(given.transform)
+    mapping, direction = warps.read_map(given.transform), direction_of(inverse=inverse)
     if given.points:
-        way, odd = warps.move_points(given, transform, out, own=own, inverse=inverse)
+        way, odd = warps.move_points(
+            mapping,
+            given.points,
+            out,
+            direction=direction,
+            reference=given.reference,
+            errors=given.errors,
+        )
         for warning in odd:
             print(f"nephi-warp: warning: {warning}", file=sys.stderr)
     else:
-        from icon_nephi.itk_maps import write_image
+        from icon_nephi.io.itk_images import write_image
 
-        result = warps.warp_image(given, transform, kind, own=own, inverse=inverse)
+        result = warps.warp_image(
+            mapping,
+            getattr(given, kind),
+            labels=kind == "labels",
+            mode=given.interpolation,
+            reference=given.reference,
+            inverse=inverse,
+        )
         with written_whole(out) as (part,):
             write_image(result, part)
-        way = "fixed -> moving" if inverse else "moving -> fixed"
+        way = warps.in_words(opposite(direction))
         way = way if own else "to the reference's grid, as the transform says"
     if not given.quiet:
         print(f"{kind}: {way}\nout: {out}")
@@ -181,7 +196,7 @@ def warp(argv: Sequence[str] | None = None) -> None:
 
 @_one_sentence("nephi-jacobian")
 def jacobian(argv: Sequence[str] | None = None) -> None:
-    """Nothing; writes determinants, their logarithm or the matrices, and sums up."""
+    """Write determinants, their logarithm or the matrices, and sum them up."""
     given = jacobian_parser().parse_args(argv)
     out = check_output("out", given.out, VECTORS if given.tensor else IMAGES)
     assert out is not None  # argparse requires it
@@ -192,25 +207,25 @@ def jacobian(argv: Sequence[str] | None = None) -> None:
             "nephi-register wrote to --inverse_transform_out"
         )
 
-    from icon_nephi import warps
-    from icon_nephi.files import written_whole
-    from icon_nephi.itk_images import array_of, geometry_of, image_of
-    from icon_nephi.itk_maps import write_image
+    from icon_nephi.commands import warp as warps
+    from icon_nephi.io.atomic import written_whole
+    from icon_nephi.io.itk_images import array_of, geometry_of, image_of, write_image
+    from icon_nephi.maps.jacobians import count_folds
+    from icon_nephi.maps.two_way import direction_of
+    from icon_nephi.report.measure import spread_of
 
-    transform = warps.read_map(given.transform)
-    reference = warps.reference_of(given, needed=not own)
-    way: dict[str, Any] = {}
-    if own:
-        way["direction"] = "moving_to_fixed" if given.inverse else "fixed_to_moving"
+    mapping = warps.read_map(given.transform)
+    direction = direction_of(inverse=given.inverse)
+    reference = warps.read_reference(given.reference, mapping)
     if given.tensor:
-        result = transform.jacobian(reference, **way)
+        result = mapping.jacobian(reference, direction)
         numbers = array_of(result).astype(float)
         d = result.GetImageDimension()
         values = np.linalg.det(numbers.reshape(*numbers.shape[:-1], d, d))
     else:
-        result = transform.jacobian_determinant(reference, **way)
+        result = mapping.jacobian_determinant(reference, direction)
         values = array_of(result)
-    folds = int((~(values > 0)).sum())
+    folds = count_folds(values)
     if given.log:
         logs = np.log(np.where(values > 0, values, np.nan)).astype(np.float32)
         result = image_of(logs, geometry_of(result))
@@ -223,12 +238,11 @@ def jacobian(argv: Sequence[str] | None = None) -> None:
             file=sys.stderr,
         )
     if not given.quiet:
-        said = "moving -> fixed" if given.inverse else "fixed -> moving"
-        said = said if own else "as the transform says"
+        said = warps.in_words(direction) if own else "as the transform says"
+        ends = ", ".join(f"{k} {v:.4f}" for k, v in spread_of(values).items())
         print(
-            f"jacobian: {said}, mm by mm\n"
-            f"determinant: min {values.min():.4f}, median {np.median(values):.4f}, max "
-            f"{values.max():.4f}\nfolds: {folds} of {values.size} voxels\nout: {out}"
+            f"jacobian: {said}, mm by mm\ndeterminant: {ends}\n"
+            f"folds: {folds} of {values.size} voxels\nout: {out}"
         )
 
 
@@ -240,7 +254,7 @@ def info(argv: Sequence[str] | None = None) -> None:
     if not str(given.file).lower().endswith(endings):
         raise ValueError(f"{given.file} must end in one of {', '.join(endings)}")
 
-    from icon_nephi.describe import describe, lines
+    from icon_nephi.commands.info import describe, lines
 
     found = describe(given.file)
     print(json.dumps(found, indent=2) if given.json else "\n".join(lines(found)))
@@ -258,23 +272,26 @@ def compare(argv: Sequence[str] | None = None) -> None:
 
     from tqdm import tqdm
 
-    from icon_nephi import compare as tools
-    from icon_nephi.inputs import choose_device
+    from icon_nephi.commands import compare as tools
+    from icon_nephi.commands.cases import find_cases, read_case
+    from icon_nephi.commands.methods import METHODS, Options
+    from icon_nephi.io.atomic import write_csv
+    from icon_nephi.io.image_input import choose_device
 
     choose_device(given.device, None)
-    folders = tools.find_cases(given.data, given.cases)
-    readers = {n: partial(tools.read_case, home, n) for n, home in folders.items()}
+    folders = find_cases(given.data, given.cases)
+    readers = {n: partial(read_case, home, n) for n, home in folders.items()}
     for read in readers.values():
         read()  # complains now, not after an hour
     names = ("seconds", "seed", "device", "threads", "side")
-    options = tools.Options(**{name: getattr(given, name) for name in names})
+    options = Options(**{name: getattr(given, name) for name in names})
     rows: list[dict[str, Any]] = []
-    total = len(readers) * len(tools.METHODS)
-    found = tools.compare_cases(readers, tools.METHODS, options)
+    total = len(readers) * len(METHODS)
+    found = tools.compare_cases(readers, METHODS, options)
     for row in tqdm(found, "registering", total, disable=given.quiet, leave=False):
         rows.append(row)
         if out is not None:
-            _write_rows(out, tools.COLUMNS, rows)
+            write_csv(out, tools.COLUMNS, rows)
     if not given.quiet:
         print(comparison_table(rows))
     failed = sum("error" in row for row in rows)
@@ -283,20 +300,8 @@ def compare(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(1)
 
 
-def _write_rows(path: Path, columns: Sequence[str], rows: list[dict[str, Any]]) -> None:
-    from icon_nephi.files import written_whole
-
-    with (
-        written_whole(path) as (part,),
-        part.open("w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of `icon_nephi.compare` as aligned columns; empty ones are left out."""
+    """Rows of a comparison as aligned columns; empty ones are left out."""
     heads = {
         "case": ("case", "s"),
         "method": ("method", "s"),
@@ -309,6 +314,6 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
         **{"inference_ms": ("inference ms", ".0f"), "step_ms": ("step ms", ".0f")},
         **{"steps": ("steps", "d"), "peak_gib": ("peak GiB", ".2f")},
     }
-    from icon_nephi.batch import aligned
+    from icon_nephi.commands.batch import aligned
 
     return aligned(rows, heads)

@@ -20,18 +20,19 @@ import torch.nn.functional as F
 from icon_registration.losses import ICONLoss, to_floats
 from torch import Tensor, nn
 
-from icon_nephi._check import check_intensities
-from icon_nephi.coordinates import resize_image
-from icon_nephi.inputs import is_itk, read_input
-from icon_nephi.instance import refine_pair, unrefined_maps
-from icon_nephi.itk_images import (
+from icon_nephi._check import check_dimension, check_intensities
+from icon_nephi.fit.refine import refine_pair, unrefined_maps
+from icon_nephi.io.image_input import is_itk, read_input
+from icon_nephi.io.itk_images import (
     check_itk_image,
     geometry_of,
     resample_to,
     tensor_of,
 )
-from icon_nephi.physical import Array
-from icon_nephi.transforms import Map
+from icon_nephi.maps.framed import Array
+from icon_nephi.maps.transforms import Map
+from icon_nephi.space.frames import other_components, other_order
+from icon_nephi.space.images import resize_image
 
 # Points of an exported field evaluated at once.
 SLAB = 2**18
@@ -105,7 +106,7 @@ def register_pair_with_mask(
         segmentation_A: ITK label map, handed to a model whose loss takes one.
         segmentation_B: the same of image_B.
         **options: ``export_shape`` (voxels of the transforms' fields, tensor order;
-            default the network's grid), and of `icon_nephi.instance.refine_pair`:
+            default the network's grid), and of `icon_nephi.fit.refine.refine_pair`:
             ``code_learning_rate``, ``stages``, ``regularity``, ``patience``,
             ``progress``, ``callback``, ``seed``.
 
@@ -247,11 +248,8 @@ def _network_images(letter: str, images: Sequence[Any], shape: Sequence[int]) ->
             )
         values, _, geometry = read_input(letter, image, None)
         check_intensities(f"image_{letter}", values)
-        if geometry.dimension != len(shape):
-            raise ValueError(
-                f"image_{letter} is {geometry.dimension}D but the model is "
-                f"{len(shape)}D"
-            )
+        name, advice = f"image_{letter}", "pass images as it was made for"
+        check_dimension(name, geometry.dimension, "the model is", len(shape), advice)
         if place is not None and geometry != place:
             raise ValueError(
                 f"image_{letter}: its modalities lie on different grids; resample them "
@@ -312,7 +310,7 @@ def _exported(
     scale = torch.tensor([(n - 1) / n * m for m, n in zip(size, shape, strict=True)])
     units = scale.to(device).reshape(-1, *(1,) * d)
     field = itk.Image[itk.Vector[itk.D, d], d].New()
-    field.SetRegions([int(m) for m in reversed(size)])
+    field.SetRegions(other_order(int(m) for m in size))
     field.Allocate()
     values = itk.array_view_from_image(field)
     rows = max(1, SLAB // math.prod(size[1:]))
@@ -320,7 +318,7 @@ def _exported(
         slab = [axes[0][start : start + rows], *axes[1:]]
         x = torch.stack(torch.meshgrid(*slab, indexing="ij"))[None].to(device)
         moves = ((phi(x) - x) * units)[0].movedim(0, -1).cpu().numpy()
-        values[start : start + rows] = moves[..., ::-1]
+        values[start : start + rows] = other_components(moves)
     middle = _field_transform(d).New()
     middle.SetDisplacementField(field)
     composite = itk.CompositeTransform[itk.D, d].New()

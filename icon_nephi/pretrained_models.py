@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from icon_nephi._check import check_image, check_intensities, check_mask
-from icon_nephi.inputs import is_itk
+from icon_nephi.io.image_input import check_kind, is_itk
 from icon_nephi.swap import add_neural_residual, swap_fields
 
 NEURAL = ("residual", "last", "none")
@@ -370,13 +370,10 @@ def unigradicon_network_preprocess(
 
 def _prepare(image: Any, mask: Any, scale: Callable[[Tensor], Tensor]) -> Any:
     """The image, each item of the batch scaled, times the mask."""
-    if mask is not None and is_itk(mask) != is_itk(image):
-        raise TypeError(
-            f"segmentation is {type(mask).__name__} but image is "
-            f"{type(image).__name__}; pass the same kind"
-        )
+    if mask is not None:
+        check_kind("segmentation", mask, "image", image)
     if is_itk(image):
-        from icon_nephi import itk_images
+        from icon_nephi.io import itk_images
 
         itk_images.check_itk_image("image", image)
         place = itk_images.geometry_of(image)

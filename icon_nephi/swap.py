@@ -10,12 +10,14 @@ import torch
 from icon_registration import FunctionFromVectorField, RegistrationModule
 from torch import Tensor, nn
 
-from icon_nephi.encoders import HybridEncoder
 from icon_nephi.fields import LatentMLP
-from icon_nephi.instance import SAMPLER
-from icon_nephi.losses import GradientICONPoints, PatchNCC
-from icon_nephi.models import SIREN, make_pair
-from icon_nephi.transforms import FunctionFromNeuralField, Map, TwoStepPair
+from icon_nephi.fields.encoders import HybridEncoder
+from icon_nephi.fit.refine import SAMPLER
+from icon_nephi.fit.settings import SIREN, make_pair
+from icon_nephi.losses.gradient_icon import GradientICONPoints
+from icon_nephi.losses.similarities import PatchNCC
+from icon_nephi.maps.networks import FunctionFromNeuralField, TwoStepPair
+from icon_nephi.maps.transforms import Map
 
 _log = logging.getLogger(__name__)
 

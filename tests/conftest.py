@@ -1,12 +1,13 @@
-"""What every test shares: two precisions, seeds, one thread, who may be skipped."""
+"""What every test shares: precisions, seeds, threads, the order, who is skipped."""
 
 import os
+import random
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,39 @@ def generator():
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """What the commands are tried in, see `make_folder`."""
-    from command_files import make_folder  # imports itk, which few tests need
+    from tests.commands.command_files import (
+        make_folder,  # imports itk, which few tests need
+    )
 
     return make_folder(tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def scans():
+    """itk, a moving and a fixed image, see `make_scans`."""
+    from tests.icon_scans import make_scans
+
+    return make_scans()
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--shuffle", metavar="SEED", help="run the tests in another order")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """Shuffle the files, and the tests inside each; the same in every worker."""
+    seed = config.getoption("--shuffle")
+    if seed is not None:
+        draw = random.Random(seed).random
+        files = {path: draw() for path in sorted({item.path for item in items})}
+        place = {item: (files[item.path], draw()) for item in items}
+        items.sort(key=place.get)
 
 
 def pytest_runtest_setup(item):

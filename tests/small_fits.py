@@ -3,10 +3,13 @@
 import numpy as np
 import torch
 
-from icon_nephi.codes import LatentCode
-from icon_nephi.coordinates import Geometry
 from icon_nephi.fields import LatentMLP, ModulatedSiren
-from icon_nephi.models import Fit
+from icon_nephi.fields.codes import LatentCode
+from icon_nephi.fit.from_scratch import fit_pair
+from icon_nephi.fit.optimize import FitOptions
+from icon_nephi.fit.settings import Fit
+from icon_nephi.space.frames import Geometry
+from icon_nephi.space.prepared import PreparedImage
 
 KINDS = {"LatentMLP": {"width": 16}, "ModulatedSiren": {"width": 16, "frequencies": 8}}
 
@@ -91,3 +94,17 @@ def voxels_in(place, count, generator):
     sizes = np.array(place.size)
     unit = generator.integers(0, sizes, (count, d)) / (sizes - 1)
     return unit @ frame[:d, :d].T + frame[:d, d]
+
+
+def fit_tensors(image_A, image_B, place_A, place_B, *, of_A=None, of_B=None, **choices):
+    """`fit_pair` of tensors ``[1, C, *grid]`` as they are, without a bar.
+
+    What else is known of an image, of `PreparedImage`, is in ``of_A`` and ``of_B``.
+    """
+    prepared = (
+        PreparedImage.of(image_A, place_A, **(of_A or {})),
+        PreparedImage.of(image_B, place_B, **(of_B or {})),
+    )
+    names = ("seed", "time_limit", "keep_on_interrupt")
+    options = {name: choices.pop(name) for name in names if name in choices}
+    return fit_pair(*prepared, **choices, options=FitOptions(progress=False, **options))

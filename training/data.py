@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from icon_nephi.coordinates import Geometry, identity_map, sample_image
+from icon_nephi.io.atomic import written_whole
+from icon_nephi.space.frames import Geometry, identity_map
+from icon_nephi.space.images import sample_image
 
 Load = Callable[[int], tuple[Tensor, Tensor | None]]
 
@@ -209,9 +211,8 @@ def kept(make: Load, folder: Path | None) -> Load:
         path = folder / f"{i:05d}.pt"
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            from training.loop import write_atomically
-
-            write_atomically(make(i), path)
+            with written_whole(path) as (part,):
+                torch.save(make(i), part)
         image, mask = torch.load(path, weights_only=True)
         return image, mask
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from icon_nephi.blocks import determinants
-from icon_nephi.coordinates import identity_map, points_as_grid, sample_image
-from icon_nephi.metrics import dice, target_registration_error
-from icon_nephi.transforms import Map, value_and_jacobian
+from icon_nephi.maps.jacobians import determinants
+from icon_nephi.maps.transforms import Map, value_and_jacobian
+from icon_nephi.report.metrics import dice, target_registration_error
+from icon_nephi.space.frames import identity_map, points_as_grid
+from icon_nephi.space.images import sample_image
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from icon_nephi import GradientICONPoints
-from icon_nephi.optimize import gaussian_blur
+from icon_nephi.io.atomic import written_whole
+from icon_nephi.space.images import gaussian_blur
 from training.data import Images, augment
 
 CHECKPOINT = "checkpoint.pt"
@@ -277,16 +278,6 @@ def join(device: str | None = None) -> torch.device:
 # --- what is written ----------------------------------------------------------------
 
 
-def write_atomically(value: object, path: Path) -> None:
-    """The file is there whole or not at all, whenever the process is killed."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with temporary.open("wb") as file:
-        torch.save(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def _save(
     folder: Path,
     network: nn.Module,
@@ -303,8 +294,10 @@ def _save(
         "spent": spent,
         "plan": {**{k: getattr(plan, k) for k in MUST_AGREE}, "parts": parts},
     }
-    write_atomically(state, folder / CHECKPOINT)
-    write_atomically(network.regis_net.state_dict(), folder / "network_weights.trch")
+    weights = network.regis_net.state_dict()
+    with written_whole(folder / CHECKPOINT, folder / "network_weights.trch") as parts:
+        for value, part in zip((state, weights), parts, strict=True):
+            torch.save(value, part)
 
 
 def _restore(

@@ -9,7 +9,7 @@ Images as the networks see them are kept in ``--cache``.
 
 from pathlib import Path
 
-from icon_nephi.preprocess import prepare
+from icon_nephi.space.intensities import prepare
 from training import command, networks
 from training.data import Images, all_ordered_pairs, box, kept, read, resample
 from training.judge import Held, judge

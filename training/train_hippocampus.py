@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from icon_nephi.preprocess import prepare
+from icon_nephi.space.intensities import prepare
 from training import command, networks
 from training.data import Images, all_ordered_pairs, box, in_memory, read
 from training.judge import Held, judge

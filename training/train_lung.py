@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from icon_nephi.coordinates import Geometry, apply_affine
+from icon_nephi.space.frames import Geometry, apply_affine
 from training import command, networks
 from training.data import Images, both_ways, box, kept, middle, read, resample
 from training.judge import Held, judge

@@ -16,6 +16,25 @@ from torch import Tensor
 from icon_nephi.core import loading, threads
 
 
+def suit(*images: Tensor) -> bool:
+    """Whether the core reads images ``[1, C, *grid]``: float32, in this memory.
+
+    Neither derived nor traced: what comes of them has no graph to them.
+    """
+    return loading.library() is not None and all(
+        type(image) is Tensor
+        and image.dtype == torch.float32
+        and image.device.type == "cpu"
+        and image.layout == torch.strided
+        and image.dim() in (4, 5)
+        and len(image) == 1
+        and image.shape[1] > 0
+        and min(image.shape[2:]) > 1
+        and not image.requires_grad
+        for image in images
+    )
+
+
 def pointers(tensors: Sequence[Tensor]) -> Any:
     """An array of the addresses of tensors, which must outlive it."""
     return (ctypes.c_void_p * max(1, len(tensors)))(*[t.data_ptr() for t in tensors])

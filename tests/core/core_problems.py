@@ -5,16 +5,16 @@ from functools import partial
 
 import torch
 
-from icon_nephi.codes import LatentCode
-from icon_nephi.features import FeatureDifference, FeaturesAlone, with_features
 from icon_nephi.fields import LatentMLP, ModulatedSiren
-from icon_nephi.folds import guarded_term
-from icon_nephi.losses import GradientICONPoints
-from icon_nephi.models import PRESETS, make_pair
-from icon_nephi.optimize import gaussian_blur
-from icon_nephi.sampling import Patches, Points
-from icon_nephi.similarities import PatchNCC
-from icon_nephi.transforms import AffinePair
+from icon_nephi.fields.codes import LatentCode
+from icon_nephi.fit.settings import PRESETS, make_pair
+from icon_nephi.losses.features import FeatureDifference, FeaturesAlone, with_features
+from icon_nephi.losses.gradient_icon import GradientICONPoints
+from icon_nephi.losses.regularity import guarded_term
+from icon_nephi.losses.similarities import PatchNCC
+from icon_nephi.maps.networks import AffinePair
+from icon_nephi.space.images import gaussian_blur
+from icon_nephi.space.sampling import Patches, Points
 
 GRIDS = (5, 7, 6), (9, 8, 11), (4, 4, 3)
 

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from core_problems import apart, border, make_code, make_field, numbers, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icon_nephi.codes import LatentCode
-from icon_nephi.core import field as core_field
 from icon_nephi.core import loading
-from icon_nephi.transforms import NeuralTransform
+from icon_nephi.fields import compiled as core_field
+from icon_nephi.fields.codes import LatentCode
+from icon_nephi.maps.transforms import NeuralTransform
+from tests.core.core_problems import apart, border, make_code, make_field, numbers, rows
 
 CLOSE = 1e-5
 

@@ -5,13 +5,14 @@ import sys
 
 import pytest
 import torch
-from core_problems import make_code, make_field, rows
 
-from icon_nephi.core import blocks, loading, which
+from icon_nephi.core import loading, which
 from icon_nephi.core import threads as counting
-from icon_nephi.core.field import Plan
-from icon_nephi.sampling import Patches
-from icon_nephi.similarities import PatchNCC
+from icon_nephi.fields.compiled import Plan
+from icon_nephi.losses import compiled as blocks
+from icon_nephi.losses.similarities import PatchNCC
+from icon_nephi.space.sampling import Patches
+from tests.core.core_problems import make_code, make_field, rows
 
 
 def test_the_core_that_runs_is_named(core):

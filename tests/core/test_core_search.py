@@ -2,21 +2,28 @@
 
 import pytest
 import torch
-from core_problems import apart, numbers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icon_nephi.affine import _weighted_ncc
-from icon_nephi.blocks import determinants, patch_maps
-from icon_nephi.coordinates import inside, points_as_grid, sample_image
-from icon_nephi.core import arrays, blocks, search
-from icon_nephi.features import with_features
-from icon_nephi.losses import compare
-from icon_nephi.sampling import Patches
-from icon_nephi.similarities import PatchNCC
-from icon_nephi.transforms import MatrixTransform
+from icon_nephi.core import arrays
+from icon_nephi.fit.affine import _weighted_ncc
+from icon_nephi.losses import compiled as blocks
+from icon_nephi.losses.features import with_features
+from icon_nephi.losses.gradient_icon import compare
+from icon_nephi.losses.patches import patch_maps
+from icon_nephi.losses.similarities import PatchNCC
+from icon_nephi.maps.jacobians import determinants
+from icon_nephi.maps.transforms import MatrixTransform
+from icon_nephi.space.frames import inside, points_as_grid
+from icon_nephi.space.images import sample_image
+from icon_nephi.space.sampling import Patches
+from tests.core.core_problems import apart, numbers
 
 SIZE = (20, 23, 17)
+
+
+def by_torch(image):
+    return with_features(image.double()).float()  # the core takes float32 alone
 
 
 def affine(dimension, count, spread=0.2):
@@ -66,14 +73,12 @@ def test_agreement_of_blocks_and_its_gradient(core, dimension, channels):
     x, moved = patch_maps(phi, patches, centres, fixed.shape[2:])
     shape = (40, *x.shape[3:])
     expected = compare(PatchNCC(), moved, x, moving, fixed, shape)
-    (by_torch,) = torch.autograd.grad(expected, matrix)
-    measure = blocks.find_measure(PatchNCC(), channels)
-    layout = blocks.Layout(patches, fixed.shape[2:])
-    pair = blocks.Channels(moving, measure), blocks.Channels(fixed, measure)
-    found = search.agreement(matrix, centres[0], layout, measure, *pair)
+    (expected_by,) = torch.autograd.grad(expected, matrix)
+    agreement = blocks.agreement_of(PatchNCC(), moving, fixed)
+    found = agreement(matrix, centres[0], patches, True)
     (mine,) = torch.autograd.grad(found, matrix)
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=2e-6)
-    assert apart(mine[:dimension], by_torch[:dimension]) < 2e-5
+    assert apart(mine[:dimension], expected_by[:dimension]) < 2e-5
 
 
 @given(
@@ -83,7 +88,7 @@ def test_agreement_of_blocks_and_its_gradient(core, dimension, channels):
 @settings(max_examples=20, deadline=None, derandomize=True)
 def any_features(size, channels):
     image = numbers(1, channels, *size)
-    expected, found = with_features(image), arrays.with_features(image)
+    expected, found = by_torch(image), arrays.with_features(image)
     assert found.stride() == expected.stride()
     assert (found - expected).abs().max() < 1e-5
 
@@ -94,7 +99,7 @@ def test_features(core):
 
 def test_features_of_a_constant_image_and_of_none(core, dimension):
     image = torch.ones(1, 1, *SIZE[:dimension])
-    assert (arrays.with_features(image) - with_features(image)).abs().max() < 1e-6
+    assert (arrays.with_features(image) - by_torch(image)).abs().max() < 1e-6
     image[..., 3] = float("nan")
     assert arrays.with_features(image).shape == with_features(image).shape
 

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from core_problems import apart, groups_of, make_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icon_nephi.core import field as core_field
-from icon_nephi.core.step import BETAS, PairStep, suits
-from icon_nephi.sampling import Points
+from icon_nephi.fields import compiled as core_field
+from icon_nephi.fit.compiled import BETAS, PairSteps, suits
+from icon_nephi.space.sampling import Points
+from tests.core.core_problems import apart, groups_of, make_loss
 
 
 def gradients(step):
@@ -31,7 +31,7 @@ def both(loss, images, masks):
     expected.all_loss.backward()
     drawn = loss.generator.get_state()
     loss.generator.set_state(state)
-    step = PairStep(loss, *images, *masks, groups_of(loss))
+    step = PairSteps(loss, *images, *masks, groups_of(loss))
     found = step.derive()
     assert torch.equal(loss.generator.get_state(), drawn)
     return step, found, [float(t.detach()) for t in expected]
@@ -88,7 +88,7 @@ def test_identity_on_the_border(core, dimension):
 def test_steps_one_after_the_other(core, dimension):
     """Adam's steps, and weights that torch reads."""
     loss, images, masks = make_loss(dimension, "features", masked=True)
-    step = PairStep(loss, *images, *masks, groups_of(loss))
+    step = PairSteps(loss, *images, *masks, groups_of(loss))
     state = loss.generator.get_state()
     groups = groups_of(loss)
     optimizer = torch.optim.Adam(groups, betas=BETAS)
@@ -103,7 +103,7 @@ def test_steps_one_after_the_other(core, dimension):
     loss.generator.set_state(state)
     for value in expected:
         assert step.derive().all_loss == pytest.approx(value, rel=1e-4)
-        step.advance([g["lr"] for g in groups])
+        step.advance(1.0)
     step.write()
     for owner, other in zip(step.owners, by_torch, strict=True):
         if owner.numel():
@@ -113,10 +113,10 @@ def test_steps_one_after_the_other(core, dimension):
 
 def test_what_is_in_no_group_stays(core):
     loss, images, masks = make_loss(2)
-    step = PairStep(loss, *images, *masks, groups_of(loss)[:1])
+    step = PairSteps(loss, *images, *masks, groups_of(loss)[:1])
     before = [w.clone() for w in step.weights]
     step.derive()
-    step.advance([0.03])
+    step.advance(1.0)
     count = len(step.grids) + 1
     assert not torch.equal(step.weights[0], before[0])
     pairs = zip(step.weights[count:], before[count:], strict=True)
@@ -126,10 +126,10 @@ def test_what_is_in_no_group_stays(core):
 
 def test_a_step_is_taken_back(core):
     loss, images, masks = make_loss(2)
-    step = PairStep(loss, *images, *masks, groups_of(loss))
+    step = PairSteps(loss, *images, *masks, groups_of(loss))
     before = [w.clone() for w in step.weights]
     step.derive()
-    step.advance([0.03, 0.003])
+    step.advance(1.0)
     step.restore()
     assert all(torch.equal(a, b) for a, b in zip(step.weights, before, strict=True))
 
@@ -139,9 +139,9 @@ def test_a_step_is_taken_back(core):
 def test_images_with_numbers_that_are_none(core, dimension, kind, what):
     loss, images, masks = make_loss(dimension, kind)
     images[0][..., ::3] = what
-    step = PairStep(loss, *images, *masks, groups_of(loss))
+    step = PairSteps(loss, *images, *masks, groups_of(loss))
     assert not math.isfinite(step.derive().all_loss)
-    step.advance([0.03, 0.003])
+    step.advance(1.0)
     assert not step.finite()
 
 
@@ -150,11 +150,11 @@ def test_any_number_of_threads_gives_the_same_bits(core, threads, dimension):
     for count in (1, 2, 3):
         threads(count)
         loss, images, masks = make_loss(dimension, "features", masked=True, count=300)
-        step = PairStep(loss, *images, *masks, groups_of(loss))
+        step = PairSteps(loss, *images, *masks, groups_of(loss))
         losses = []
         for _ in range(3):
             losses.append(tuple(step.derive()))
-            step.advance([0.03, 0.003])
+            step.advance(1.0)
         found.append((losses, step.weights))
     for losses, weights in found[1:]:
         assert losses == found[0][0]
@@ -168,7 +168,7 @@ def test_what_does_not_suit_is_left_to_torch(core):
     assert suits(loss, images, [sampler])
     assert not suits(loss, images, [sampler, Points(9)])
     assert not suits(loss, [i.double() for i in images], [sampler])
-    assert not suits(loss, images, [sampler], {"segmentation_A": images[0]})
+    assert not suits(loss, images, [sampler], extras={"segmentation_A": images[0]})
     loss.dice_loss_weight = 1.0
     assert not suits(loss, images, [sampler])
     loss, images, _ = make_loss(2)

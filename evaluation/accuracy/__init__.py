@@ -1,0 +1,1 @@
+"""How exact registrations are, ours and those of others."""

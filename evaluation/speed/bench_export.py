@@ -1,0 +1,114 @@
+"""The displacement at every voxel: a neural map's export, and tallUNet2's inference.
+
+    python -m evaluation.speed.bench_export [--side 175] [--out CSV]
+
+"ours" is `over_grid` of a map in millimetres, exact at every voxel,
+with the small field of `register` ("by points": as if the voxels were scattered) and
+with the paper's; the rival is one forward pass of ICON's voxel network. Each in a
+process of its own, on one core; memory is beside the images and the result.
+"""
+
+import argparse
+import time
+from functools import partial
+from typing import Any
+
+from evaluation import csv_file
+from evaluation.speed import bench
+from icon_nephi._memory import held_memory, peak_memory
+from icon_nephi.commands.compare import alone
+
+METHODS = ("tallUNet2", "default field", "by points", "paper's field")
+COLUMNS = (
+    *("side", "method", "cpu_seconds", "mib_beside_output", "ratio", "error"),
+    *bench.PROVENANCE,
+)
+
+
+def export(method: str, side: int) -> Any:
+    """Return a function that makes the displacement on a cube of voxels."""
+    import torch
+
+    import icon_nephi
+    from icon_nephi.commands.methods import voxel_step
+    from icon_nephi.fit.settings import PRESETS, make_pair
+    from icon_nephi.maps.framed import FramedMap, over_grid
+    from icon_nephi.maps.transforms import NeuralTransform
+    from icon_nephi.space.frames import Geometry
+
+    size = (side,) * 3
+    if method == "tallUNet2":
+        torch.manual_seed(0)
+        A, B = (torch.rand(1, 1, *size) for _ in "AB")
+        network = voxel_step(A.shape).eval()
+
+        def infer() -> Any:
+            with torch.no_grad():
+                return network.net(A, B)
+
+        return infer
+    generator = torch.Generator().manual_seed(0)
+    if method != "paper's field":
+        pair = make_pair(PRESETS["grid"][3], size, generator)
+        code, field = pair.net(None, None), pair.field_AB
+    else:
+        code = icon_nephi.LatentCodeTable(generator=generator)(None, None)
+        field = icon_nephi.ModulatedSiren(3, generator=generator)
+    frame = Geometry.unit(size).unit_to_physical()
+    phi = FramedMap(NeuralTransform(field, code, owned=True), frame, frame)
+    if method == "by points":
+        return lambda: over_grid(lambda points: phi(points) - points, size, frame, 3)
+    return lambda: over_grid(
+        lambda points, moved: moved - points, size, frame, 3, mapped=phi
+    )
+
+
+def measure(method: str, side: int, repeats: int) -> dict[str, Any]:
+    """Return the cost of the fastest call; for a fresh process."""
+    import torch
+
+    torch.set_num_threads(1)
+    export(method, 20)()  # what is loaded once does not count
+    work = export(method, side)
+    before, seconds = held_memory(), []
+    for _ in range(repeats):
+        start = time.process_time()
+        work()
+        seconds.append(time.process_time() - start)
+    beside = (peak_memory() - before - 12 * side**3) / bench.MIB  # 3 float32 a voxel
+    return {
+        "cpu_seconds": min(seconds),
+        "mib_beside_output": beside,
+        **bench.provenance(),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print a table; also write it as CSV if asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--side", type=int, default=175)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--out", type=csv_file, help="CSV file")
+    args = parser.parse_args(argv)
+    rows: list[dict[str, Any]] = []
+    print(f"{args.side}^3, one core: CPU s, MiB beside the output, tallUNet2 / it")
+    for method in args.methods:
+        row = {"side": args.side, "method": method}
+        row |= alone(partial(measure, method, args.side, args.repeats))
+        rows.append(row)
+        if "error" in row:
+            print(f"{method:16s} {row['error']}", flush=True)
+            continue
+        if rows[0]["method"] == METHODS[0] and "cpu_seconds" in rows[0]:
+            row["ratio"] = rows[0]["cpu_seconds"] / row["cpu_seconds"]
+        print(
+            f"{method:16s}{row['cpu_seconds']:9.2f}{row['mib_beside_output']:9.0f}"
+            f"{row.get('ratio', float('nan')):8.2f}",
+            flush=True,
+        )
+    bench.save(args.out, COLUMNS, rows)
+
+
+if __name__ == "__main__":
+    main()

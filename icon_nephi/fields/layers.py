@@ -1,0 +1,27 @@
+"""Layers as fields start with: from a generator, or zero."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+
+def linear_layer(
+    inputs: int, outputs: int, bound: float, generator: torch.Generator | None
+) -> nn.Linear:
+    """A linear layer, weights uniform within the bound, biases as torch's default."""
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs)
+    with torch.no_grad():
+        layer.weight.uniform_(-bound, bound, generator=generator)
+        layer.bias.uniform_(-1, 1, generator=generator).mul_(1 / math.sqrt(inputs))
+    return layer
+
+
+def zero_layer(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer of zeros: the last of a field whose map starts as the identity."""
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer

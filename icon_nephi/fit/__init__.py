@@ -1,0 +1,1 @@
+"""One pair optimised: starts, stages, levels, repair of folds, doubts."""

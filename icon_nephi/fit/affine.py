@@ -1,0 +1,324 @@
+"""An affine start: where the images lie on each other before any deformation.
+
+Physical frame throughout: a matrix here is homogeneous ``[d + 1, d + 1]``, float64,
+fixed-image millimetres -> moving-image millimetres.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from icon_nephi.core import arrays
+from icon_nephi.fit.content import Images
+from icon_nephi.losses import compiled
+from icon_nephi.losses.gradient_icon import compare
+from icon_nephi.losses.patches import patch_maps
+from icon_nephi.losses.similarities import Comparison, MutualInformation, PatchNCC
+from icon_nephi.maps.transforms import MatrixTransform
+from icon_nephi.space.frames import (
+    Geometry,
+    apply_affine,
+    inside,
+    points_as_grid,
+)
+from icon_nephi.space.images import sample_image
+from icon_nephi.space.sampling import Patches, draw_points
+
+
+def centre_of_mass(image: Tensor, geometry: Geometry) -> Tensor:
+    """``[d]`` float64 millimetres: the centroid of non-negative weights on a grid."""
+    weights = image[0, 0].double()
+    total = weights.sum().clamp(min=1e-12)
+    centre = []
+    for axis, n in enumerate(weights.shape):
+        others = [a for a in range(weights.dim()) if a != axis]
+        profile = weights.sum(dim=others)
+        centre.append(
+            (profile * torch.arange(n, dtype=profile.dtype)).sum() / total / (n - 1)
+        )
+    return apply_affine(geometry.unit_to_physical(), torch.stack(centre)[None])[0]
+
+
+def in_unit_boxes(matrix: Tensor, fixed: Geometry, moving: Geometry) -> Tensor:
+    """The same map from the fixed image's unit box to the moving image's."""
+    return moving.physical_to_unit() @ matrix @ fixed.unit_to_physical()
+
+
+def search(
+    image_A: Tensor,
+    image_B: Tensor,
+    geometry_A: Geometry,
+    geometry_B: Geometry,
+    starts: Sequence[Tensor],
+    *,
+    angles: Sequence[float],
+    mask_B: Tensor | None = None,
+    count: int = 3000,
+    score: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The best of many rigid maps by correlation at random points.
+
+    Tries every rotation about every start's centre with translations on a lattice,
+    refined twice around the best; samples outside the moving image count against a
+    map by the share that is missing.
+
+    Args:
+        image_A: moving ``[1, C, *grid]``, smooth.
+        image_B: fixed, smooth.
+        geometry_A: of image_A.
+        geometry_B: of image_B.
+        starts: matrices to start from.
+        angles: degrees, tried about every axis of rotation.
+        mask_B: where the fixed points may lie.
+        count: points.
+        score: in place of correlation: of moved values ``[C, K, N]`` under K maps,
+            fixed values ``[C, 1, N]`` and in-bounds tags ``[K, N]``; ``[C, K]``.
+        generator: source of the points.
+    """
+    d = geometry_B.dimension
+    rows = draw_points(
+        count, 1, d, mask=mask_B, generator=generator, dtype=image_B.dtype
+    )
+    target = sample_image(image_B, points_as_grid(rows))[0].flatten(1)
+    points = apply_affine(geometry_B.unit_to_physical(), rows[0].double())
+    to_unit = geometry_A.physical_to_unit()
+    centre = points.mean(0)
+    agreement = score or _weighted_ncc
+    on_core = score is None and arrays.suit(image_A, image_B)
+
+    def rate(matrices: Tensor) -> Tensor:
+        if on_core:
+            around = identity(d)
+            around[:d, d] = centre
+            maps = (to_unit @ matrices @ around)[:, :d]
+            return arrays.rate(maps, points - centre, target, image_A)
+        linear = matrices[:, :d, :d]
+        moved = points @ linear.mT + matrices[:, None, :d, d]
+        x = apply_affine(to_unit, moved).to(rows.dtype)
+        at = points_as_grid(x.reshape(1, -1, d))
+        values = sample_image(image_A, at)[0].reshape(
+            image_A.shape[1], len(matrices), -1
+        )
+        weight = inside(at)[0, 0].reshape(len(matrices), -1).to(values.dtype)
+        found = agreement(values, target[:, None], weight).mean(0)
+        return found * weight.mean(1).sqrt()
+
+    extent = max(geometry_B.extent)
+    best = None
+    for reach, steps, turns in (
+        (0.25, 3, angles),
+        (0.06, 2, (-6.0, 0.0, 6.0)),
+        (0.02, 2, (-2.0, 0.0, 2.0)),
+    ):
+        candidates = []
+        for start in starts if best is None else [best]:
+            for rotation in _rotations(d, turns, centre):
+                candidates += _shifted(start @ rotation, reach * extent, steps)
+        matrices = torch.stack(candidates)
+        parts = [matrices] if on_core else matrices.split(50)
+        scores = torch.cat([rate(m) for m in parts])
+        best = matrices[scores.argmax()]
+    assert best is not None
+    return best
+
+
+def _weighted_ncc(values: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """``[C, K]``: correlation over the weighted points."""
+    total = weight.sum(1).clamp(min=1)
+    mean_a = (values * weight).sum(2) / total
+    mean_b = (target * weight).sum(2) / total
+    a = (values - mean_a[..., None]) * weight
+    b = (target - mean_b[..., None]) * weight
+    return (a * b).sum(2) / (a.square().sum(2) * b.square().sum(2) + 1e-12).sqrt()
+
+
+def _rotations(d: int, angles: Sequence[float], centre: Tensor) -> list[Tensor]:
+    """Rotations about a centre: one angle in 2D, about one of three axes in 3D."""
+    planes = [(0, 1)] if d == 2 else [(0, 1), (0, 2), (1, 2)]
+    result = [torch.eye(d + 1, dtype=torch.float64)]
+    for (i, j), degrees in itertools.product(planes, angles):
+        if degrees == 0:
+            continue
+        c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+        matrix = torch.eye(d + 1, dtype=torch.float64)
+        matrix[i, i] = matrix[j, j] = c
+        matrix[i, j], matrix[j, i] = -s, s
+        matrix[:d, d] = centre - matrix[:d, :d] @ centre
+        result.append(matrix)
+    return result
+
+
+def _shifted(matrix: Tensor, reach: float, steps: int) -> list[Tensor]:
+    """The matrix moved by every vector of a lattice of +- reach millimetres."""
+    d = matrix.shape[0] - 1
+    result = []
+    for shift in itertools.product(
+        torch.linspace(-reach, reach, 2 * steps + 1).tolist(), repeat=d
+    ):
+        moved = matrix.clone()
+        moved[:d, d] += torch.tensor(shift, dtype=matrix.dtype)
+        result.append(moved)
+    return result
+
+
+def refine(
+    image_A: Tensor,
+    image_B: Tensor,
+    geometry_A: Geometry,
+    geometry_B: Geometry,
+    start: Tensor,
+    *,
+    strides: Sequence[float],
+    steps: int,
+    similarity: Callable[[Tensor, Tensor], Tensor] | None = None,
+    mask_A: Tensor | None = None,
+    mask_B: Tensor | None = None,
+    count: int = 200,
+    size: int = 3,
+    learning_rate: float = 0.01,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The affine matrix that aligns blocks best, both directions, from a start.
+
+    Args:
+        image_A: moving ``[1, C, *grid]``.
+        image_B: fixed.
+        geometry_A: of image_A.
+        geometry_B: of image_B.
+        start: matrix to start from.
+        strides: millimetres between the samples of a block, coarse to fine.
+        steps: Adam steps at each stride.
+        similarity: on blocks; default `PatchNCC`.
+        mask_A: where the moving samples may lie.
+        mask_B: where the fixed samples may lie.
+        count: blocks a step and direction.
+        size: samples a side of a block.
+        learning_rate: a step of 0.01 shears by 0.01 and shifts by 0.01 half extents.
+        generator: source of the samples.
+    """
+    d = geometry_B.dimension
+    similarity = similarity or PatchNCC()
+    half = max(geometry_B.extent) / 2
+    centre = torch.eye(d + 1, dtype=torch.float64)
+    centre[:d, d] = apply_affine(
+        geometry_B.unit_to_physical(), torch.full((1, d), 0.5, dtype=torch.float64)
+    )[0]
+    change = torch.zeros(d, d + 1, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.Adam([change], lr=learning_rate, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimizer, steps * len(strides), eta_min=learning_rate / 20
+    )
+
+    def current() -> Tensor:
+        scaled = torch.cat([change[:, :d], change[:, d:] * half], 1)
+        delta = torch.cat([scaled, scaled.new_zeros(1, d + 1)]) + torch.eye(
+            d + 1, dtype=torch.float64
+        )
+        moved: Tensor = start @ centre @ delta @ torch.linalg.inv(centre)
+        return moved
+
+    on_core = compiled.agreement_of(similarity, image_A, image_B)
+    for stride in strides:
+        for _ in range(steps):
+            matrix = in_unit_boxes(current(), geometry_B, geometry_A).to(image_B.dtype)
+            loss = torch.zeros((), dtype=image_B.dtype)
+            for fixed, moving, geometry, mask, m in (
+                (image_B, image_A, geometry_B, mask_B, matrix),
+                (image_A, image_B, geometry_A, mask_A, torch.linalg.inv(matrix)),
+            ):
+                patches = Patches(count, size, voxel_stride(stride, geometry))
+                rows = draw_points(
+                    count, 1, d, mask=mask, generator=generator, dtype=fixed.dtype
+                )
+                if on_core is not None:
+                    loss = loss + on_core(m, rows[0], patches, fixed is image_B)
+                    continue
+                x, moved = patch_maps(
+                    MatrixTransform(m[None]), patches, rows, fixed.shape[2:]
+                )
+                blocks = (count, *x.shape[3:])
+                loss = loss + compare(similarity, moved, x, moving, fixed, blocks)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return current().detach()
+
+
+def voxel_stride(millimetres: float, geometry: Geometry) -> tuple[float, ...]:
+    """A stride in voxels of each tensor axis; never below one voxel."""
+    return tuple(max(1.0, millimetres / s) for s in geometry.tensor_spacing)
+
+
+def coincide(geometry_A: Geometry, geometry_B: Geometry) -> bool:
+    """Whether the boxes lie on each other, as two scans of one session do."""
+    d = geometry_B.dimension
+    corners = torch.cartesian_prod(*[torch.linspace(0, 1, 5, dtype=torch.float64)] * d)
+    inner = apply_affine(in_unit_boxes(identity(d), geometry_B, geometry_A), corners)
+    share = ((inner >= 0) & (inner <= 1)).all(1).double().mean()
+    return bool(share > 0.95)
+
+
+def identity(d: int) -> Tensor:
+    """The affine map that moves nothing, homogeneous."""
+    return torch.eye(d + 1, dtype=torch.float64)
+
+
+def _between(
+    geometry_A: Geometry,
+    geometry_B: Geometry,
+    weights_A: Tensor | None,
+    weights_B: Tensor | None,
+) -> Tensor:
+    """The translation between the centres of mass (or of the boxes)."""
+    d = geometry_B.dimension
+    centres = [
+        apply_affine(
+            g.unit_to_physical(), torch.full((1, d), 0.5, dtype=torch.float64)
+        )[0]
+        if w is None
+        else centre_of_mass(w.float(), g)
+        for g, w in ((geometry_A, weights_A), (geometry_B, weights_B))
+    ]
+    matrix = identity(d)
+    matrix[:d, d] = centres[0] - centres[1]
+    return matrix
+
+
+def find_affine(
+    images: Images, choice: Comparison, generator: torch.Generator
+) -> Tensor:
+    """The affine map in the physical frame, by search and then by refinement."""
+    d = images.geometry_B.dimension
+    starts = [
+        identity(d),
+        _between(images.geometry_A, images.geometry_B, None, None),
+        _between(images.geometry_A, images.geometry_B, images.where_A, images.where_B),
+    ]
+    best = search(
+        *images.blurred(2.7),
+        *images.geometries,
+        starts,
+        angles=range(-180, 180, 15) if d == 2 else (),
+        mask_B=None if images.masks[1] is None else images.where_B.cpu(),
+        count=2000,
+        score=MutualInformation(16).counted if choice.contrast else None,
+        generator=generator,
+    )
+    return refine(
+        *images.blurred(2.0),
+        *images.geometries,
+        best,
+        strides=(12 * images.unit, 6 * images.unit),
+        steps=50,
+        similarity=choice.alone,
+        mask_A=images.where_A.cpu(),
+        mask_B=images.where_B.cpu(),
+        generator=generator,
+    )

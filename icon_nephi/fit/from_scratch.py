@@ -1,0 +1,293 @@
+"""Register one pair from scratch: affine start, coarse to fine, no folds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from icon_nephi._check import check_both
+from icon_nephi._memory import memory_for
+from icon_nephi.fit.affine import (
+    coincide,
+    find_affine,
+    identity,
+    in_unit_boxes,
+    voxel_stride,
+)
+from icon_nephi.fit.content import Images
+from icon_nephi.fit.doubts import doubts, evidence, of_images
+from icon_nephi.fit.levels import fit_levels, levels_of
+from icon_nephi.fit.optimize import Course, FitOptions, Stage, optimize
+from icon_nephi.fit.settings import Fit, Settings, find_settings, make_pair
+from icon_nephi.fit.unfold import unfold
+from icon_nephi.losses.features import FeatureDifference, FeaturesAlone
+from icon_nephi.losses.gradient_icon import GradientICONPoints
+from icon_nephi.losses.regularity import guarded_term
+from icon_nephi.losses.similarities import Comparison, find_similarity
+from icon_nephi.maps.networks import AffinePair
+from icon_nephi.space.prepared import PreparedImage, coarser
+from icon_nephi.space.sampling import Patches, Points
+
+# Steps of the short fits that choose between starts, and the advantage the first has.
+TRIAL_STEPS = 40
+DRAW = 0.07
+# Where single points are compared: how many for each block there would be, and the
+# blur of the images, in strides that the samples of a block would have.
+POINTS, BLUR = 8, 0.5
+# Noise above which features fade out, and above which larger blocks are compared; real
+# scans have 0.002 to 0.04.
+CLEAN, NOISY = 0.01, 0.06
+# Weight of the label maps' overlap, where there are label maps.
+DICE = 1.0
+
+
+@memory_for("the registration")
+def fit_pair(
+    image_A: PreparedImage,
+    image_B: PreparedImage,
+    *,
+    similarity: str | Callable[[Tensor, Tensor], Tensor] | None = None,
+    field: str | Settings = "auto",
+    affine: bool = True,
+    mass_preserving: bool = False,
+    options: FitOptions | None = None,
+) -> Fit:
+    """Register one pair from scratch.
+
+    Label maps, where both images have one, are laid on each other, too: `DICE` times
+    `dice_loss` of the labels that both hold.
+
+    Args:
+        image_A: moving.
+        image_B: fixed, on any grid.
+        similarity: a name (see `find_similarity`), or a similarity of blocks.
+        field: "auto", a name in `icon_nephi.models.PRESETS`, or `Settings`.
+        affine: look for an affine start; else start from the physical frames.
+        mass_preserving: intensities are densities, of modality "ct": image_A's are
+            multiplied by det J before they are compared, and so the other way. "lncc"
+            sees only how det J changes within a block, "ncc" sees all of it.
+        options: seed, limit of time, and what else all parts go by; of an interrupt
+            that is kept the fit's warnings say so, and folds are still looked for.
+
+    Raises:
+        ValueError: unknown field or similarity; label maps without a common label.
+        MemoryError: smaller parts did not help either.
+    """
+    options = options or FitOptions()
+    check_both("segmentation", image_A.labels, image_B.labels)
+    modality = image_A.modality if image_A.modality == image_B.modality else None
+    levels = levels_of(image_A, image_B)
+    size = levels[-1][1].shape[2:] if levels else image_B.place.size
+    settings = find_settings(field, size, modality)
+    if levels:  # what the corners of the blocks miss is found on the finer ones
+        settings = replace(settings, exact=(False,) * len(settings.exact))
+    choice = find_similarity(similarity, settings.floor)
+    if mass_preserving and (modality != "ct" or choice.contrast):
+        raise ValueError(
+            "mass_preserving takes intensities for densities: both images must be of "
+            "modality ct, and similarity 'lncc', 'ncc' or a callable"
+        )
+    if choice.features != "beside":
+        settings = replace(settings, features=0.0)
+    if not choice.points:
+        settings = _suited(settings, max(image_A.noise, image_B.noise))
+    seen = of_images(image_A, image_B)
+    if settings.features or choice.features == "only":
+        image_A, image_B = coarser(image_A), coarser(image_B)
+    generator = torch.Generator().manual_seed(options.seed)
+    densities = image_A.values.shape[1] if mass_preserving else 0
+    images = Images(image_A, image_B, densities)
+    start = identity(image_B.place.dimension)
+    if affine:
+        aligned = find_affine(images, choice, generator)
+        starts = [start, aligned] if coincide(*images.geometries) else [aligned]
+        start = _better_start(images, starts, choice, settings, options)
+    pair = _pair_behind(images, start, settings, generator)
+    loss = _loss_of(pair, images, choice, settings, generator)
+    course = _fit(loss, images, choice, settings, options)
+    net: Any = pair.net
+    # Those on disk have no features, and after a warning nothing follows.
+    if levels and not course.warnings and choice.features != "only":
+        last = fit_levels(
+            loss,
+            levels,
+            net.net,
+            settings,
+            (images.where_A, images.where_B),
+            extras=images.extras,
+            points=POINTS if choice.points else None,
+            options=options,
+        )
+        course = Course(course.losses + last.losses, last.warnings)
+    both = images.image_A, images.image_B
+    rate = 0.04 * settings.code_rate
+    unfold(pair, net.net.parameters(), *both, rate=rate, generator=generator)
+    with torch.no_grad():
+        code = net.net(*both).detached()
+        numbers = evidence(
+            pair,
+            *images.blurred(2.0),
+            images.geometry_B,
+            images.where_B.cpu(),
+            generator,
+        )
+        numbers |= seen
+    return Fit(
+        matrix=in_unit_boxes(start, images.geometry_B, images.geometry_A),
+        code=code,
+        field_AB=net.field_AB.requires_grad_(False),
+        field_BA=net.field_BA.requires_grad_(False),
+        losses=course.losses,
+        warnings=course.warnings + doubts(numbers, contrast=choice.contrast),
+        evidence=numbers,
+    )
+
+
+def _suited(settings: Settings, level: float) -> Settings:
+    """The settings for images with noise of that standard deviation."""
+    if level > CLEAN:
+        settings = replace(settings, kept=0.0)
+    if level > NOISY:
+        half = max(1, settings.patches // 2)
+        settings = replace(settings, size=settings.noisy, patches=half)
+    return settings
+
+
+def _better_start(
+    images: Images,
+    starts: Sequence[Tensor],
+    choice: Comparison,
+    settings: Settings,
+    options: FitOptions,
+) -> Tensor:
+    """The start from which a short coarse fit gets furthest; or the first, if near.
+
+    An affine map fitted to a body of which only a part moves can be a worse start
+    than none, and its own similarity does not show it.
+    """
+    if len(starts) == 1:
+        return starts[0]
+    trial = replace(
+        settings,
+        steps=TRIAL_STEPS,
+        strides=settings.strides[:1],
+        shares=(1.0,),
+        exact=settings.exact[:1],
+        features=0.0,
+        consistency=settings.consistency / 10,  # free to go far in few steps
+        patches=settings.patches // 3,
+        regularity_points=settings.regularity_points // 3,
+    )
+    options = replace(options, progress=False, keep_on_interrupt=False)
+    results = []
+    for start in starts:
+        generator = torch.Generator().manual_seed(options.seed)
+        pair = _pair_behind(images, start, trial, generator)
+        loss = _loss_of(pair, images, choice, trial, generator)
+        last = _fit(loss, images, choice, trial, options).losses[-10:]
+        results.append(2 - sum(x["similarity_loss"] for x in last) / len(last))
+    # Of losses 1 - correlation in both directions, these are the correlations.
+    if results[0] >= (1 - DRAW) * max(results):
+        return starts[0]
+    return starts[results.index(max(results))]
+
+
+def _pair_behind(
+    images: Images, start: Tensor, settings: Settings, generator: torch.Generator
+) -> AffinePair:
+    """An untrained pair behind an affine start."""
+    net = make_pair(settings, images.geometry_B.extent, generator)
+    matrix = in_unit_boxes(start, images.geometry_B, images.geometry_A)
+    pair = AffinePair(net, matrix.to(images.image_B.dtype))
+    pair.to(images.image_B.device)
+    return pair
+
+
+def _loss_of(
+    pair: AffinePair,
+    images: Images,
+    choice: Comparison,
+    settings: Settings,
+    generator: torch.Generator,
+) -> GradientICONPoints:
+    """What is minimised, of intensities."""
+    return GradientICONPoints(
+        pair,
+        choice.similarity,
+        settings.lmbda,
+        prior_lmbda=settings.prior_lmbda,
+        regularity_sampler=Points(settings.regularity_points),
+        regularity=partial(
+            guarded_term, consistency=settings.consistency, weight=settings.hinge
+        ),
+        extent=torch.tensor(images.geometry_B.extent, device=images.image_B.device),
+        densities=images.densities,
+        volumes=images.volumes,
+        dice_loss_weight=DICE if images.extras else 0.0,
+        generator=generator,
+    )
+
+
+def _fit(
+    loss: GradientICONPoints,
+    images: Images,
+    choice: Comparison,
+    settings: Settings,
+    options: FitOptions,
+) -> Course:
+    """The deformable part, coarse to fine."""
+    net: Any = loss.regis_net.net
+    fields = [*net.field_AB.parameters(), *net.field_BA.parameters()]
+    featured = settings.features or choice.features == "only"
+    both = images.featured if featured else (images.image_A, images.image_B)
+    return optimize(
+        loss,
+        *both,
+        _stages(images, choice, settings),
+        [
+            {"params": list(net.net.parameters()), "lr": settings.code_rate},
+            {"params": fields, "lr": settings.field_rate},
+        ],
+        mask_A=images.where_A,
+        mask_B=images.where_B,
+        extras=images.extras,
+        similarity=partial(_similarity, choice, settings, images.image_A.shape[1]),
+        spacing_A=images.spacing_A,
+        spacing_B=images.spacing_B,
+        options=options,
+    )
+
+
+def _similarity(
+    choice: Comparison, settings: Settings, channels: int, step: int
+) -> Callable[..., Tensor]:
+    """What is compared after so many steps: features fade, or are all there is."""
+    if choice.features == "only":
+        return FeaturesAlone(choice.similarity, channels)
+    if not settings.features:
+        return choice.similarity
+    faded = (1 - settings.kept) * step / settings.steps
+    weight = settings.features * (1 - faded)
+    return FeatureDifference(choice.similarity, channels, weight)
+
+
+def _stages(images: Images, choice: Comparison, settings: Settings) -> list[Stage]:
+    """Blocks, or single points of smoothed images, coarse to fine."""
+    stages = []
+    for stride, share, exact in zip(
+        settings.strides, settings.shares, settings.exact, strict=True
+    ):
+        steps, apart = round(settings.steps * share), stride * images.unit
+        if choice.points:
+            points = Points(POINTS * settings.patches)
+            stages.append(Stage(steps, points, blur=BLUR * apart))
+            continue
+        strides = voxel_stride(apart, images.geometry_B)
+        patches = Patches(settings.patches, settings.size, strides, corners=not exact)
+        stages.append(Stage(steps, patches))
+    return stages

@@ -1,0 +1,222 @@
+"""What one pair is fitted with: presets by kind of image, the fit that results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from icon_nephi.fields import make_field
+from icon_nephi.fields.codes import LatentCode, LatentCodeTable
+from icon_nephi.maps.networks import NePhi
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a pair is registered from scratch; lengths are in 1/160 of the box.
+
+    Attributes:
+        field: of both directions: a name in `icon_nephi.fields.FIELDS`.
+        arguments: of the fields, beside dimension and code size.
+        grids: nodes a side of the local codes, coarse to fine.
+        channels: of the local codes.
+        strides: between the samples of a block, coarse to fine.
+        shares: of the steps spent at each stride.
+        steps: in all.
+        exact: at each stride, evaluate the maps at every sample, not at the corners of
+            the blocks only (see `Patches`).
+        patches: blocks a step and direction.
+        size: samples a side of a block.
+        noisy: the same where the images are noisy (see `space.intensities.noise`);
+            half as many blocks are taken then.
+        regularity_points: a step and direction.
+        lmbda: weight of the gradient inverse consistency.
+        consistency: weight of inverse consistency, inside that of lmbda.
+        hinge: weight of determinants near folding, inside that of lmbda.
+        prior_lmbda: weight of the prior.
+        field_rate: Adam's learning rate of the fields.
+        code_rate: Adam's learning rate of the codes.
+        floor: see `PatchNCC`.
+        features: weight of the difference of self-similarity features (see
+            `icon_nephi.losses.features`) at the start, fading to a share; 0: never.
+        kept: that share, where the images have hardly any noise; else none.
+    """
+
+    field: str = "ModulatedSiren"
+    arguments: tuple[tuple[str, float], ...] = (
+        ("width", 64),
+        ("frequencies", 32),
+        ("omega", 5.0),
+    )
+    grids: tuple[int, ...] = (6, 12, 24)
+    channels: tuple[int, ...] = (16, 16, 8)
+    strides: tuple[float, ...] = (10.0, 5.0, 2.5, 1.5)
+    shares: tuple[float, ...] = (0.3, 0.3, 0.2, 0.2)
+    steps: int = 300
+    exact: tuple[bool, ...] = (False, False, False, False)
+    patches: int = 600
+    size: int = 3
+    noisy: int = 5
+    regularity_points: int = 300
+    lmbda: float = 1.0
+    consistency: float = 300.0
+    hinge: float = 1.0
+    prior_lmbda: float = 0.01
+    field_rate: float = 1e-3
+    code_rate: float = 1e-2
+    floor: float = 1e-3
+    features: float = 0.0
+    kept: float = 0.5
+
+
+SIREN = Settings()
+GRID = replace(
+    SIREN,
+    field="LatentMLP",
+    arguments=(("width", 64),),
+    grids=(8, 16, 32),
+    channels=(8, 8, 8),
+    field_rate=3e-3,
+    code_rate=3e-2,
+)
+# Brains at 1 mm and the like: small structures everywhere, so finer codes, and maps
+# evaluated at every sample, which the small field affords.
+DETAIL = replace(
+    GRID,
+    grids=(8, 16, 32, 64),
+    channels=(8, 8, 8, 4),
+    strides=(7.0, 3.5, 1.8),
+    shares=(0.3, 0.3, 0.4),
+    exact=(True, True, True),
+    steps=350,
+    hinge=10.0,
+    regularity_points=500,
+)
+# CT has detail down to the voxel, and two scans of one body differ in noise and
+# density: self-similarity features find the way, intensities the last bit of it (where
+# they have noise: the features see it, too).
+CT = replace(GRID, strides=(10.0, 5.0, 2.5, 1.2), features=10.0)
+# In 2D points are cheap: finer codes.
+PRESETS = {
+    "siren": {3: SIREN, 2: replace(SIREN, grids=(8, 16, 32))},
+    "grid": {3: GRID, 2: GRID},
+    "detail": {3: DETAIL, 2: GRID},
+    "ct": {3: CT, 2: CT},
+}
+# Voxels a side (their mean) above which "auto" takes "detail".
+DETAILED = 170
+# Voxels between nodes of the finest code, at least: finer ones follow the noise.
+APART = {2: 6.0, 3: 2.5}
+
+
+def find_settings(
+    field: str | Settings, size: Sequence[int], modality: str | None = None
+) -> Settings:
+    """The settings of a name in `PRESETS`, or "auto", for a fixed image of that size.
+
+    Small images get coarser codes, with nodes `APART`.
+
+    Args:
+        field: what to find; `Settings` are returned as they are.
+        size: voxels a side.
+        modality: of both images, where it is the same: "auto" takes "ct" for 3D CT.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if isinstance(field, Settings):
+        return field
+    if field == "auto":
+        solid = len(size) == 3
+        large = solid and sum(size) / 3 > DETAILED
+        field = "ct" if solid and modality == "ct" else "detail" if large else "siren"
+    if field not in PRESETS:
+        raise ValueError(
+            f"field must be 'auto' or one of {sorted(PRESETS)}, got {field!r}"
+        )
+    settings = PRESETS[field][len(size)]
+    most = max(4, round(sum(size) / len(size) / APART[len(size)]))
+    if settings.grids[-1] <= most:
+        return settings
+    grids = tuple(sorted({min(nodes, most) for nodes in settings.grids}))
+    return replace(settings, grids=grids, channels=settings.channels[: len(grids)])
+
+
+# How long to work at a pair, by name: whose settings, and times their steps.
+EFFORTS = {"fast": ("grid", 0.5), "default": ("auto", 1.0), "accurate": ("auto", 2.0)}
+
+
+def find_effort(
+    name: str, size: Sequence[int], modality: str | None = None
+) -> Settings:
+    """The settings of a name in `EFFORTS`; the others as in `find_settings`.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if name not in EFFORTS:
+        raise ValueError(f"preset must be one of {sorted(EFFORTS)}, got {name!r}")
+    field, times = EFFORTS[name]
+    settings = find_settings(field, size, modality)
+    return replace(settings, steps=round(times * settings.steps))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What registering a pair gives.
+
+    Attributes:
+        matrix: ``[d + 1, d + 1]`` float64, the affine part: fixed unit box -> moving
+            unit box.
+        code: of the pair.
+        field_AB: of psi_AB; phi_AB = matrix o psi_AB.
+        field_BA: of psi_BA; phi_BA = psi_BA o matrix^-1.
+        losses: one entry a step.
+        warnings: in words.
+        evidence: the numbers they were made of, see `icon_nephi.fit.doubts`.
+    """
+
+    matrix: Tensor
+    code: LatentCode
+    field_AB: nn.Module
+    field_BA: nn.Module
+    losses: list[dict[str, float]]
+    warnings: list[str]
+    evidence: dict[str, float] = field(default_factory=dict)
+
+
+def make_pair(
+    settings: Settings, extent: Sequence[float], generator: torch.Generator
+) -> NePhi:
+    """An untrained `NePhi` with a learned code, for a box of that extent.
+
+    Nodes are spread so that their distance in millimetres is about the same on every
+    axis: a flat box has fewer along its short side.
+
+    Args:
+        settings: see `Settings`.
+        extent: millimetres of the box along each tensor axis.
+        generator: source of the initial numbers.
+    """
+    mean = sum(extent) / len(extent)
+    grids = [
+        tuple(max(4, round(nodes * length / mean)) for length in extent)
+        for nodes in settings.grids
+    ]
+    table = LatentCodeTable(
+        1,
+        grids=grids,
+        channels=settings.channels,
+        global_size=0,
+        generator=generator,
+    )
+    arguments = {
+        "dimension": len(extent),
+        "code_size": sum(settings.channels),
+        **dict(settings.arguments),
+        "generator": generator,
+    }
+    field_AB, field_BA = (make_field(settings.field, arguments) for _ in "AB")
+    return NePhi(table, field_AB, field_BA)

@@ -1,0 +1,1 @@
+"""The outside world: images, transforms, points and saved fits, read and written."""

@@ -1,0 +1,219 @@
+"""Both images of a pair as the fit takes them, from memory or read in parts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from icon_nephi._check import (
+    check_both,
+    check_dimension,
+    check_grid,
+    check_intensities,
+    check_mask,
+)
+from icon_nephi._memory import plan, to_bytes
+from icon_nephi.io.image_input import (
+    check_tensor,
+    choose_device,
+    is_itk,
+    read_input,
+    read_label_map,
+    voxel_geometry,
+)
+from icon_nephi.io.volumes import WORKING, Volume, open_volume
+from icon_nephi.losses.similarities import shared_labels
+from icon_nephi.space.chunks import Level
+from icon_nephi.space.frames import (
+    Geometry,
+    apply_affine,
+    identity_map,
+    points_as_grid,
+    to_rows,
+)
+from icon_nephi.space.images import sample_image
+from icon_nephi.space.intensities import find_scale, prepare
+from icon_nephi.space.prepared import PreparedImage
+
+#: Voxels from which an image in memory is fitted on coarser levels first, as those on
+#: disk are: nothing of its size is then made beside it.
+LARGE = 30_000_000
+
+
+def read_pair(
+    image_A: Any,
+    image_B: Any,
+    mask_A: Any,
+    mask_B: Any,
+    modalities: Sequence[str | None],
+    device: torch.device | str | None,
+    memory_limit: int | str | None = None,
+    progress: bool = False,
+    segmentations: Sequence[Any] = (None, None),
+) -> tuple[PreparedImage, PreparedImage]:
+    """Both images on one device, None chosen as by `choose_device`.
+
+    Images of `LARGE` size and more, on the CPU, are taken as `Volume`s.
+
+    Raises:
+        TypeError: images or masks of another kind, or of two kinds.
+        ValueError: those that cannot be registered.
+    """
+    if in_millimetres(image_A) != in_millimetres(image_B):
+        raise TypeError(
+            f"image_A is {type(image_A).__name__} but image_B is "
+            f"{type(image_B).__name__}; pass two ITK images or two tensors"
+        )
+    check_both("segmentation", *segmentations)
+    where = choose_device(device, None if is_itk(image_A) else image_A)
+    images, masks = (image_A, image_B), (mask_A, mask_B)
+    if any(is_volume(i) or (where.type == "cpu" and _is_large(i)) for i in images):
+        A, B = _read_volumes(images, masks, modalities, where, memory_limit, progress)
+    else:
+        A, B = (
+            _read_whole(letter, image, mask, kind, where)
+            for letter, image, mask, kind in zip(
+                "AB", images, masks, modalities, strict=True
+            )
+        )
+    check_dimension("image_A", A.place.dimension, "image_B is", B.place.dimension)
+    if A.values.shape[1] != B.values.shape[1]:
+        raise ValueError(
+            f"image_A has {A.values.shape[1]} channels but image_B has "
+            f"{B.values.shape[1]}; pass the same channels of both"
+        )
+    if segmentations[0] is not None:
+        first, second = (
+            _label_map(f"segmentation_{k}", labels, i).to(where)
+            for k, labels, i in zip("AB", segmentations, (A, B), strict=True)
+        )
+        shared_labels(first, second)
+        A, B = replace(A, labels=first), replace(B, labels=second)
+    return A, B
+
+
+def _read_whole(
+    letter: str, image: Any, mask: Any, modality: str | None, where: torch.device
+) -> PreparedImage:
+    values, inside, place = read_input(letter, image, mask)
+    check_intensities(f"image_{letter}", values)
+    return PreparedImage.of(
+        prepare(values.to(where), modality),
+        place,
+        mask=None if inside is None else inside.to(where),
+        modality=modality,
+        placed=is_itk(image),
+    )
+
+
+def _label_map(name: str, labels: Any, image: PreparedImage) -> Tensor:
+    if isinstance(labels, Tensor):
+        check_grid(name, labels, image.whole.size)
+    return read_label_map(name, labels, image.place, itk=image.placed)
+
+
+def is_volume(image: Any) -> bool:
+    """Whether this is a `Volume`, or the path of a Zarr folder."""
+    path = str(image) if isinstance(image, str | os.PathLike) else ""
+    return isinstance(image, Volume) or path.rstrip("/").lower().endswith(".zarr")
+
+
+def in_millimetres(image: Any) -> bool:
+    """Whether points of an image are LPS millimetres: all but tensors' are."""
+    return is_itk(image) or is_volume(image)
+
+
+def _is_large(image: Any) -> bool:
+    if is_itk(image):
+        size = image.GetLargestPossibleRegion().GetSize()
+        single = image.GetNumberOfComponentsPerPixel() == 1
+        return single and float(np.prod([int(n) for n in size], dtype=float)) >= LARGE
+    if not isinstance(image, Tensor) or image.dim() < 4 or image.is_complex():
+        return False
+    return image.shape[:2] == (1, 1) and image.numel() >= LARGE
+
+
+def as_volume(name: str, image: Any, memory_limit: int | str | None = None) -> Volume:
+    """A `Volume`, a path's, or one over the voxels of an image in memory.
+
+    Raises:
+        TypeError: another kind of image.
+        ValueError: one that cannot be read.
+    """
+    if isinstance(image, Volume):
+        return image
+    if is_volume(image):
+        return open_volume(image, memory_limit)
+    if is_itk(image):
+        from icon_nephi.io.itk_images import array_of, check_itk_image, geometry_of
+
+        check_itk_image(name, image)
+        return Volume([Level.of(array_of(image), geometry_of(image))], name)
+    tensor = check_tensor(name, image).detach().cpu()
+    if tensor.shape[1] != 1:
+        raise ValueError(f"{name} has {tensor.shape[1]} channels, expected one")
+    values = tensor[0, 0]
+    if values.dtype in (torch.bfloat16, torch.float16):
+        values = values.float()
+    return Volume([Level.of(values.numpy(), voxel_geometry(values.shape))], name)
+
+
+def _read_volumes(
+    images: Sequence[Any],
+    masks: Sequence[Any],
+    modalities: Sequence[str | None],
+    where: torch.device,
+    memory_limit: int | str | None,
+    progress: bool,
+) -> list[PreparedImage]:
+    """Working levels of two images that are read in parts, and their finer ones."""
+    volumes = [
+        as_volume(f"image_{letter}", image, memory_limit)
+        for letter, image in zip("AB", images, strict=True)
+    ]
+    voxels, cache = WORKING, 0
+    if memory_limit is not None or any(v.levels[0].array is None for v in volumes):
+        limit = min(v.memory_limit for v in volumes)
+        limit = limit if memory_limit is None else to_bytes(memory_limit)
+        voxels, cache = plan(limit, WORKING)
+    results = []
+    for letter, image, volume, mask, kind in zip(
+        "AB", images, volumes, masks, modalities, strict=True
+    ):
+        values, place = volume.whole(volume.working(voxels, progress))
+        check_intensities(f"image_{letter}", values)
+        inside = None
+        if mask is not None:
+            inside = _mask_on(f"mask_{letter}", mask, place, voxels).to(where)
+        scale = find_scale(values.to(where), kind)
+        results.append(
+            PreparedImage.of(
+                scale(values.to(where)),
+                place,
+                whole=volume.geometry,
+                finer=volume.finer(voxels, cache, scale, where),
+                mask=inside,
+                modality=kind,
+                placed=in_millimetres(image),
+            )
+        )
+    return results
+
+
+def _mask_on(name: str, mask: Any, place: Geometry, voxels: int) -> Tensor:
+    """A mask, read in parts, on the grid of a working level: 0 or 1."""
+    volume = as_volume(name, mask)
+    values, own = volume.whole(volume.working(voxels))
+    check_dimension(name, own.dimension, "its image is", place.dimension)
+    between = own.physical_to_unit() @ place.unit_to_physical()
+    rows = apply_affine(between, to_rows(identity_map(place.size).double()))
+    at = points_as_grid(rows.float())
+    inside = (sample_image(values, at) > 0).float().reshape(1, 1, *place.size)
+    check_mask(name, inside, place.size)
+    return inside

@@ -1,0 +1,128 @@
+"""Read an image between its voxels: linearly, by cubic splines, or as labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from icon_nephi.maps.framed import Array
+from icon_nephi.space.frames import apply_affine, outside_grid, points_as_grid
+from icon_nephi.space.images import sample_image
+
+#: The ways; the last two give the image's own values, the others float32.
+MODES = ("linear", "cubic", "nearest", "onehot")
+
+
+def reader(
+    voxels: Array, into: Tensor, mode: str = "linear", outside: float | None = None
+) -> Callable[[Array], Array]:
+    """A function of rows ``[N, d]`` in a frame: the image's values there, ``[N, C]``.
+
+    Args:
+        voxels: ``[*grid, C]``.
+        into: homogeneous matrix, the frame -> the image's unit box.
+        mode: ``"linear"``; ``"cubic"``, interpolating cubic B-splines, which may
+            overshoot; ``"nearest"``; ``"onehot"``, the label with the largest share
+            when each is read linearly: smoother borders than the nearest's.
+        outside: the value half a voxel beyond the image and farther, default: the
+            nearest border's.
+
+    Raises:
+        ValueError: unknown mode.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
+    size = voxels.shape[:-1]
+    limits = np.array(size) - 1.0
+    values_at = _KINDS[mode](voxels)
+
+    def read(points: Array) -> Array:
+        unit = apply_affine(into, torch.from_numpy(points)).numpy()
+        index = unit * limits
+        values = values_at(unit if mode == "linear" else np.clip(index, 0, limits))
+        if outside is not None:
+            far = outside_grid(index, size)[:, np.newaxis]
+            values = np.where(far, np.asarray(outside, values.dtype), values)
+        return values
+
+    return read
+
+
+def _linear(voxels: Array) -> Callable[[Array], Array]:
+    """Positions ``[N, d]`` in the image's unit box -> values ``[N, C]`` float32."""
+    image = torch.from_numpy(voxels.astype(np.float32)).movedim(-1, 0)[None]
+
+    def read(unit: Array) -> Array:
+        at = points_as_grid(torch.from_numpy(unit)[None].float())
+        values: Array = sample_image(image, at)[0].flatten(1).T.numpy()
+        return values
+
+    return read
+
+
+def _nearest(voxels: Array) -> Callable[[Array], Array]:
+    """Voxel positions ``[N, d]`` -> the closest voxel's values ``[N, C]``."""
+
+    def read(at: Array) -> Array:
+        values: Array = voxels[tuple(np.floor(at + 0.5).astype(np.int64).T)]
+        return values
+
+    return read
+
+
+def least_value(voxels: Array) -> float:
+    """Return the least voxel that is a number, what is shown where there is no image.
+
+    The border's value would go on as streaks that look like tissue, and 0 is water in
+    CT; the least is air there, and 0 in most other images.
+    """
+    least: float = np.fmin.reduce(voxels, axis=None).item()
+    return least
+
+
+def _cubic(voxels: Array) -> Callable[[Array], Array]:
+    """Voxel positions ``[N, d]`` in the grid -> values ``[N, C]`` float32."""
+    from scipy.ndimage import map_coordinates, spline_filter
+
+    channels = np.moveaxis(voxels, -1, 0).astype(np.float64)
+    splines = [spline_filter(c, mode="mirror") for c in channels]
+
+    def read(at: Array) -> Array:
+        values = [
+            map_coordinates(c, at.T, order=3, mode="mirror", prefilter=False)
+            for c in splines
+        ]
+        return np.stack(values, 1).astype(np.float32)
+
+    return read
+
+
+def _largest_share(voxels: Array) -> Callable[[Array], Array]:
+    """Voxel positions ``[N, d]`` -> of the 2^d neighbours' labels the weightiest."""
+    last = np.array(voxels.shape[:-1]) - 2
+
+    def read(at: Array) -> Array:
+        base = np.minimum(at.astype(np.int64), last)
+        part = at - base
+        labels, weights = [], []
+        for corner in product((0, 1), repeat=at.shape[1]):
+            labels.append(voxels[tuple((base + corner).T)])
+            weights.append(np.where(corner, part, 1 - part).prod(1))
+        corners, weight = np.stack(labels), np.stack(weights)[..., np.newaxis]
+        shares = np.stack([(weight * (corners == label)).sum(0) for label in corners])
+        best: Array = np.take_along_axis(corners, shares.argmax(0)[np.newaxis], 0)[0]
+        return best
+
+    return read
+
+
+_KINDS = {
+    "linear": _linear,
+    "cubic": _cubic,
+    "nearest": _nearest,
+    "onehot": _largest_share,
+}

@@ -1,0 +1,117 @@
+"""Self-similarity of an image with itself (MIND-SSC), to compare beside intensities.
+
+Heinrich et al. 2013: around every voxel, how alike the places beside it are. What
+stays where contrast and noise differ is the structure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import combinations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from icon_nephi.core import arrays
+
+# Voxels between a place and those beside it, and of the blocks compared around them.
+REACH, RADIUS = 2, 1
+
+
+def with_features(image: Tensor) -> Tensor:
+    """``[B, C + F, *grid]``: the image and F = 12 features (2D: 4) between 0 and 1.
+
+    Channels lie beside each other in memory: reading them all at a point is then
+    three times faster.
+    """
+    if arrays.suit(image):
+        return arrays.with_features(image)
+    d = image.dim() - 2
+    sides = [(axis, sign * REACH) for axis in range(d) for sign in (1, -1)]
+    features = image.new_empty(image.shape[0], 2 * d * (d - 1), *image.shape[2:])
+    pairs = (p for p in combinations(sides, 2) if p[0][0] != p[1][0])
+    around = _padded(image, REACH)
+    for channel, (first, second) in enumerate(pairs):
+        different = _moved(around, *first) - _moved(around, *second)
+        different.square_()
+        features[:, channel : channel + 1] = _box(different.sum(1, keepdim=True))
+    features -= features.amin(1, keepdim=True)
+    spread = features.mean(1, keepdim=True)
+    features /= -spread.clamp(min=1e-3 * float(spread.mean()) + 1e-12)
+    layout = torch.channels_last if d == 2 else torch.channels_last_3d
+    return torch.cat([image, features.exp_()], 1).contiguous(memory_format=layout)
+
+
+class FeatureDifference:
+    """A similarity of intensities, and the mean squared difference of features.
+
+    Args:
+        similarity: of the first channels; with ``isInterpolated`` it gets the tag.
+        channels: how many are intensities; the rest are features.
+        weight: of the features.
+    """
+
+    isInterpolated = True
+
+    def __init__(
+        self,
+        similarity: Callable[[Tensor, Tensor], Tensor],
+        channels: int,
+        weight: float,
+    ) -> None:
+        self.similarity, self.channels, self.weight = similarity, channels, weight
+
+    def __call__(self, warped: Tensor, fixed: Tensor) -> Tensor:
+        """Scalar; warped has the in-bounds tag (0 or 1) as its last channel."""
+        tag, own = warped[:, -1:], warped[:, : self.channels]
+        if getattr(self.similarity, "isInterpolated", False):
+            own = torch.cat([own, tag], 1)
+        error = (warped[:, self.channels : -1] - fixed[:, self.channels :]).square()
+        mean = (error * tag).mean() / tag.mean().clamp(min=1e-3)
+        return self.similarity(own, fixed[:, : self.channels]) + self.weight * mean
+
+
+class FeaturesAlone:
+    """A similarity of the features, whatever the intensities: for other modalities.
+
+    Args:
+        similarity: of the features and the in-bounds tag, `PatchNCC` for example.
+        channels: how many are intensities, before the features.
+    """
+
+    isInterpolated = True
+
+    def __init__(
+        self, similarity: Callable[[Tensor, Tensor], Tensor], channels: int
+    ) -> None:
+        self.similarity, self.channels = similarity, channels
+
+    def __call__(self, warped: Tensor, fixed: Tensor) -> Tensor:
+        """Scalar; warped has the in-bounds tag (0 or 1) as its last channel."""
+        return self.similarity(warped[:, self.channels :], fixed[:, self.channels :])
+
+
+def _padded(image: Tensor, by: int) -> Tensor:
+    """The image with its border repeated."""
+    return F.pad(image, (by,) * 2 * (image.dim() - 2), mode="replicate")
+
+
+def _moved(around: Tensor, axis: int, by: int) -> Tensor:
+    """The image a few voxels further along an axis, a view of the padded one."""
+    for a in range(around.dim() - 2):
+        start = REACH + (by if a == axis else 0)
+        around = around.narrow(2 + a, start, around.shape[2 + a] - 2 * REACH)
+    return around
+
+
+def _box(image: Tensor) -> Tensor:
+    """Means of the blocks around every voxel, borders repeated."""
+    around = _padded(image, RADIUS)
+    for axis in range(2, image.dim()):
+        count = image.shape[axis]
+        total = around.narrow(axis, 0, count).clone()
+        for by in range(1, 2 * RADIUS + 1):
+            total += around.narrow(axis, by, count)
+        around = total
+    return around.div_((2 * RADIUS + 1) ** (image.dim() - 2))

@@ -1,0 +1,1 @@
+"""Callables with Jacobians: transforms, the networks that return them, framed maps."""

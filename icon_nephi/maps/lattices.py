@@ -1,0 +1,80 @@
+"""Maps at all points of a lattice.
+
+Along each axis the code is read by a matrix, so a lattice takes a few products of
+matrices where scattered points would each read their 27 nodes: exact, and cheaper.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from icon_nephi.fields import displacement_on_lines
+from icon_nephi.maps.transforms import (
+    Composition,
+    Map,
+    MatrixTransform,
+    NeuralTransform,
+)
+from icon_nephi.space.frames import points_as_grid, to_rows
+
+# Points whose lines are prepared together: whole planes of the lattice.
+_PREPARED = 2**18
+
+
+@torch.no_grad()
+def on_lattice(phi: Map, axes: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Where a map takes the points of a lattice, in parts of rows ``[N, d]``.
+
+    Lines of the last axis follow each other as in a C-contiguous grid. No gradients.
+
+    Args:
+        phi: of a single pair, on ICON-frame coordinates.
+        axes: ICON-frame positions along each axis, ``[n_a]`` each.
+    """
+    if isinstance(phi, Composition):
+        inner = _straight(phi.psi, axes)
+        if inner is not None:
+            yield from on_lattice(phi.phi, inner)
+        else:
+            for rows in on_lattice(phi.psi, axes):
+                yield to_rows(phi.phi(points_as_grid(rows[None])))[0]
+        return
+    size = math.prod(len(x) for x in axes[1:])
+    for first in axes[0].split(max(1, _PREPARED // size)):
+        part = [first, *axes[1:]]
+        if isinstance(phi, NeuralTransform):
+            yield from _on_lines(phi, part)
+        else:
+            rows = torch.cartesian_prod(*part)
+            yield to_rows(phi(points_as_grid(rows[None])))[0]
+
+
+def _straight(phi: Map, axes: Sequence[Tensor]) -> list[Tensor] | None:
+    """The axes of the lattice where a map takes a lattice, if it is one still."""
+    if not isinstance(phi, MatrixTransform) or len(phi.matrix) != 1:
+        return None
+    d, matrix = len(axes), phi.matrix[0].to(axes[0])
+    scale = matrix.diagonal()[:d]
+    if not bool((matrix[:d, :d] == torch.diag(scale)).all()):
+        return None
+    return [x * scale[a] + matrix[a, d] for a, x in enumerate(axes)]
+
+
+def _on_lines(phi: NeuralTransform, axes: Sequence[Tensor]) -> Iterator[Tensor]:
+    weights, nodes = phi.code.on_lines([x.clamp(0, 1) for x in axes])
+    *first, last = axes
+    starts = torch.stack(torch.meshgrid(*first, indexing="ij"), -1).flatten(0, -2)
+    at_once = max(1, phi.chunk_size // len(last))
+    for lines, start in zip(
+        nodes.split(at_once, 1), starts.split(at_once), strict=True
+    ):
+        moved = displacement_on_lines(phi.field, weights, lines, len(axes))
+        moved = moved.transpose(0, 1)  # [L, n, d]
+        rows = moved.to(last).contiguous()
+        rows[..., :-1] += start[:, None]
+        rows[..., -1] += last
+        yield rows.flatten(0, 1)

@@ -1,0 +1,1 @@
+"""Where a map cannot fold: bounds of its determinant, split until decided."""

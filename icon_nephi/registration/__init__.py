@@ -1,0 +1,1 @@
+"""What a person asks for: register two images, and what the result can do."""

@@ -1,0 +1,251 @@
+"""ITK transforms asked as a `Registration` is asked: points, fields, Jacobians."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import itk
+import numpy as np
+import torch
+
+from icon_nephi.io.itk_images import (
+    array_of,
+    check_itk_image,
+    geometry_of,
+    image_of,
+    resample,
+)
+from icon_nephi.io.resampling import least_value, reader
+from icon_nephi.maps.framed import Array, over_grid
+from icon_nephi.maps.jacobians import fold_fraction
+from icon_nephi.maps.two_way import (
+    DIRECTIONS,
+    FIXED_TO_MOVING,
+    MOVING_TO_FIXED,
+    check_direction,
+    direction_of,
+)
+from icon_nephi.space.frames import Geometry
+
+STEP = 0.05  # of central differences, in the reference's smallest spacing
+
+
+class ItkPair:
+    """ITK transforms between two images, a `Mapping`; points LPS mm ``[N, d]``.
+
+    Args:
+        phi_AB: fixed points -> moving points.
+        phi_BA: moving points -> fixed points, if there is one.
+        moving: ITK image, whose grid results of phi_BA have; else a reference's.
+        fixed: ITK image, whose grid results of phi_AB have; else a reference's.
+    """
+
+    warnings: Sequence[str] = ()
+
+    def __init__(
+        self, phi_AB: Any, phi_BA: Any = None, moving: Any = None, fixed: Any = None
+    ) -> None:
+        self.phi_AB, self.phi_BA = phi_AB, phi_BA
+        self.dimension = int(phi_AB.GetInputSpaceDimension())
+        self._transforms = dict(zip(DIRECTIONS, (phi_AB, phi_BA), strict=True))
+        self._images = dict(zip(DIRECTIONS, (fixed, moving), strict=True))
+
+    @property
+    def geometry_A(self) -> Geometry:
+        """Where the moving image lies."""
+        return geometry_of(self._image(None, MOVING_TO_FIXED))
+
+    @property
+    def geometry_B(self) -> Geometry:
+        """Where the fixed image lies."""
+        return geometry_of(self._image(None, FIXED_TO_MOVING))
+
+    def lengths(self, direction: str) -> Array:
+        """Return ones ``[d]``: points are in millimetres."""
+        check_direction(direction)
+        return np.ones(self.dimension)
+
+    def transform_points(self, points: Any, direction: str = FIXED_TO_MOVING) -> Array:
+        """Return the mapped points ``[N, d]``, one `TransformPoint` each.
+
+        Raises:
+            ValueError: not a direction, or one without a transform.
+        """
+        transform = self._transform(direction)
+        rows = np.asarray(points, dtype=float).tolist()
+        moved = [tuple(transform.TransformPoint(p)) for p in rows]
+        return np.array(moved, dtype=float).reshape(-1, self.dimension)
+
+    def warp(
+        self,
+        image: Any,
+        mode: str = "linear",
+        reference: Any = None,
+        *,
+        inverse: bool = False,
+        outside: float | None = None,
+    ) -> Any:
+        """Return a moving-space image on the fixed image's grid: ``Registration.warp``.
+
+        Args:
+            image: ITK image.
+            mode: see `icon_nephi.io.resampling`.
+            reference: ITK image whose grid the result has instead.
+            inverse: take a fixed-space image to the moving image's grid.
+            outside: the value where there is no image; default: the image's least.
+
+        Raises:
+            ValueError: images of another dimension than the transform's, no transform
+                of that direction, or no reference where one is needed.
+        """
+        direction = direction_of(inverse=inverse)
+        transform = self._transform(direction)
+        reference = self._image(reference, direction)
+        self._check("image", image)
+        values, place = array_of(image)[..., np.newaxis], geometry_of(image)
+        beyond = least_value(values) if outside is None else outside
+        if mode in ("linear", "nearest"):
+            return resample(image, reference, transform, mode, beyond)
+        into = torch.linalg.inv(place.unit_to_physical())
+        read = reader(values, into, mode, beyond)
+        target = geometry_of(reference)
+        positions = _displacements(transform, target).astype(np.float64)
+        frame = target.unit_to_physical()
+        positions += over_grid(lambda p: p, target.size, frame, self.dimension, float)
+        result = read(positions.reshape(-1, self.dimension))
+        return image_of(result.reshape(target.size), target)
+
+    def warp_labels(
+        self, labels: Any, reference: Any = None, *, inverse: bool = False
+    ) -> Any:
+        """Return a moving-space label map on the fixed grid: nearest, 0 outside."""
+        return self.warp(labels, "nearest", reference, inverse=inverse, outside=0)
+
+    def displacement_field(
+        self, reference: Any = None, direction: str = FIXED_TO_MOVING
+    ) -> Any:
+        """Return mapped minus own place at every voxel: ITK image of vectors, LPS mm.
+
+        On the grid of the image that the direction starts in, or the reference's.
+        """
+        place = geometry_of(self._image(reference, direction))
+        return image_of(_displacements(self._transform(direction), place), place)
+
+    def jacobian(self, reference: Any = None, direction: str = FIXED_TO_MOVING) -> Any:
+        """Return d mapped_i / d place_j at every voxel, number d i + j; LPS, mm by mm.
+
+        Central differences of the transform, `STEP` of the smallest spacing apart: at
+        the nodes of a linearly read field the mean of the slopes on both sides. Grids
+        as in `displacement_field`.
+        """
+        place = geometry_of(self._image(reference, direction))
+        matrices = self._jacobians(place, direction)
+        return image_of(matrices.reshape(*place.size, -1), place)
+
+    def jacobian_determinant(
+        self, reference: Any = None, direction: str = FIXED_TO_MOVING
+    ) -> Any:
+        """Return the determinant of `jacobian` at every voxel, an ITK image."""
+        place = geometry_of(self._image(reference, direction))
+        values = np.linalg.det(self._jacobians(place, direction))
+        return image_of(values.astype(np.float32), place)
+
+    def fold_fraction(self) -> float:
+        """Return the share of both grids where a determinant is not positive."""
+        images = [self.jacobian_determinant(None, d) for d in DIRECTIONS]
+        return fold_fraction(np.concatenate([array_of(i).ravel() for i in images]))
+
+    def inverse_consistency_error(self, reference: Any = None) -> Any:
+        """Return |phi_BA(phi_AB(x)) - x| in mm at every voxel of the fixed grid."""
+        both = itk.CompositeTransform[itk.D, self.dimension].New()
+        both.AddTransform(self._transform(MOVING_TO_FIXED))
+        both.AddTransform(self.phi_AB)
+        place = geometry_of(self._image(reference, FIXED_TO_MOVING))
+        missed = np.linalg.norm(_displacements(both, place), axis=-1)
+        return image_of(missed.astype(np.float32), place)
+
+    def _transform(self, direction: str) -> Any:
+        transform = self._transforms[check_direction(direction)]
+        if transform is None:
+            raise ValueError(
+                "an ITK transform goes one way, fixed_to_moving; take the transform "
+                "that was written for moving_to_fixed"
+            )
+        return transform
+
+    def _image(self, reference: Any, direction: str) -> Any:
+        """Return the reference, else the image in which a direction starts."""
+        own = self._images[check_direction(direction)]
+        image = own if reference is None else reference
+        if image is None:
+            raise ValueError(
+                "reference is needed with an ITK transform: the image whose grid the "
+                "result gets, usually the fixed image"
+            )
+        return self._check("reference", image)
+
+    def _check(self, name: str, image: Any) -> Any:
+        check_itk_image(name, image)
+        if image.GetImageDimension() != self.dimension:
+            raise ValueError(
+                f"the {name} is {image.GetImageDimension()}D but the transform "
+                f"{self.dimension}D; pass those of the same registration"
+            )
+        return image
+
+    def _jacobians(self, place: Geometry, direction: str) -> Array:
+        """Return the matrices of `jacobian`, ``[*grid, d, d]`` float64."""
+        d, frame = self.dimension, place.unit_to_physical()
+        middle = (frame[:d, :d] @ torch.full((d,), 0.5).double() + frame[:d, d]).numpy()
+        h = STEP * min(place.spacing)
+        ends = middle + h * np.concatenate([np.eye(d), -np.eye(d), np.zeros((1, d))])
+        moved = self.transform_points(ends, direction)
+        linear = (moved[:d] - moved[d : 2 * d]).T / (2 * h)
+        if not abs(np.linalg.det(linear)) > 1e-6:
+            linear = np.eye(d)
+        # ITK's fields are float32: what is left of the map is small, and so exact.
+        rest = _then_undone(self._transform(direction), linear, moved[-1], middle)
+        matrices = np.empty((*place.size, d, d))
+        for axis, step in enumerate(h * np.eye(d)):
+            forth, back = (
+                _displacements(rest, _shifted(place, s * step)) for s in (1, -1)
+            )
+            slope = (forth.astype(np.float64) - back) / (2 * h)
+            slope[..., axis] += 1
+            matrices[..., axis] = slope @ linear.T
+        return matrices
+
+
+def _shifted(place: Geometry, by: Array) -> Geometry:
+    origin = tuple((np.array(place.origin) + by).tolist())
+    return Geometry(place.size, place.spacing, origin, place.direction)
+
+
+def _then_undone(transform: Any, linear: Array, there: Array, here: Array) -> Any:
+    """The transform followed by the inverse of its linear part around a point."""
+    d = len(here)
+    affine = itk.AffineTransform[itk.D, d].New()
+    back = np.linalg.inv(linear)
+    affine.SetMatrix(itk.matrix_from_array(back))
+    affine.SetTranslation((here - back @ there).tolist())
+    both = itk.CompositeTransform[itk.D, d].New()
+    both.AddTransform(affine)  # ITK applies the one added last first
+    both.AddTransform(transform)
+    return both
+
+
+def _displacements(transform: Any, place: Geometry) -> Array:
+    """``[*grid, d]`` float32: mapped minus own place, LPS mm."""
+    d = place.dimension
+    field = itk.TransformToDisplacementFieldFilter[
+        itk.Image[itk.Vector[itk.F, d], d], itk.D
+    ].New()
+    field.SetTransform(transform)
+    field.SetSize(place.itk_size)
+    field.SetOutputSpacing(place.spacing)
+    field.SetOutputOrigin(place.origin)
+    field.SetOutputDirection(itk.matrix_from_array(np.array(place.direction)))
+    field.Update()
+    values: Array = itk.array_from_image(field.GetOutput())
+    return values

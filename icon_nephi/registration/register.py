@@ -1,0 +1,93 @@
+"""Register two images in one call: ITK images, tensors, or images on disk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from icon_nephi._memory import peak_memory
+from icon_nephi.fit.from_scratch import fit_pair
+from icon_nephi.fit.optimize import FitOptions
+from icon_nephi.fit.settings import Settings
+from icon_nephi.io.pair_input import read_pair
+from icon_nephi.registration.result import Registration
+
+
+def register(
+    image_A: Any,
+    image_B: Any,
+    *,
+    modality: str | tuple[str | None, str | None] | None = None,
+    mask_A: Any = None,
+    mask_B: Any = None,
+    segmentation_A: Any = None,
+    segmentation_B: Any = None,
+    similarity: Any = None,
+    field: str | Settings = "auto",
+    affine: bool = True,
+    mass_preserving: bool = False,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+    time_limit: float | None = None,
+    memory_limit: int | str | None = None,
+    keep_on_interrupt: bool = False,
+) -> Registration:
+    """The `Registration` that lays image_A on image_B, optimised from scratch.
+
+    Args:
+        image_A: moving: an ITK image (2D or 3D, one number per voxel, any pixel type)
+            or a tensor ``[1, C, *grid]``; on disk: a `icon_nephi.volumes.Volume`, or
+            the path of a Zarr folder.
+        image_B: fixed: the same kind; its grid may differ.
+        modality: ``"ct"``, ``"mri"`` or None; a tuple of two for (A, B).
+        mask_A: above zero where image_A counts; ITK: any grid, else ``[1, 1, *grid]``.
+        mask_B: the same of image_B.
+        segmentation_A: label map of image_A, on a grid as a mask's; the labels that
+            both have are laid on each other beside the images.
+        segmentation_B: the same of image_B.
+        similarity: an ICON similarity or a name, ``"lncc"`` (the default), ``"lncc2"``,
+            ``"ncc"``, ``"mind"``, ``"mi"``: see `find_similarity`.
+        field: ``"siren"`` (the modulated sine field), ``"grid"`` (a smaller one,
+            about twice as fast, less exact on large motion), ``"detail"`` (the small
+            one with finer codes), ``"ct"`` (the small one, comparing self-similarity
+            features too), ``"auto"`` (3D CT: ct, else large 3D images: detail, else
+            siren), or `icon_nephi.models.Settings`.
+        affine: start from an affine map. Without, from where the headers (tensors:
+            the unit boxes) put the images.
+        mass_preserving: lung CT: what is stretched gets thinner, see `fit_pair`.
+        seed: of every random number.
+        device: default: the tensors' own; for ITK images a GPU if there is one.
+        progress: show a bar.
+        time_limit: seconds after which the optimisation stops early; reading the
+            images and the search for a start count.
+        memory_limit: bytes, or as "4GiB": what images on disk may take in all.
+        keep_on_interrupt: Ctrl-C stops the optimisation early; `warnings` say so.
+
+    Raises:
+        TypeError: an argument of another kind than this.
+        ValueError: images or masks that cannot be registered; one sentence says why.
+    """
+    options = FitOptions(seed, progress, time_limit, keep_on_interrupt)
+    modalities = modality if isinstance(modality, tuple) else (modality, modality)
+    images = (image_A, image_B, mask_A, mask_B)
+    labels = (segmentation_A, segmentation_B)
+    A, B = read_pair(*images, modalities, device, memory_limit, progress, labels)
+    choices: dict[str, Any] = {"similarity": similarity, "field": field}
+    choices |= {"affine": affine, "mass_preserving": mass_preserving}
+    with torch.enable_grad():
+        fit = fit_pair(A, B, **choices, options=options)
+    choices |= {"modality": modality, "seed": seed, "time_limit": time_limit}
+    choices |= {"memory_limit": memory_limit, "keep_on_interrupt": keep_on_interrupt}
+    numbers = {"peak_memory": peak_memory(), "seconds": options.seconds}
+    made_with = choices | numbers | {"segmentations": A.labels is not None}
+    placed: dict[str, Any] = {"itk": A.placed, "images": images}
+    return Registration(fit, A.whole, B.whole, **placed, made_with=made_with)
+
+
+def ensemble(
+    image_A: Any, image_B: Any, seeds: int = 3, **keywords: Any
+) -> list[Registration]:
+    """The pair `register`ed once for each seed 0, 1, ...: for `error_estimate`."""
+    return [register(image_A, image_B, seed=s, **keywords) for s in range(seeds)]

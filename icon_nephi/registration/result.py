@@ -1,0 +1,315 @@
+"""Everything a person asks of a registration: maps, warps, fields, determinants.
+
+ITK images (then all points are LPS millimetres) or tensors (then points are rows in
+the ICON frame: tensor axes, unit box). ITK is imported only where ITK images come.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from icon_nephi.fit.settings import Fit
+from icon_nephi.io.image_input import check_points, place_of, voxels_of
+from icon_nephi.io.nephi import load_fit, save_fit
+from icon_nephi.io.resampling import MODES, least_value, reader
+from icon_nephi.maps.framed import Array, FramedMap, over_grid
+from icon_nephi.maps.transforms import Composition, MatrixTransform, NeuralTransform
+from icon_nephi.maps.two_way import (
+    FIXED_TO_MOVING,
+    MOVING_TO_FIXED,
+    TwoWay,
+    direction_of,
+)
+from icon_nephi.report.expected_error import error_estimate, inverse_consistency
+from icon_nephi.report.page import write_report
+from icon_nephi.space.frames import Geometry
+
+
+def load(path: str | os.PathLike[str]) -> Registration:
+    """The `Registration` that ``Registration.save`` wrote, on the CPU.
+
+    Raises:
+        ValueError: not such a file, truncated, or of a newer version.
+    """
+    saved = load_fit(path)
+    return Registration(saved.fit, saved.geometry_A, saved.geometry_B, itk=saved.itk)
+
+
+class Registration:
+    """Two maps between two images, in both directions.
+
+    The default direction ``"fixed_to_moving"`` takes points of the fixed image (B) to
+    the moving image (A); images go the other way, moving to fixed. Results are ITK
+    images where the registered images were ITK images, else tensors.
+
+    Args:
+        fit: see `icon_nephi.models`.
+        geometry_A: where the moving image lies.
+        geometry_B: where the fixed image lies.
+        itk: whether the images were ITK images.
+        images: what was registered, (moving, fixed, moving mask, fixed mask), if kept.
+        made_with: the choices of `register` and the seconds it took.
+
+    Attributes:
+        map_AB: the map in ICON frames, fixed unit box -> moving unit box.
+        map_BA: its counterpart, moving -> fixed.
+        two_way: both with their grids, in the frame of the registration's points.
+    """
+
+    def __init__(
+        self,
+        fit: Fit,
+        geometry_A: Geometry,
+        geometry_B: Geometry,
+        *,
+        itk: bool,
+        images: tuple[Any, ...] | None = None,
+        made_with: dict[str, Any] | None = None,
+    ) -> None:
+        self.fit, self.geometry_A, self.geometry_B = fit, geometry_A, geometry_B
+        self.itk, self.images, self.made_with = itk, images, made_with or {}
+        self.device = fit.code.global_code.device
+        self._inverse = torch.linalg.inv(fit.matrix)
+        with torch.no_grad():
+            forward, backward = (
+                NeuralTransform(f, fit.code) for f in (fit.field_AB, fit.field_BA)
+            )
+            self.map_AB = Composition(MatrixTransform(fit.matrix[None]), forward)
+            self.map_BA = Composition(backward, MatrixTransform(self._inverse[None]))
+        ways = (self.map_AB, self.map_BA, geometry_A, geometry_B, self.device)
+        self.two_way = TwoWay(*ways, "physical" if itk else "unit", fit.matrix)
+
+    @property
+    def losses(self) -> list[dict[str, float]]:
+        """The loss and its terms at every step."""
+        return self.fit.losses
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the optimisation found doubtful, one sentence each."""
+        return self.fit.warnings
+
+    @cached_property
+    def phi_AB(self) -> Any:
+        """Fixed points to moving points: itk.CompositeTransform, or the tensor map."""
+        return self._exported(FIXED_TO_MOVING) if self.itk else self.map_AB
+
+    @cached_property
+    def phi_BA(self) -> Any:
+        """Moving points to fixed points; see `phi_AB`."""
+        return self._exported(MOVING_TO_FIXED) if self.itk else self.map_BA
+
+    def warp(
+        self,
+        image: Any,
+        mode: str = "linear",
+        reference: Any = None,
+        *,
+        inverse: bool = False,
+        outside: float | None = None,
+    ) -> Any:
+        """A moving-space image on the fixed image's grid.
+
+        Args:
+            image: ITK image on any grid in the moving image's space, or a tensor
+                ``[1, C, *grid]`` over its unit box.
+            mode: ``"linear"`` or ``"cubic"`` (float32 comes out), ``"nearest"`` or
+                ``"onehot"`` (same pixel type): see `icon_nephi.io.resampling`.
+            reference: another grid to warp to: an ITK image, or a tensor.
+            inverse: take a fixed-space image to the moving image's grid instead.
+            outside: the value where there is no image; default: the image's least (0
+                is what label maps need, see `warp_labels`).
+
+        Raises:
+            ValueError: unknown mode, or an image that `register` would refuse.
+        """
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
+        direction = direction_of(inverse=inverse)
+        place, values = self._place_of("image", image), voxels_of(image)
+        into = torch.linalg.inv(self.two_way.frame_of(place))
+        beyond = least_value(values) if outside is None else outside
+        read = reader(values, into, mode, beyond)
+        warped = self._on_grid(
+            lambda _, moved: read(moved)[:, 0] if self.itk else read(moved),
+            reference,
+            direction,
+            None if self.itk else values.shape[-1],
+            dtype=np.float32 if mode in ("linear", "cubic") else values.dtype,
+            mapped=self.two_way.framed(direction),
+        )
+        return warped if self.itk else warped.to(image.device)
+
+    def warp_labels(
+        self, labels: Any, reference: Any = None, *, inverse: bool = False
+    ) -> Any:
+        """A moving-space label map on the fixed grid: nearest, 0 outside (`warp`)."""
+        return self.warp(labels, "nearest", reference, inverse=inverse, outside=0)
+
+    def transform_points(self, points: Any, direction: str = FIXED_TO_MOVING) -> Array:
+        """The mapped points, numpy ``[N, d]`` float64.
+
+        Args:
+            points: ``[N, d]``, LPS millimetres for ITK images, else ICON frame.
+            direction: ``"fixed_to_moving"`` or ``"moving_to_fixed"``.
+
+        Raises:
+            ValueError: another shape or direction, or numbers that are not finite.
+        """
+        return self.two_way.transform_points(self._points(points), direction)
+
+    def lengths(self, direction: str) -> Array:
+        """Lengths of the points' units, ``[d]``: mm (tensors: voxels), see `TwoWay`."""
+        return self.two_way.lengths(direction)
+
+    def displacement_field(
+        self, reference: Any = None, direction: str = FIXED_TO_MOVING
+    ) -> Any:
+        """Mapped minus own place at every voxel, from the exact map.
+
+        An ITK image of vectors in LPS millimetres; for tensors ``[1, d, *grid]`` in
+        the ICON frame. The grid is the fixed image's (``"moving_to_fixed"``: the
+        moving image's), or the reference's.
+        """
+        mapped, d = self.two_way.framed(direction), self.geometry_B.dimension
+        return self._on_grid(
+            lambda here, there: there - here, reference, direction, d, mapped=mapped
+        )
+
+    def jacobian_determinant(
+        self, reference: Any = None, direction: str = FIXED_TO_MOVING
+    ) -> Any:
+        """Analytic determinant at every voxel: volume there over volume here.
+
+        In physical units (mm by mm) for ITK images, whatever their directions; for
+        tensors ``[1, 1, *grid]`` by unit boxes. Grids as in `displacement_field`.
+        """
+        mapped = self.two_way.framed(direction)
+        return self._on_grid(mapped.determinants, reference, direction)
+
+    def jacobian(self, reference: Any = None, direction: str = FIXED_TO_MOVING) -> Any:
+        """Analytic d mapped_i / d place_j at every voxel, number d i + j of the voxel.
+
+        For ITK images ``d * d`` numbers a voxel, millimetres by millimetres, LPS axes;
+        for tensors ``[1, d, d, *grid]``, ICON frame. Grids as in `displacement_field`.
+        """
+        mapped, d = self.two_way.framed(direction), self.geometry_B.dimension
+        matrices = self._on_grid(
+            lambda p: mapped.jacobians(p).reshape(-1, d**2), reference, direction, d**2
+        )
+        return matrices if self.itk else matrices.unflatten(1, (d, d))
+
+    def fold_fraction(self, points: Any = None) -> float:
+        """The share of places, 0 to 1, where an analytic determinant is not positive.
+
+        Both directions are counted together: at every voxel centre of the fixed image
+        (backward: of the moving image), or at fixed-space points ``[N, d]`` and where
+        they are mapped to.
+        """
+        rows = None if points is None else self._points(points)
+        return self.two_way.fold_fraction(rows)
+
+    def inverse_consistency_error(self, reference: Any = None) -> Any:
+        """``|phi_BA(phi_AB(x)) - x|`` at every voxel of the fixed grid or reference.
+
+        Millimetres for ITK images; for tensors ``[1, 1, *grid]`` in the fixed image's
+        voxels.
+        """
+        return self._on_grid(
+            lambda p: inverse_consistency(self.two_way, p), reference, FIXED_TO_MOVING
+        )
+
+    def error_estimate(
+        self,
+        points: Any,
+        others: Sequence[Registration] = (),
+        direction: str = FIXED_TO_MOVING,
+    ) -> Array:
+        """About how far off each mapped point is, ``[N]``: see `report.expected_error`.
+
+        Args:
+            points: as of `transform_points`.
+            others: registrations of the same pair with other seeds (`ensemble`).
+            direction: where the points go.
+        """
+        return error_estimate(self, self._points(points), others, direction)
+
+    def error_image(
+        self, reference: Any = None, others: Sequence[Registration] = ()
+    ) -> Any:
+        """`error_estimate` at every voxel of the fixed grid or the reference."""
+        return self._on_grid(
+            lambda p: error_estimate(self, p, others), reference, FIXED_TO_MOVING
+        )
+
+    def report(self, path: str | os.PathLike[str], **extras: Any) -> None:
+        """Write one HTML page that shows and measures this registration.
+
+        Args:
+            path: of the page.
+            extras: landmarks and label maps of both images to score with, others of an
+                ensemble, the command, ...: see `icon_nephi.report.page.write_report`.
+
+        Raises:
+            ValueError: a loaded registration, which has no images, or bad extras.
+        """
+        write_report(path, self, **extras)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one file that `load` reads, whole or not at all."""
+        save_fit(path, self.fit, self.geometry_A, self.geometry_B, itk=self.itk)
+
+    def _exported(self, direction: str) -> Any:
+        from icon_nephi.io.itk_transforms import composite_transform
+
+        A, B = self.geometry_A, self.geometry_B
+        way = (self.map_AB, B, A, self.fit.matrix)
+        if direction == MOVING_TO_FIXED:
+            way = (self.map_BA, A, B, self._inverse)
+        return composite_transform(*way, device=self.device)
+
+    def _points(self, points: Any) -> Array:
+        return check_points("points", points, self.geometry_B.dimension)
+
+    def _place_of(self, name: str, image: Any) -> Geometry:
+        return place_of(name, image, itk=self.itk, dimension=self.geometry_B.dimension)
+
+    def _on_grid(
+        self,
+        function: Callable[..., Array],
+        reference: Any,
+        direction: str,
+        channels: int | None = None,
+        *,
+        dtype: npt.DTypeLike = np.float32,
+        mapped: FramedMap | None = None,
+    ) -> Any:
+        """Return a function at every voxel: an ITK image, or ``[1, C, *grid]``.
+
+        Args:
+            function: as of `over_grid`.
+            reference: whose grid it is, default: that of the direction's start.
+            direction: see `displacement_field`.
+            channels: as of `over_grid`.
+            dtype: of the result.
+            mapped: as of `over_grid`.
+        """
+        place = self.two_way.place(direction)
+        if reference is not None:
+            place = self._place_of("reference", reference)
+        size, frame = self.two_way.grid(direction, place)
+        values = over_grid(function, size, frame, channels, dtype, mapped=mapped)
+        if self.itk:
+            from icon_nephi.io.itk_images import image_of
+
+            return image_of(values, place)
+        if channels is None:
+            return torch.from_numpy(values)[None, None]
+        return torch.from_numpy(values).movedim(-1, 0)[None].contiguous()

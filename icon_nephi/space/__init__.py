@@ -1,0 +1,1 @@
+"""Where things are, and how values are read: frames, images, intensities, samples."""
