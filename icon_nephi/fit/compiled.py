@@ -332,7 +332,7 @@ class PairSteps:
 
     def finite(self) -> bool:
         """Whether all weights are finite numbers."""
-        return all(size == size and abs(size) < float("inf") for size in self.sizes)
+        return all(bool(w.isfinite().all()) for w in self.weights)
 
     def restore(self) -> None:
         """Take back the last step."""
