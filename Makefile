@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-baseline matrix bench core sanitize wheel docs lint fuzz clean
+.PHONY: help demo test test-baseline test-torch matrix bench core sanitize wheel docs lint fuzz clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ NUMERICAL := $(patsubst %,tests/%,space fields maps losses report/test_metrics.p
 test-baseline: $(INSTALLED) ## run the numerical tests as on the oldest processor
 	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -n auto \
 		$(NUMERICAL)
+
+test-torch: $(INSTALLED) ## run the numerical tests without the compiled core
+	OMP_NUM_THREADS=1 NEPHI_CORE=torch $(BIN)/python -m pytest -n auto $(NUMERICAL)
 
 ONLY ?=
 matrix: $(INSTALLED) ## run the tests as on other processors and with other versions
