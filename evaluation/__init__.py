@@ -1,5 +1,7 @@
 """Scripts that answer one question each; here what they share: images and scores.
 
+What most of them need of the package's inner rooms comes by way of this file.
+
 Points are LPS mm; arrays of images have x last, indices and points have x first.
 Nothing here is installed with the package. ITK, which every method needs, loads torch
 by itself: what the package adds to a process, some 30 MB, is the same for all of them.
@@ -14,10 +16,16 @@ from typing import Any
 import itk
 import numpy as np
 
-from icon_nephi.commands.cases import Case
+from icon_nephi._memory import held_memory as held_memory
+from icon_nephi._memory import peak_memory as peak_memory
+from icon_nephi.commands.cases import Case as Case
 from icon_nephi.io import itk_images
-from icon_nephi.io.itk_images import array_of, check_label_map
-from icon_nephi.maps.two_way import DIRECTIONS
+from icon_nephi.io.atomic import write_csv as write_csv
+from icon_nephi.io.atomic import written_whole as written_whole
+from icon_nephi.io.itk_images import array_of as array_of
+from icon_nephi.io.itk_images import geometry_of as geometry_of
+from icon_nephi.io.versions import version as version
+from icon_nephi.maps.two_way import DIRECTIONS as DIRECTIONS
 from icon_nephi.report.metrics import landmark_summary, mean_dice, summarize
 
 STATISTICS = ("mean", "median", "p95")  # of landmark errors
@@ -61,7 +69,7 @@ def read_image(path: Path) -> Any:
 
 def read_labels(path: Path) -> Any:
     """Return a label map in an integer type."""
-    return check_label_map("labels", itk_images.read_image("labels", path))
+    return itk_images.check_label_map("labels", itk_images.read_image("labels", path))
 
 
 # --- scores -------------------------------------------------------------------------

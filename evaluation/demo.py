@@ -13,9 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from icon_nephi._memory import peak_memory
-from icon_nephi.maps.two_way import DIRECTIONS
-from icon_nephi.report.metrics import landmark_summary
+from evaluation import DIRECTIONS, image_from, peak_memory, to_physical
+from icon_nephi.report.metrics import landmark_summary, summarize
 
 
 def main(out: Path, shape: tuple[int, ...] = (96, 80, 96), seed: int = 0) -> None:
@@ -23,7 +22,6 @@ def main(out: Path, shape: tuple[int, ...] = (96, 80, 96), seed: int = 0) -> Non
     import itk
 
     import icon_nephi
-    from icon_nephi.report.metrics import summarize
 
     moving, fixed, points = chest(shape, seed)
     out.mkdir(parents=True, exist_ok=True)
@@ -68,17 +66,15 @@ def write_example(out: Path, moving, fixed, points, seed: int) -> None:
     """Write what there is to register as files: inhale_* moves, exhale_* is fixed."""
     import itk
 
-    from icon_nephi.io.itk_images import geometry_of, image_of
     from icon_nephi.phantoms import LABELS, breathing_thorax
 
-    place = geometry_of(fixed)
-    phantom = breathing_thorax(place.size, seed=seed)
+    phantom = breathing_thorax(np.asarray(fixed).shape, seed=seed)
     both = (
         ("inhale", "moving", moving, phantom.labels_A),
         ("exhale", "fixed", fixed, phantom.labels_B),
     )
     for name, side, image, labels in both:
-        organs = image_of(labels[0, 0].numpy(), place)
+        organs = image_from(labels[0, 0].numpy(), fixed)
         itk.imwrite(image, str(out / f"{name}.nii.gz"), compression=True)
         itk.imwrite(organs, str(out / f"{name}_labels.nii.gz"), compression=True)
         rows = {"delimiter": ",", "header": "x,y,z", "comments": "", "fmt": "%.4f"}
@@ -89,31 +85,21 @@ def write_example(out: Path, moving, fixed, points, seed: int) -> None:
 
 def chest(shape: tuple[int, ...], seed: int) -> tuple:
     """Return moving and fixed ITK images and their landmarks ``[N, d]`` in LPS mm."""
-    from icon_nephi.io.itk_images import image_of
     from icon_nephi.phantoms import breathing_thorax
-    from icon_nephi.space.frames import Geometry
 
     phantom = breathing_thorax(shape, seed=seed)
-    spacing = tuple(reversed(phantom.spacing))
-    d = len(spacing)
-    place = Geometry(
-        size=tuple(shape),
-        spacing=spacing,
-        origin=tuple(
-            -0.5 * s * (n - 1) for s, n in zip(spacing, shape[::-1], strict=True)
-        ),
-        direction=tuple(map(tuple, np.eye(d).tolist())),
-    )
-    moving, fixed = (
-        image_of(image[0, 0].numpy().astype(np.int16), place)
-        for image in (phantom.image_A, phantom.image_B)
-    )
-    matrix = place.unit_to_physical().numpy()
-    points = {
-        name: unit.double().numpy() @ matrix[:d, :d].T + matrix[:d, d]
-        for name, unit in (("moving", phantom.points_A), ("fixed", phantom.points_B))
-    }
-    return moving, fixed, points
+    last = np.array(shape[::-1]) - 1
+    images, points = [], {}
+    for name, values, unit in (
+        ("moving", phantom.image_A, phantom.points_A),
+        ("fixed", phantom.image_B, phantom.points_B),
+    ):
+        image = image_from(values[0, 0].numpy().astype(np.int16))
+        image.SetSpacing([float(s) for s in phantom.spacing[::-1]])
+        image.SetOrigin((-0.5 * np.array(image.GetSpacing()) * last).tolist())
+        images.append(image)
+        points[name] = to_physical(image, unit.double().numpy()[:, ::-1] * last)
+    return *images, points
 
 
 def draw(result, moving, fixed, warped, path: Path) -> None:

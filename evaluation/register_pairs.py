@@ -28,14 +28,22 @@ from typing import Any
 
 import numpy as np
 
-from evaluation import STATISTICS, before, csv_file, machine, register, score
+from evaluation import (
+    DIRECTIONS,
+    STATISTICS,
+    Case,
+    before,
+    csv_file,
+    machine,
+    peak_memory,
+    register,
+    score,
+    version,
+    write_csv,
+    written_whole,
+)
 from evaluation.accuracy.pairs import find_cases
 from evaluation.accuracy.peers import DEFAULT, PEERS, NotApplicable, missing
-from icon_nephi._memory import peak_memory
-from icon_nephi.commands.cases import Case
-from icon_nephi.io.atomic import write_csv, written_whole
-from icon_nephi.io.versions import version
-from icon_nephi.maps.two_way import DIRECTIONS
 
 NOT_INSTALLED = "not installed"
 OURS = {"icon_nephi": "evaluation.register_pairs:nephi"}

@@ -7,75 +7,50 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from icon_nephi import itk_wrapper as itk_wrapper
-    from icon_nephi.fields import LatentMLP, ModulatedSiren
-    from icon_nephi.fields.codes import LatentCode, LatentCodeTable
-    from icon_nephi.fields.encoders import HybridEncoder
+    from icon_nephi.fields import LatentMLP as LatentMLP
+    from icon_nephi.fields import ModulatedSiren as ModulatedSiren
+    from icon_nephi.fields.codes import LatentCode as LatentCode
+    from icon_nephi.fields.codes import LatentCodeTable as LatentCodeTable
+    from icon_nephi.fields.encoders import HybridEncoder as HybridEncoder
+    from icon_nephi.losses.gradient_icon import GradientICONPoints as GradientICONPoints
     from icon_nephi.losses.gradient_icon import (
-        GradientICONPoints,
-        gradient_inverse_consistency,
+        gradient_inverse_consistency as gradient_inverse_consistency,
     )
+    from icon_nephi.maps.networks import FirstTransform as FirstTransform
     from icon_nephi.maps.networks import (
-        FirstTransform,
-        FunctionFromNeuralField,
-        NePhi,
-        TwoStepPair,
+        FunctionFromNeuralField as FunctionFromNeuralField,
     )
-    from icon_nephi.models import make_network
-    from icon_nephi.proofs.certificate import certify
-    from icon_nephi.registration.register import ensemble, register
-    from icon_nephi.registration.result import Registration, load
-    from icon_nephi.space.sampling import Patches, Points
-    from icon_nephi.swap import add_neural_residual, swap_fields
+    from icon_nephi.maps.networks import NePhi as NePhi
+    from icon_nephi.maps.networks import TwoStepPair as TwoStepPair
+    from icon_nephi.models import make_network as make_network
+    from icon_nephi.proofs.certificate import certify as certify
+    from icon_nephi.registration.register import ensemble as ensemble
+    from icon_nephi.registration.register import register as register
+    from icon_nephi.registration.result import Registration as Registration
+    from icon_nephi.registration.result import load as load
+    from icon_nephi.space.sampling import Patches as Patches
+    from icon_nephi.space.sampling import Points as Points
+    from icon_nephi.swap import add_neural_residual as add_neural_residual
+    from icon_nephi.swap import swap_fields as swap_fields
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "FirstTransform",
-    "FunctionFromNeuralField",
-    "GradientICONPoints",
-    "HybridEncoder",
-    "LatentCode",
-    "LatentCodeTable",
-    "LatentMLP",
-    "ModulatedSiren",
-    "NePhi",
-    "Patches",
-    "Points",
-    "Registration",
-    "TwoStepPair",
-    "add_neural_residual",
-    "certify",
-    "ensemble",
-    "gradient_inverse_consistency",
-    "load",
-    "make_network",
-    "register",
-    "swap_fields",
-]
-
-_HOMES = {
-    "FirstTransform": "maps.networks",
-    "FunctionFromNeuralField": "maps.networks",
-    "GradientICONPoints": "losses.gradient_icon",
-    "HybridEncoder": "fields.encoders",
-    "LatentCode": "fields.codes",
-    "LatentCodeTable": "fields.codes",
-    "LatentMLP": "fields",
-    "ModulatedSiren": "fields",
-    "NePhi": "maps.networks",
-    "Patches": "space.sampling",
-    "Points": "space.sampling",
-    "Registration": "registration.result",
-    "TwoStepPair": "maps.networks",
-    "add_neural_residual": "swap",
-    "certify": "proofs.certificate",
-    "ensemble": "registration.register",
-    "gradient_inverse_consistency": "losses.gradient_icon",
-    "load": "registration.result",
-    "make_network": "models",
-    "register": "registration.register",
-    "swap_fields": "swap",
+_ROOMS = {
+    "fields": "LatentMLP ModulatedSiren",
+    "fields.codes": "LatentCode LatentCodeTable",
+    "fields.encoders": "HybridEncoder",
+    "losses.gradient_icon": "GradientICONPoints gradient_inverse_consistency",
+    "maps.networks": "FirstTransform FunctionFromNeuralField NePhi TwoStepPair",
+    "models": "make_network",
+    "proofs.certificate": "certify",
+    "registration.register": "ensemble register",
+    "registration.result": "Registration load",
+    "space.sampling": "Patches Points",
+    "swap": "add_neural_residual swap_fields",
 }
+_HOMES = {name: room for room, names in _ROOMS.items() for name in names.split()}
+
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -7,45 +7,37 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 
-def check_image(name: str, image: Tensor) -> None:
-    """Raise unless an image is ``[B, C, *grid]`` with 2 or 3 axes.
+def check_shape(name: str, shape: torch.Size) -> None:
+    """Raise a ValueError unless a shape is ``[B, C, *grid]`` with 2 or 3 axes.
 
     Every axis needs two voxels, because the unit box puts voxel i at i / (n - 1).
     """
+    if len(shape) not in (4, 5):
+        raise ValueError(
+            f"{name} must be [B, C, H, W] or [B, C, D, H, W], got shape "
+            f"{tuple(shape)}; add the missing axes with image[None, None]"
+        )
+    if shape.numel() and min(shape[2:]) < 2:
+        raise ValueError(
+            f"{name} has shape {tuple(shape)}: an axis with one voxel has no extent; "
+            "drop that axis and register in 2D"
+        )
+
+
+def check_image(name: str, image: Tensor) -> None:
+    """Raise unless an image is floating point of a shape as in `check_shape`."""
     if not isinstance(image, Tensor):
         raise TypeError(
             f"{name} must be a torch.Tensor [B, C, *grid], got {type(image).__name__}"
         )
-    if image.dim() not in (4, 5):
-        raise ValueError(
-            f"{name} must be [B, C, H, W] or [B, C, D, H, W], got shape "
-            f"{tuple(image.shape)}; add the missing axes with image[None, None]"
-        )
-    if image.numel() and min(image.shape[2:]) < 2:
-        raise ValueError(
-            f"{name} has shape {tuple(image.shape)}: an axis with one voxel has no "
-            "extent; drop that axis and register in 2D"
-        )
+    check_shape(name, image.shape)
     if not image.is_floating_point():
         raise TypeError(
             f"{name} must be floating point, got {image.dtype}; call {name}.float()"
-        )
-
-
-def check_intensities(name: str, image: Tensor) -> None:
-    """Raise a ValueError unless intensities are finite and not all the same."""
-    bad = int((~image.isfinite()).sum())
-    if bad:
-        raise ValueError(
-            f"{name} has {bad} NaN or infinite voxels; replace them before registering"
-        )
-    if image.numel() and bool(image.max() == image.min()):
-        raise ValueError(
-            f"{name} is constant ({float(image.flatten()[0]):g} everywhere): there is "
-            "nothing to align; check that the right file was read"
         )
 
 
@@ -132,9 +124,9 @@ def check_dimension(
 def check_both(name: str, of_A: object, of_B: object) -> None:
     """Raise a ValueError if one of two that only serve together is missing."""
     if (of_A is None) != (of_B is None):
-        given, missing = "AB" if of_B is None else "BA"
+        there, missing = "AB" if of_B is None else "BA"
         raise ValueError(
-            f"{name}_{missing} is missing but {name}_{given} was given; pass both or "
+            f"{name}_{missing} is missing but {name}_{there} was given; pass both or "
             "neither"
         )
 

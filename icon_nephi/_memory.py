@@ -25,7 +25,7 @@ _Result = TypeVar("_Result")
 
 
 def to_bytes(limit: int | str) -> int:
-    """The bytes of a number or of a text such as "4GiB", "500 MB", "2G".
+    """Return the bytes of a number or of a text such as "4GiB", "500 MB", "2G".
 
     Raises:
         ValueError: another text, or not positive.
@@ -44,7 +44,7 @@ def to_bytes(limit: int | str) -> int:
 
 
 def plan(limit: int, voxels: int) -> tuple[int, int]:
-    """Voxels of the working level of each of two images, and bytes for its chunks.
+    """Return voxels of the working level of each image, and bytes for its chunks.
 
     Args:
         limit: bytes that the whole process may take.
@@ -64,7 +64,7 @@ def plan(limit: int, voxels: int) -> tuple[int, int]:
 
 
 def machine_memory() -> float:
-    """The bytes of memory of this machine; infinity where it does not say."""
+    """Return the bytes of memory of this machine; infinity where it does not say."""
     try:
         return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, ValueError, OSError):
@@ -98,13 +98,13 @@ class Shortage(MemoryError):
 
 
 def ran_out(error: Exception) -> bool:
-    """Whether an error says that memory ran out, the machine's or a GPU's."""
+    """Return whether an error says that memory ran out, the machine's or a GPU's."""
     said = isinstance(error, RuntimeError) and _NONE_LEFT.search(str(error))
     return isinstance(error, MemoryError) or bool(said)
 
 
 def shortage(error: Exception, doing: str = "this") -> Shortage:
-    """What to raise in place of an error of which `ran_out` is true."""
+    """Return what to raise in place of an error of which `ran_out` is true."""
     if isinstance(error, Shortage):
         return error
     asked = _ASKED.search(str(error))
@@ -123,7 +123,7 @@ def shortage(error: Exception, doing: str = "this") -> Shortage:
 
 @contextmanager
 def memory_for(doing: str) -> Iterator[None]:
-    """Within, errors of which `ran_out` is true become a `Shortage`."""
+    """Turn errors within, of which `ran_out` is true, into a `Shortage`."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -135,7 +135,7 @@ def memory_for(doing: str) -> Iterator[None]:
 def in_smaller_parts(
     work: Callable[[int], _Result], size: int, least: int, doing: str
 ) -> _Result:
-    """What ``work(size)`` returns; while memory runs out, again with half the size.
+    """Return what ``work(size)`` does; while memory runs out, of half the size.
 
     Args:
         work: may be called again after an error.

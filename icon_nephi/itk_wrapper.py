@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from icon_registration.losses import ICONLoss, to_floats
 from torch import Tensor, nn
 
-from icon_nephi._check import check_dimension, check_intensities
+from icon_nephi._check import check_dimension
 from icon_nephi.fit.refine import refine_pair, unrefined_maps
 from icon_nephi.io.image_input import is_itk, read_input
 from icon_nephi.io.itk_images import (
@@ -29,10 +29,10 @@ from icon_nephi.io.itk_images import (
     resample_to,
     tensor_of,
 )
-from icon_nephi.maps.framed import Array
 from icon_nephi.maps.transforms import Map
-from icon_nephi.space.frames import other_components, other_order
+from icon_nephi.space.frames import Array, other_components, other_order
 from icon_nephi.space.images import resize_image
+from icon_nephi.space.intensities import check_intensities
 
 # Points of an exported field evaluated at once.
 SLAB = 2**18
@@ -47,7 +47,7 @@ def register_pair(
     learning_rate: float = 1e-3,
     **options: Any,
 ) -> Any:
-    """(phi_AB, phi_BA), ITK transforms; with ``return_artifacts`` and the loss.
+    """Return (phi_AB, phi_BA), ITK transforms; with ``return_artifacts`` and the loss.
 
     ``phi_AB.TransformPoint(point of image_B)`` is the point of image_A, LPS mm.
 
@@ -66,17 +66,8 @@ def register_pair(
         TypeError: not ITK images.
         ValueError: images, masks or a model that this cannot be done with.
     """
-    return register_pair_with_mask(
-        model,
-        image_A,
-        image_B,
-        None,
-        None,
-        finetune_steps,
-        return_artifacts,
-        learning_rate,
-        **options,
-    )
+    how = finetune_steps, return_artifacts, learning_rate
+    return register_pair_with_mask(model, image_A, image_B, None, None, *how, **options)
 
 
 def register_pair_with_mask(
@@ -92,39 +83,23 @@ def register_pair_with_mask(
     segmentation_B: Any = None,
     **options: Any,
 ) -> Any:
-    """As `register_pair`, looking only where the masks are above zero.
+    """Register as `register_pair`, looking only where the masks are above zero.
 
-    Args:
-        model: as there.
-        image_A: moving ITK image.
-        image_B: fixed ITK image.
-        mask_A: ITK mask, on any grid; fine-tuning samples image_A inside it.
-        mask_B: the same of image_B.
-        finetune_steps: as there.
-        return_artifacts: as there.
-        learning_rate: as there.
-        segmentation_A: ITK label map, handed to a model whose loss takes one.
-        segmentation_B: the same of image_B.
-        **options: ``export_shape`` (voxels of the transforms' fields, tensor order;
-            default the network's grid), and of `icon_nephi.fit.refine.refine_pair`:
-            ``code_learning_rate``, ``stages``, ``regularity``, ``patience``,
-            ``progress``, ``callback``, ``seed``.
+    ``mask_A`` and ``mask_B`` are ITK masks, on any grid; fine-tuning samples each image
+    inside its own. ``segmentation_A`` and ``segmentation_B`` are ITK label maps, handed
+    to a model whose loss takes them. ``options`` are ``export_shape`` (voxels of the
+    transforms' fields, tensor order; default the network's grid), and of
+    `icon_nephi.fit.refine.refine_pair` ``code_learning_rate``, ``stages``,
+    ``regularity``, ``patience``, ``progress``, ``callback`` and ``seed``.
 
     Raises:
         TypeError: not ITK images.
         ValueError: images, masks or a model that this cannot be done with.
     """
-    labels = {"segmentation_A": segmentation_A, "segmentation_B": segmentation_B}
-    return _register(
-        model,
-        [image_A],
-        [image_B],
-        {"mask_A": mask_A, "mask_B": mask_B, **labels},
-        finetune_steps,
-        return_artifacts,
-        learning_rate,
-        **options,
-    )
+    extras = {"mask_A": mask_A, "mask_B": mask_B}
+    extras |= {"segmentation_A": segmentation_A, "segmentation_B": segmentation_B}
+    how = finetune_steps, return_artifacts, learning_rate
+    return _register(model, [image_A], [image_B], extras, *how, **options)
 
 
 def register_pair_with_multimodalities(
@@ -136,16 +111,9 @@ def register_pair_with_multimodalities(
     learning_rate: float = 1e-3,
     **options: Any,
 ) -> Any:
-    """As `register_pair` for lists of images of one place, a channel each.
+    """Register as `register_pair`, of lists of images of one place, a channel each.
 
-    Args:
-        model: as there; its network takes that many channels.
-        image_A: moving ITK images.
-        image_B: fixed ITK images.
-        finetune_steps: as there.
-        return_artifacts: as there.
-        learning_rate: as there.
-        **options: as `register_pair_with_mask`'s.
+    The model's network takes that many channels.
 
     Raises:
         TypeError: not ITK images.
@@ -156,16 +124,8 @@ def register_pair_with_multimodalities(
             f"image_A has {len(image_A)} modalities, image_B {len(image_B)}: pass the "
             "same ones of both, at least one"
         )
-    return _register(
-        model,
-        image_A,
-        image_B,
-        {},
-        finetune_steps,
-        return_artifacts,
-        learning_rate,
-        **options,
-    )
+    how = finetune_steps, return_artifacts, learning_rate
+    return _register(model, image_A, image_B, {}, *how, **options)
 
 
 def _register(
@@ -194,7 +154,7 @@ def _register(
         _network_images(letter, images, shape).to(device)
         for letter, images in (("A", images_A), ("B", images_B))
     )
-    given = {
+    labels: dict[str, Any] = {  # refine_pair takes them by these names
         name: _network_labels(name, image, images, shape).to(device)
         for (name, image), images in zip(
             extras.items(), (images_A, images_B) * 2, strict=False
@@ -202,7 +162,6 @@ def _register(
         if image is not None
     }
     losses: list[ICONLoss] = []
-    maps: Any = given  # refine_pair takes them by these names
     if finetune_steps or options.get("stages"):
         call = options.pop("callback", None)
 
@@ -218,7 +177,7 @@ def _register(
             steps=finetune_steps or 0,
             learning_rate=learning_rate,
             callback=remember,
-            **maps,
+            **labels,
             **options,
         )
     else:
@@ -233,26 +192,29 @@ def _register(
         if not return_artifacts:
             return results
         if not losses:
-            losses = [model(A, B, **_accepted(model, given))]
+            taken = inspect.signature(model.forward).parameters
+            known = {name: image for name, image in labels.items() if name in taken}
+            losses = [model(A, B, **known)]
     return *results, to_floats(losses[0])
 
 
 def _network_images(letter: str, images: Sequence[Any], shape: Sequence[int]) -> Tensor:
-    """The modalities of one side on the network's grid, ``[1, C, *shape]``."""
+    """Return the modalities of one side on the network's grid, ``[1, C, *shape]``."""
     channels, place = [], None
+    name = f"image_{letter}"
     for image in images:
         if not is_itk(image):
             raise TypeError(
-                f"image_{letter} must be an itk.Image, got {type(image).__name__}; "
+                f"{name} must be an itk.Image, got {type(image).__name__}; "
                 "read it with itk.imread"
             )
         values, _, geometry = read_input(letter, image, None)
-        check_intensities(f"image_{letter}", values)
-        name, advice = f"image_{letter}", "pass images as it was made for"
+        check_intensities(name, values)
+        advice = "pass images as it was made for"
         check_dimension(name, geometry.dimension, "the model is", len(shape), advice)
         if place is not None and geometry != place:
             raise ValueError(
-                f"image_{letter}: its modalities lie on different grids; resample them "
+                f"{name}: its modalities lie on different grids; resample them "
                 "to the first"
             )
         place = geometry
@@ -263,7 +225,7 @@ def _network_images(letter: str, images: Sequence[Any], shape: Sequence[int]) ->
 def _network_labels(
     name: str, labels: Any, images: Sequence[Any], shape: Sequence[int]
 ) -> Tensor:
-    """A mask or label map on the network's grid, ``[1, 1, *shape]``."""
+    """Return a mask or label map on the network's grid, ``[1, 1, *shape]``."""
     letter = name[-1]
     if name.startswith("mask"):
         values = read_input(letter, images[0], labels)[1]
@@ -287,7 +249,7 @@ def _exported(
     source: Any,
     target: Any,
 ) -> Any:
-    """phi as ICON exports it: a displacement field over the source image's box.
+    """Return phi as ICON exports it: a displacement field over the source image's box.
 
     Args:
         phi: the map, ICON frame of the network's grid.
@@ -328,7 +290,7 @@ def _exported(
 
 
 def _field_transform(d: int) -> Any:
-    """``itk.DisplacementFieldTransform[itk.D, d]``.
+    """Return ``itk.DisplacementFieldTransform[itk.D, d]``.
 
     Asked for by that name, ITK loads every class it might need with it: 400 MB.
     """
@@ -340,7 +302,7 @@ def _field_transform(d: int) -> Any:
 
 
 def _from_index(image: Any, size: Sequence[int], inverse: bool = False) -> Any:
-    """Voxel index of a grid of that size over the image's box -> LPS mm, affine."""
+    """Return voxel index of a grid over the image's box -> LPS mm, affine."""
     place = geometry_of(image).resized(size)
     matrix: Array = np.array(place.direction) * place.spacing
     offset: Array = np.array(place.origin)
@@ -351,9 +313,3 @@ def _from_index(image: Any, size: Sequence[int], inverse: bool = False) -> Any:
     affine.SetMatrix(itk.matrix_from_array(matrix))
     affine.SetOffset(offset.tolist())
     return affine
-
-
-def _accepted(model: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What of the masks and label maps the model's loss takes."""
-    names = inspect.signature(model.forward).parameters
-    return {name: values for name, values in given.items() if name in names}

@@ -93,7 +93,7 @@ def make_network(
     extent: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> GradientICONPoints:
-    """A network to train: encoder, two fields, loss; phi is the identity at the start.
+    """Return a network to train: encoder, two fields, loss; at first the identity.
 
     Its identity map is assigned, so ICON's ``train_batchfunction`` takes it as it is.
     Trained on pairs, it predicts the code of a pair in one pass; its ``regis_net`` is
@@ -153,7 +153,7 @@ def _predicted_pair(
     levels: int,
     generator: torch.Generator | None,
 ) -> nn.Module:
-    """A network that returns (phi_AB, phi_BA) of two images, coarse to fine."""
+    """Return a network that returns (phi_AB, phi_BA) of two images, coarse to fine."""
     dimension = len(input_shape) - 2
     encoder = HybridEncoder(input_shape, **settings.encoder, generator=generator)
     arguments = {

@@ -73,7 +73,7 @@ class ThoraxPhantom:
     phi_BA: _Map
 
     def millimetres(self, points: Tensor) -> Tensor:
-        """Points [N, d] of the unit box in mm from voxel 0, array-axis order."""
+        """Return points [N, d] of the unit box in mm from voxel 0, array-axis order."""
         steps = [n - 1 for n in self.image_A.shape[2:]]
         return points * points.new_tensor(steps) * points.new_tensor(self.spacing)
 
@@ -85,7 +85,7 @@ def breathing_thorax(
     amplitude: float = 20.0,
     noise: float = 20.0,
 ) -> ThoraxPhantom:
-    """A CT-like thorax breathed in (A) and out (B), with the exact map between them.
+    """Return a CT-like thorax breathed in (A) and out (B), and the exact map between.
 
     The scene is a formula: each image is read from it without interpolation. Anatomy
     and map depend on the seed and the number of axes, not on the shape: a finer shape
@@ -111,8 +111,7 @@ def breathing_thorax(
         )
     axes = [0, 1, 2] if len(size) == 3 else [0, 2]
     steps = torch.tensor(size) - 1
-    given = _BOX[axes] / steps if spacing is None else spacing
-    mm = tuple(float(s) for s in given)
+    mm = tuple(map(float, _BOX[axes] / steps if spacing is None else spacing))
     if len(mm) != len(size) or not all(0 < s < math.inf for s in mm):
         raise ValueError(
             f"spacing must be {len(size)} positive numbers of mm for the shape "
@@ -167,7 +166,7 @@ _PROFILES = (
 def _breathe(
     strengths: list[float], phases: list[float], back: bool, coords: Tensor
 ) -> Tensor:
-    """Coordinates [B, d, *any] in the unit box, moved or moved back.
+    """Return coordinates [B, d, *any] in the unit box, moved or moved back.
 
     One axis after the other: ``strength * profile(own coordinate) * weight(other
     coordinates)`` is added. The determinant is the product of the steps' ``1 +
@@ -240,14 +239,14 @@ class _Anatomy:
         self.nearest = torch.stack(walls).topk(16, dim=0, largest=False).indices
 
     def _depth(self, points: Tensor, lung: str) -> Tensor:
-        """How many mm points [N, 3] lie inside a lung and outside its neighbours."""
+        """Return how many mm points [N, 3] lie in a lung and outside its neighbours."""
         distance = _distance(points.T, self.shapes[_ORDER.index(lung)][2])
         for _, _, shape in self.shapes[_ORDER.index("heart") :]:
             distance = torch.maximum(distance, -_distance(points.T, shape))
         return -distance
 
     def _vessels(self, x: Tensor) -> Tensor:
-        """Share of vessel, 0 to 1, at points [3, N]."""
+        """Return the share of vessel, 0 to 1, at points [3, N]."""
         n = torch.tensor(_CELLS)[:, None]
         cell = (x / _BOX[:, None] * n).long().minimum(n - 1)
         row = (cell[0] * n[1] + cell[1]) * n[2] + cell[2]
@@ -255,7 +254,7 @@ class _Anatomy:
         return torch.sigmoid(-torch.stack(walls).amin(0) / _EDGE)
 
     def scene(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels (uint8) and HU (float32), [N], at points [3, N] in mm."""
+        """Return labels (uint8) and HU (float32), [N], at points [3, N] in mm."""
         labels, hu = torch.zeros(x.shape[1]).byte(), torch.full((x.shape[1],), -1000.0)
         distances = [_distance(x, shape) for _, _, shape in self.shapes]
         body = distances[0] < 0
@@ -277,7 +276,7 @@ class _Anatomy:
 
 
 def _distance(x: Tensor, shape: Tensor) -> Tensor:
-    """About the distance in mm of points [3, N] to an ellipsoid, inside negative."""
+    """Return about the distance in mm of points [3, N] to an ellipsoid."""
     centre, radii = shape
     q = (x - centre) / radii
     rho = q.square().sum(0).sqrt()
@@ -287,7 +286,7 @@ def _distance(x: Tensor, shape: Tensor) -> Tensor:
 
 
 def _tube_distance(x: Tensor, tube: Tensor) -> Tensor:
-    """Distance in mm of points [3, N] to the walls of tubes [8, N or 1]."""
+    """Return the distance in mm of points [3, N] to the walls of tubes [8, N or 1]."""
     p, v = x - tube[:3], tube[3:6] - tube[:3]
     along = ((p * v).sum(0) / (v * v).sum(0)).clamp(0, 1)
     off_axis: Tensor = (p - along * v).square().sum(0).sqrt()
@@ -295,7 +294,7 @@ def _tube_distance(x: Tensor, tube: Tensor) -> Tensor:
 
 
 def _paint(anatomy: _Anatomy, size: tuple[int, ...], inverse: _Map) -> list[Tensor]:
-    """Labels and HU, [1, 1, *size], of the scene read at ``inverse`` of each voxel."""
+    """Return labels and HU, [1, 1, *size], read at ``inverse`` of each voxel."""
     axes = [torch.linspace(0, 1, n, dtype=torch.float64) for n in size]
     painted = []
     for rows in axes[0].split(max(1, _CHUNK // math.prod(size[1:]))):
@@ -317,7 +316,7 @@ class Shapes:
 def triangles_and_circles(
     count: int, size: int = 128, hollow: bool = False, seed: int = 0, noise: float = 0.0
 ) -> Shapes:
-    """ICON's 2D toy shapes: each a triangle or a circle, anywhere, of any size.
+    """Return ICON's 2D toy shapes: each a triangle or a circle, anywhere, of any size.
 
     Same distribution and soft edge as ``icon_registration.data`` draws: -1 outside to
     1 inside; hollow: 0 to 1 on the outline (the labels stay filled). ``size`` is the

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from icon_nephi._check import check_image, check_intensities, check_mask
+from icon_nephi._check import check_image, check_mask
 from icon_nephi.io.image_input import check_kind, is_itk
+from icon_nephi.space.intensities import check_intensities
 from icon_nephi.swap import add_neural_residual, swap_fields
 
 NEURAL = ("residual", "last", "none")
@@ -84,7 +85,7 @@ def init_network(
     weights: str | os.PathLike[str] | None = None,
     input_shape: Sequence[int] | None = None,
 ) -> Any:
-    """A published network with its identity map, on the CPU, in ``eval()``.
+    """Return a published network with its identity map, on the CPU, in ``eval()``.
 
     ``neural="residual"``: frozen, then a neural pair that starts as the identity
     (`add_neural_residual`). ``"last"``: a neural field, which also starts as the
@@ -146,7 +147,7 @@ multigradicon_registration_model = partial(init_network, "multigradicon")
 
 
 def _make_network(device: str) -> Any:
-    """ICON's, the same for all tasks; on "meta" it draws no random numbers."""
+    """Return ICON's, the same for all tasks; on "meta" it draws no random numbers."""
     from icon_registration.pretrained_models import lung_ct  # imports itk
 
     with torch.device(device):
@@ -154,7 +155,7 @@ def _make_network(device: str) -> Any:
 
 
 def _given(path: Path, task: str) -> dict[str, Tensor]:
-    """A user's weights; only a file's name can tell the task, the keys are the same."""
+    """Return a user's weights; only the name tells the task, the keys are the same."""
     if not path.is_file():
         raise ValueError(f"weights: {path} does not exist or is not a file")
     names = {k: (Path(t.url).name, Path(t.place).name) for k, t in TASKS.items()}
@@ -169,7 +170,7 @@ def _given(path: Path, task: str) -> dict[str, Tensor]:
 
 
 def _read(path: Path, name: str, advice: str) -> dict[str, Tensor]:
-    """The contents of a file that exists; the name and the advice are for errors."""
+    """Return the contents of a file; the name and the advice are for errors."""
     with path.open("rb") as file:  # or an OSError that says why not
         is_archive = file.read(2) == b"PK"
     try:
@@ -192,7 +193,7 @@ def _read(path: Path, name: str, advice: str) -> dict[str, Tensor]:
 
 
 def _check_fit(state: dict[str, Tensor], name: str, advice: str) -> None:
-    """Nothing, or a ValueError that lists what is missing, unexpected or misshapen."""
+    """Raise a ValueError with what is missing, unexpected or misshapen, if anything."""
     expected = _make_network("meta").regis_net.state_dict()
     missing = [key for key in expected if key not in state]
     unexpected = [key for key in state if key not in expected]
@@ -209,16 +210,16 @@ def _check_fit(state: dict[str, Tensor], name: str, advice: str) -> None:
     if {key.removeprefix("regis_net.") for key in state} == set(expected):
         why = "it holds the loss too: save net.regis_net.state_dict()"
     kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shaped}
-    found = "; ".join(
+    odd = "; ".join(
         f"{len(keys)} {kind}: {', '.join(keys[:5])}{', ...' * (len(keys) > 5)}"
         for kind, keys in kinds.items()
         if keys
     )
-    raise ValueError(f"{name} does not fit the network ({found}); {why}")
+    raise ValueError(f"{name} does not fit the network ({odd}); {why}")
 
 
 def _published(task: str) -> dict[str, Tensor]:
-    """The published weights, downloaded unless they are here (from ICON, say)."""
+    """Return the published weights, downloaded unless they are here (say, by ICON)."""
     import pooch  # type: ignore[import-untyped]
 
     published = TASKS[task]
@@ -268,7 +269,7 @@ class ResumingDownloader:
         self.part, self.check = part, check
 
     def __call__(self, url: str, output_file: str, pooch: Any = None) -> None:
-        """Nothing; the file is at ``output_file``, whole and checked.
+        """Download to ``output_file``, whole and checked.
 
         Raises:
             OSError: the connection fails, and again with nothing gained.
@@ -319,7 +320,7 @@ class ResumingDownloader:
 
 
 def lung_network_preprocess(image: Any, segmentation: Any = None) -> Any:
-    """Lung CT (Hounsfield units), [-1000, 0] to [0, 1], float32; zero outside a mask.
+    """Scale lung CT (HU), [-1000, 0] to [0, 1], float32; zero outside a mask.
 
     Differs from ICON: any pixel type; a label counts as one, not as its number.
 
@@ -335,7 +336,7 @@ def lung_network_preprocess(image: Any, segmentation: Any = None) -> Any:
 
 
 def brain_network_preprocess(image: Any) -> Any:
-    """Brain MRI, its maximum to 0.9, float32; else as `lung_network_preprocess`."""
+    """Scale brain MRI, maximum to 0.9, float32; else as `lung_network_preprocess`."""
 
     def scale(item: Tensor) -> Tensor:
         if item.max() <= 0:
@@ -348,7 +349,7 @@ def brain_network_preprocess(image: Any) -> Any:
 def unigradicon_network_preprocess(
     image: Any, modality: str = "ct", mask: Any = None
 ) -> Any:
-    """As uniGradICON, [0, 1], float32; else as `lung_network_preprocess`.
+    """Scale as uniGradICON, [0, 1], float32; else as `lung_network_preprocess`.
 
     ``"ct"`` clips Hounsfield units to [-1000, 1000], ``"mri"`` intensities to the 99th
     percentile.
@@ -369,7 +370,7 @@ def unigradicon_network_preprocess(
 
 
 def _prepare(image: Any, mask: Any, scale: Callable[[Tensor], Tensor]) -> Any:
-    """The image, each item of the batch scaled, times the mask."""
+    """Return the image, each item of the batch scaled, times the mask."""
     if mask is not None:
         check_kind("segmentation", mask, "image", image)
     if is_itk(image):

@@ -45,7 +45,7 @@ class BothDirections(RegistrationModule):
         return self
 
     def forward(self, image_A: Tensor, image_B: Tensor) -> tuple[Map, Map]:
-        """(phi_AB, phi_BA), ICON frame."""
+        """Return (phi_AB, phi_BA), ICON frame."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze):
             maps = self.net(image_A, image_B)
             if not isinstance(maps, tuple):
@@ -65,7 +65,7 @@ def add_neural_residual(
     regularity_sampler: Any = None,
     seed: int = 0,
 ) -> GradientICONPoints:
-    """A `GradientICONPoints` of ``net`` followed by a neural pair at full resolution.
+    """Return a loss of ``net`` followed by a neural pair at full resolution.
 
     phi_AB = pre_AB o psi_AB and phi_BA = psi_BA o pre_BA, where ``net`` makes pre and
     the residual, which is handed A warped by pre_AB, makes psi. Until it is trained
@@ -114,7 +114,7 @@ def swap_fields(
     *,
     share: bool = False,
 ) -> Any:
-    """The network with ``FunctionFromVectorField`` steps replaced by neural ones.
+    """Return the network with neural steps for its ``FunctionFromVectorField`` steps.
 
     It is changed in place; all its other weights keep their keys. The names of the
     steps that were replaced are logged and in ``net.swapped_fields``.
@@ -136,13 +136,19 @@ def swap_fields(
     everything = dict(net.named_modules(remove_duplicate=False))
     steps = {k: m for k, m in everything.items() if type(m) is FunctionFromVectorField}
     names = _choose(which, steps, everything, type(net).__name__)
-    make = make or _Maker(share)
     made: dict[int, nn.Module] = {}
+    field: nn.Module | None = None
     for name in names:
         step = steps[name]
         if id(step) not in made:
             shape = _input_shape(name or "net", step)
-            new = make(shape)
+            if make is None:
+                encoder = HybridEncoder(shape)
+                if field is None or not share:
+                    field = LatentMLP(len(shape) - 2)  # both have 64 code values
+                new: nn.Module = FunctionFromNeuralField(encoder, field)
+            else:
+                new = make(shape)
             if isinstance(new, RegistrationModule):
                 new.assign_identity_map(shape)
             made[id(step)] = new.to(step.identity_map.device).train(step.training)
@@ -163,7 +169,7 @@ def _choose(
     everything: dict[str, nn.Module],
     kind: str,
 ) -> list[str]:
-    """The names asked for, all of them steps."""
+    """Return the names asked for, all of them steps."""
     if not steps:
         raise ValueError(
             f"net is {kind} and holds no FunctionFromVectorField, the only step that "
@@ -175,8 +181,8 @@ def _choose(
         which = [which]
     for name in which:
         if name not in steps:
-            found = everything.get(name)
-            what = "no module" if found is None else f"a {type(found).__name__}"
+            module = everything.get(name)
+            what = "no module" if module is None else f"a {type(module).__name__}"
             raise ValueError(
                 f"which: {name!r} is {what} of net, expected 'last', 'all' or some of "
                 f"{list(steps)}"
@@ -184,22 +190,8 @@ def _choose(
     return list(which)
 
 
-class _Maker:
-    """Makes the default neural step; one field for all when they share it."""
-
-    def __init__(self, share: bool) -> None:
-        self.share = share
-        self.field: nn.Module | None = None
-
-    def __call__(self, shape: list[int]) -> nn.Module:
-        encoder = HybridEncoder(shape)
-        if self.field is None or not self.share:
-            self.field = LatentMLP(len(shape) - 2)  # both have 64 code values
-        return FunctionFromNeuralField(encoder, self.field)
-
-
 def _input_shape(name: str, net: Any) -> list[int]:
-    """[1, C, *grid] of a module that ICON's assign_identity_map has reached."""
+    """Return [1, C, *grid] of a module that ICON's assign_identity_map has reached."""
     if not hasattr(net, "identity_map"):
         raise ValueError(
             f"{name} ({type(net).__name__}) has no identity map; call "

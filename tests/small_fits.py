@@ -9,7 +9,7 @@ from icon_nephi.fit.from_scratch import fit_pair
 from icon_nephi.fit.optimize import FitOptions
 from icon_nephi.fit.settings import Fit
 from icon_nephi.space.frames import Geometry
-from icon_nephi.space.prepared import PreparedImage
+from icon_nephi.space.intensities import PreparedImage
 
 KINDS = {"LatentMLP": {"width": 16}, "ModulatedSiren": {"width": 16, "frequencies": 8}}
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from icon_nephi.maps.jacobians import determinants
-from icon_nephi.maps.transforms import Map, value_and_jacobian
+from icon_nephi.maps.jacobians import determinants, fold_fraction
 from icon_nephi.report.metrics import dice, target_registration_error
 from icon_nephi.space.frames import identity_map, points_as_grid
 from icon_nephi.space.images import sample_image
+from icon_nephi.transforms import value_and_jacobian
+
+Map = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Held:
 
 
 def judge(network: nn.Module, pairs: Iterable[Held]) -> dict[str, float]:
-    """Means over the pairs: Dice or millimetres, folds, inverse consistency.
+    """Return means over the pairs: Dice or millimetres, folds, inverse consistency.
 
     ``folds``: the share of voxel centres, in both maps, where the analytic determinant
     is not positive; ``folded_pairs``: of pairs that have one. ``inverse_consistency``:
@@ -47,23 +49,20 @@ def judge(network: nn.Module, pairs: Iterable[Held]) -> dict[str, float]:
     worst pair. ``tre``: mean over landmarks.
     """
     device = next(network.parameters()).device
-    found: list[dict[str, float]] = []
+    figures: list[dict[str, float]] = []
     for pair in pairs:
+        image_A, image_B = pair.image_A.to(device), pair.image_B.to(device)
         with torch.no_grad():
-            maps = _maps(
-                network.regis_net, pair.image_A.to(device), pair.image_B.to(device)
-            )
-            found.append(_judge_pair(pair, *maps, device))
-    names = list(dict.fromkeys(name for one in found for name in one))
-    means = {n: sum(one[n] for one in found) / len(found) for n in names}
+            maps = network.regis_net(image_A, image_B)
+            if not isinstance(maps, tuple):
+                maps = maps, network.regis_net(image_B, image_A)
+            figures.append(_judge_pair(pair, *maps, device))
+    means = {
+        n: sum(row[n] for row in figures) / len(figures) for n in (figures or [{}])[0]
+    }
     if "dice" in means:
-        means["dice_min"] = min(one["dice"] for one in found)
+        means["dice_min"] = min(row["dice"] for row in figures)
     return means
-
-
-def _maps(net: nn.Module, image_A: Tensor, image_B: Tensor) -> tuple[Map, Map]:
-    maps = net(image_A, image_B)
-    return maps if isinstance(maps, tuple) else (maps, net(image_B, image_A))
 
 
 def _judge_pair(
@@ -73,10 +72,9 @@ def _judge_pair(
     x = identity_map(shape, device=device)
     forward, slopes_AB = value_and_jacobian(phi_AB, x)
     backward, slopes_BA = value_and_jacobian(phi_BA, x)
-    found = determinants(torch.cat([slopes_AB, slopes_BA]))
+    folds = fold_fraction(determinants(torch.cat([slopes_AB, slopes_BA])))
     voxels = torch.tensor([n - 1.0 for n in shape], device=device)
     error = (phi_AB(backward) - x).flatten(2)[0] * voxels[:, None]
-    folds = (~(found > 0)).double().mean().item()
     result = {
         "folds": folds,
         "folded_pairs": float(folds > 0),

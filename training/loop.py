@@ -125,7 +125,7 @@ def train(
     log = _Log(folder, step, plan.steps) if rank == 0 else None
     mine = range(rank * parts // world, (rank + 1) * parts // world)
     batches = _batches(images, plan, parts, mine, step)
-    history = []
+    ours, history = isinstance(network, GradientICONPoints), []
     while True:
         progress = _progress(plan, step, spent)
         if progress >= 1 or step == plan.stop_at:
@@ -140,11 +140,13 @@ def train(
             rows, batch, generator = next(batches)
             if chosen is not None:
                 chosen(rows)
-            _give_generator(network, generator)
+            # Ours draw from it; ICON's losses draw from torch's own, seeded by it.
+            torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+            source = {"generator": generator} if ours else {}
             last = part == mine[-1]
             batch = (*_blurred(batch[:2], blur), *batch[2:])
             with nullcontext() if last or world == 1 else live.no_sync():
-                loss = live(*(image.to(device) for image in batch))
+                loss = live(*(image.to(device) for image in batch), **source)
                 (loss.all_loss.mean() / len(mine)).backward()
             losses.append([float(v) for v in to_floats(loss)])
         optimizer.step()
@@ -212,13 +214,6 @@ def generator_of(*numbers: int) -> torch.Generator:
     """A generator for these numbers and no others (torch reads 32 bits of a seed)."""
     digest = hashlib.sha256(" ".join(map(str, numbers)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
-
-
-def _give_generator(network: nn.Module, generator: torch.Generator) -> None:
-    """Ours draw from it; ICON's losses draw from torch's own, which is seeded by it."""
-    torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
-    if isinstance(network, GradientICONPoints):
-        network.generator = generator
 
 
 def _looked_at(

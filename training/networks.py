@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from icon_nephi import Patches, Points
+from icon_nephi import Patches, Points, make_network
 from icon_nephi.losses.similarities import PatchNCC
-from icon_nephi.models import make_network
 
 VOXEL_LMBDA = 1.5  # as ICON's pretrained networks
 

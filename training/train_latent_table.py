@@ -34,10 +34,11 @@ class Table(nn.Module):
         return self.table(image_A, image_B, self.index)
 
 
-def make_loss(table, field_AB, field_BA, size):
-    """The loss of a table and two fields, for images ``size`` voxels a side."""
+def make_loss(table, field_AB, field_BA, size, generator=None):
+    """Return the loss of a table and two fields, for images ``size`` voxels a side."""
     points = {"similarity_sampler": Points(300), "regularity_sampler": Points(30)}
-    loss = GradientICONPoints(NePhi(table, field_AB, field_BA), NCC(), 1.0, **points)
+    pair = NePhi(table, field_AB, field_BA)
+    loss = GradientICONPoints(pair, NCC(), 1.0, generator=generator, **points)
     loss.assign_identity_map([1, 1, size, size])
     return loss
 
@@ -47,18 +48,18 @@ def fitted(network, held, steps, rate):
     pair = network.regis_net
     table = Table(len(held))
     size = held[0].image_A.shape[-1]
-    found = make_loss(table, pair.field_AB, pair.field_BA, size)
-    found.generator = loop.generator_of(0)
+    fields = pair.field_AB, pair.field_BA
+    fitting = make_loss(table, *fields, size, loop.generator_of(0))
     images = [torch.cat([getattr(p, n) for p in held]) for n in ("image_A", "image_B")]
     optimizer = torch.optim.Adam(table.parameters(), lr=rate)
     with torch.enable_grad():
         for _ in range(steps):
             optimizer.zero_grad(set_to_none=True)
-            loss = found(*images).all_loss
+            loss = fitting(*images).all_loss
             # The fields stay as they are, so their gradients are not asked for.
             loss.backward(inputs=list(table.parameters()))
             optimizer.step()
-    return found
+    return fitting
 
 
 def judge_fitted(network, held):

@@ -21,14 +21,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from evaluation import csv_file
+from evaluation import csv_file, image_from, version, write_csv
 from evaluation.accuracy.pairs import find_cases
-from icon_nephi.cli import comparison_table
 from icon_nephi.commands import methods
 from icon_nephi.commands.compare import COLUMNS, alone, compare_cases
 from icon_nephi.commands.methods import Options
-from icon_nephi.io.atomic import write_csv
-from icon_nephi.io.versions import version
+from icon_nephi.commands.text import comparison_table
 
 PACKAGES = ("icon_nephi", "icon_registration", "torch", "itk")
 EXTRA = ("training_step_ms", "training_peak_gib", "threads", "device", *PACKAGES)
@@ -115,7 +113,6 @@ def write_phantoms(
     import itk
 
     from evaluation.demo import chest
-    from icon_nephi.io.itk_images import geometry_of, image_of
     from icon_nephi.phantoms import breathing_thorax
 
     for seed in range(count):
@@ -127,7 +124,7 @@ def write_phantoms(
         labels = {"moving": phantom.labels_A, "fixed": phantom.labels_B}
         for side, image in images.items():
             itk.imwrite(image, str(home / f"{side}.nii.gz"))
-            label = image_of(labels[side][0, 0].numpy(), geometry_of(image))
+            label = image_from(labels[side][0, 0].numpy(), image)
             itk.imwrite(label, str(home / f"{side}_labels.nii.gz"))
             lines = [",".join(f"{x:.6f}" for x in row) for row in points[side]]
             header = ",".join("xyz"[: len(shape)])

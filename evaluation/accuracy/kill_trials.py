@@ -27,8 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from evaluation import image_from
-from icon_nephi.io.atomic import write_csv
+from evaluation import image_from, write_csv
 
 MODULES = (
     *(
@@ -70,8 +69,8 @@ def _fit(seed: int) -> Any:
     """A fit with random numbers, about as large as real ones."""
     import torch
 
+    from icon_nephi import LatentCode
     from icon_nephi.fields import make_field
-    from icon_nephi.fields.codes import LatentCode
     from icon_nephi.fit.settings import Fit
 
     g = torch.Generator().manual_seed(seed)
@@ -84,7 +83,7 @@ def _fit(seed: int) -> Any:
 
 
 def _save_pair(folder: Path, seed: int) -> None:
-    from icon_nephi.io.atomic import written_whole
+    from evaluation import written_whole
     from icon_nephi.io.nephi import save_fit
     from icon_nephi.space.frames import Geometry
 
@@ -101,10 +100,10 @@ def _write_on(folder: Path) -> None:
 
 def _read_pair(path: Path) -> Any:
     if path.suffix == ".nephi":
-        from icon_nephi.io.nephi import load_fit
+        import icon_nephi
 
-        saved = load_fit(path)
-        return [saved.fit.matrix.tolist(), *_numbers(saved.fit.code.local_codes)]
+        fit = icon_nephi.load(path).fit
+        return [fit.matrix.tolist(), *_numbers(fit.code.local_codes)]
     lines = path.read_text().split()
     if len(lines) != 200_000 or len(set(lines)) != 1:
         raise ValueError(f"{path} is not whole")
@@ -160,7 +159,7 @@ def _read_result(path: Path) -> Any:
 
 def _warp(folder: Path) -> None:
     import icon_nephi
-    from icon_nephi.registration.streaming import warp_to
+    from icon_nephi.streaming import warp_to
 
     result = icon_nephi.load(folder / "pair.nephi")
     values = np.random.default_rng(0).normal(size=(96, 96, 96)).astype(np.float32)

@@ -13,9 +13,8 @@ from typing import Any
 import itk
 import numpy as np
 
-from evaluation import image_from, read_image, read_labels
+from evaluation import Case, array_of, image_from, read_image, read_labels
 from icon_nephi.commands.cases import (
-    Case,
     case_files,
     choose,
     list_cases,
@@ -23,7 +22,6 @@ from icon_nephi.commands.cases import (
     read_mask,
     shared_labels,
 )
-from icon_nephi.io.itk_images import array_of
 from icon_nephi.io.points import read_points
 
 # Thirteen structures as groups of FreeSurfer ids, in the order of the moving file.

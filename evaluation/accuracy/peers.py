@@ -15,10 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from evaluation import geometry, image_from, to_index, to_physical
-from icon_nephi.commands.cases import Case
-from icon_nephi.io.itk_images import array_of, geometry_of
-from icon_nephi.io.versions import version
+from evaluation import (
+    Case,
+    array_of,
+    geometry,
+    geometry_of,
+    image_from,
+    to_index,
+    to_physical,
+    version,
+)
 
 # Each function below that is a method, and the distribution it needs.
 PEERS = {

@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evaluation import register
+from evaluation import Case, image_from, register
 from evaluation.accuracy.pairs import find_cases
-from icon_nephi.commands.cases import Case
 from icon_nephi.report.metrics import landmark_summary
 
 HALVINGS = 4  # of the grid to that of the voxel field
@@ -102,7 +101,6 @@ def main(data: Path, case: str, random: bool, threads: int) -> None:
     from icon_nephi.fit.optimize import Stage
     from icon_nephi.fit.settings import SIREN, make_pair
     from icon_nephi.io.image_input import read_input
-    from icon_nephi.io.itk_images import geometry_of, image_of
     from icon_nephi.itk_wrapper import register_pair_with_mask
     from icon_nephi.losses.regularity import guarded_term
     from icon_nephi.space.intensities import prepare
@@ -117,7 +115,7 @@ def main(data: Path, case: str, random: bool, threads: int) -> None:
     ):
         values, inside, _ = read_input(letter, scan, mask)
         tensors.append(prepare(values, pair.modality))
-        scans.append(image_of(tensors[-1][0, 0].numpy(), geometry_of(scan)))
+        scans.append(image_from(tensors[-1][0, 0].numpy(), scan))
         masks.append(inside)
     shape = tuple(tensors[1].shape[2:])
     start = time.process_time()
@@ -126,9 +124,10 @@ def main(data: Path, case: str, random: bool, threads: int) -> None:
         optimise(net, tensors, masks)
     box = [n - 1.0 for n in shape]
     residual = make_pair(SIREN, box, torch.Generator().manual_seed(0))
-    model = icon_nephi.add_neural_residual(net, residual=residual)
     # As registration from scratch: shifts both ways agree, near folds cost.
-    model.regularity, model.extent = guarded_term, torch.tensor(box)
+    model = icon_nephi.add_neural_residual(net, residual=residual).changed(
+        regularity=guarded_term, extent=torch.tensor(box)
+    )
     both = pair.moving_mask, pair.fixed_mask
     coarse = register_pair_with_mask(model, *scans, *both)
     lap = time.process_time()

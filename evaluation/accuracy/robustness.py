@@ -21,7 +21,7 @@ import csv
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,16 +30,17 @@ import numpy as np
 
 import evaluation
 from evaluation import (
+    Case,
+    array_of,
     csv_file,
     geometry,
     image_from,
     to_index,
     to_physical,
+    write_csv,
 )
 from evaluation.accuracy.pairs import find_cases
-from icon_nephi.commands.cases import Case
-from icon_nephi.io.atomic import write_csv
-from icon_nephi.io.itk_images import array_of
+from evaluation.accuracy.perturbations import PERTURBATIONS, UNPROMISED, Change
 
 EVIDENCE = (
     *("outside", "folded", "return", "return_most", "uneven"),
@@ -51,208 +52,6 @@ COLUMNS = (
 )
 SIZES = {2: (64, 64), 3: (40, 36, 40)}
 AS_IT_IS = "none"
-
-
-# --- perturbations ------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Change:
-    """A perturbed pair, and what whoever registers it says beside."""
-
-    pair: Case
-    options: dict[str, Any]
-    cut: bool = False  # what is outside the moving image is not scored
-
-
-def _values(pair: Case) -> np.ndarray:
-    return array_of(pair.moving).astype(np.float32)
-
-
-def _with(pair: Case, values: np.ndarray, **options: Any) -> Change:
-    image = image_from(values.astype(np.float32), pair.moving)
-    return Change(replace(pair, moving=image), options)
-
-
-def _span(values: np.ndarray) -> tuple[float, float]:
-    low, high = np.quantile(values, [0.01, 0.99])
-    return float(low), float(high)
-
-
-def _place(pair: Case, turn: np.ndarray, shift: np.ndarray) -> Change:
-    """Everything of the moving image, turned about its middle and shifted: its header
-    says so, no voxel changes."""
-    import itk
-
-    size = geometry(pair.moving)[2]
-    middle = to_physical(pair.moving, (size - 1) / 2)
-
-    def moved(points: np.ndarray) -> np.ndarray:
-        return (points - middle) @ turn.T + middle + shift
-
-    def image(old: Any) -> Any:
-        if old is None:
-            return None
-        new = image_from(array_of(old).copy(), old)
-        direction = turn @ itk.array_from_matrix(old.GetDirection())
-        new.SetDirection(itk.matrix_from_array(np.ascontiguousarray(direction)))
-        new.SetOrigin(moved(np.array(itk.origin(old))).tolist())
-        return new
-
-    points = pair.moving_points
-    changed = replace(
-        pair,
-        moving=image(pair.moving),
-        moving_mask=image(pair.moving_mask),
-        moving_labels=image(pair.moving_labels),
-        moving_points=None if points is None else moved(points),
-    )
-    return Change(changed, {})
-
-
-def _turn(d: int, g: np.random.Generator, low: float = 10, high: float = 30) -> Any:
-    """A rotation by 10 to 30 degrees, either way, about any axis."""
-    angle = np.radians(g.uniform(low, high)) * g.choice([-1, 1])
-    c, s = np.cos(angle), np.sin(angle)
-    if d == 2:
-        return np.array([[c, -s], [s, c]])
-    x, y, z = (axis := g.normal(size=3)) / np.linalg.norm(axis)
-    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
-    return np.eye(3) + s * cross + (1 - c) * cross @ cross
-
-
-def _shift(d: int, g: np.random.Generator) -> np.ndarray:
-    """20 to 60 mm in any direction."""
-    way = g.normal(size=d)
-    return way / np.linalg.norm(way) * g.uniform(20, 60)
-
-
-def shifted(pair: Case, g: np.random.Generator) -> Change:
-    d = pair.moving.GetImageDimension()
-    return _place(pair, np.eye(d), _shift(d, g))
-
-
-def turned(pair: Case, g: np.random.Generator) -> Change:
-    d = pair.moving.GetImageDimension()
-    return _place(pair, _turn(d, g), np.zeros(d))
-
-
-def noisy(pair: Case, g: np.random.Generator) -> Change:
-    """Gaussian noise of a tenth of the span of intensities."""
-    values = _values(pair)
-    low, high = _span(values)
-    return _with(pair, values + 0.1 * (high - low) * g.normal(size=values.shape))
-
-
-def biased(pair: Case, g: np.random.Generator) -> Change:
-    """A smooth factor from about 0.6 to 1.6."""
-    values = _values(pair)
-    wave = np.zeros(values.shape)
-    for axis, n in enumerate(values.shape):
-        phase = np.linspace(0, np.pi, n) + g.uniform(0, np.pi)
-        shape = [-1 if a == axis else 1 for a in range(values.ndim)]
-        wave = wave + np.cos(phase).reshape(shape)
-    low = _span(values)[0]
-    factor = np.exp(0.45 * wave / np.abs(wave).max())
-    return _with(pair, low + (values - low) * factor)
-
-
-def cropped(pair: Case, g: np.random.Generator) -> Change:
-    """A fifth of the field of view is missing on one side."""
-    values = _values(pair)
-    axis, cut = int(g.integers(values.ndim)), [slice(None)] * values.ndim
-    gone = round(0.2 * values.shape[axis])
-    first = bool(g.integers(2))
-    cut[axis] = slice(gone, None) if first else slice(None, -gone)
-    image = image_from(values[tuple(cut)].copy(), pair.moving)
-    index = np.zeros(values.ndim)
-    index[values.ndim - 1 - axis] = gone if first else 0
-    image.SetOrigin(to_physical(pair.moving, index).tolist())
-    return Change(replace(pair, moving=image), {}, cut=True)
-
-
-def missing(pair: Case, g: np.random.Generator) -> Change:
-    """A tenth of the slices are empty."""
-    values = _values(pair).copy()
-    count = max(1, round(0.1 * len(values)))
-    values[g.choice(len(values), count, replace=False)] = values.min()
-    return _with(pair, values)
-
-
-def _inverse(values: np.ndarray) -> np.ndarray:
-    low, high = _span(values)
-    return low + high - values
-
-
-def inverted(pair: Case, g: np.random.Generator) -> Change:
-    """Dark is bright, and the user says so: similarity="lncc2"."""
-    return _with(pair, _inverse(_values(pair)), similarity="lncc2")
-
-
-def inverted_unsaid(pair: Case, g: np.random.Generator) -> Change:
-    """Dark is bright, and the user does not know."""
-    return _with(pair, _inverse(_values(pair)))
-
-
-def thick(pair: Case, g: np.random.Generator) -> Change:
-    """Slices six times as thick along one axis."""
-    values = _values(pair)
-    axis, d = int(g.integers(values.ndim)), values.ndim
-    n = values.shape[axis]
-    pads = [(0, -n % 6 if a == axis else 0) for a in range(d)]
-    values = np.moveaxis(np.pad(values, pads, mode="edge"), axis, 0)
-    values = values.reshape(-1, 6, *values.shape[1:]).mean(1)
-    image = image_from(np.moveaxis(values, 0, axis), pair.moving)
-    spacing, index = [float(s) for s in pair.moving.GetSpacing()], np.zeros(d)
-    spacing[d - 1 - axis] *= 6
-    index[d - 1 - axis] = 2.5
-    image.SetSpacing(spacing)
-    image.SetOrigin(to_physical(pair.moving, index).tolist())
-    return Change(replace(pair, moving=image), {})
-
-
-def empty(pair: Case, g: np.random.Generator) -> Change:
-    """Empty borders, a quarter of the image wide."""
-    values = _values(pair)
-    wide = [round(n / 4) for n in values.shape]
-    padded = np.pad(values, [(w, w) for w in wide], constant_values=values.min())
-    image = image_from(padded, pair.moving)
-    index = -np.array(wide[::-1], float)
-    image.SetOrigin(to_physical(pair.moving, index).tolist())
-    return Change(replace(pair, moving=image), {})
-
-
-def metal(pair: Case, g: np.random.Generator) -> Change:
-    """Three balls four times as bright as anything, with dark streaks."""
-    values = _values(pair).copy()
-    low, high = _span(values)
-    axes = np.meshgrid(*(np.linspace(0, 1, n) for n in values.shape), indexing="ij")
-    for _ in range(3):
-        centre = g.uniform(0.25, 0.75, values.ndim)
-        away = np.sqrt(sum((a - c) ** 2 for a, c in zip(axes, centre, strict=True)))
-        streak = (np.abs(axes[-1] - centre[-1]) < 0.015) & (away < 0.25)
-        values[streak] = low
-        values[away < 0.035] = low + 4 * (high - low)
-    return _with(pair, values)
-
-
-def together(pair: Case, g: np.random.Generator) -> Change:
-    """Shifted, turned, noisy and biased."""
-    d = pair.moving.GetImageDimension()
-    changed = noisy(biased(pair, g).pair, g).pair
-    return _place(changed, _turn(d, g), _shift(d, g))
-
-
-PERTURBATIONS: dict[str, Callable[[Case, np.random.Generator], Change]] = {
-    f.__name__: f
-    for f in (
-        *(shifted, turned, noisy, biased, cropped, missing, inverted, thick, empty),
-        *(metal, together, inverted_unsaid),
-    )
-}
-#: Not counted among the failures: nobody promises that these work, only that the
-#: failure is told.
-UNPROMISED = ("inverted_unsaid",)
 
 
 # --- pairs --------------------------------------------------------------------------

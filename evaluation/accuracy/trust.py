@@ -21,10 +21,8 @@ from typing import Any
 import numpy as np
 
 import evaluation
-from evaluation import csv_file
+from evaluation import Case, csv_file, write_csv
 from evaluation.accuracy.pairs import load_pairs
-from icon_nephi.commands.cases import Case
-from icon_nephi.io.atomic import write_csv
 
 CASES = (
     "lung3d_semireal/deep",

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from evaluation import (
+    Case,
     geometry,
     image_from,
     read_image,
@@ -21,7 +22,7 @@ from evaluation import (
     to_index,
     to_physical,
 )
-from icon_nephi.commands.cases import Case, shared_labels
+from icon_nephi.commands.cases import shared_labels
 from icon_nephi.io.itk_transforms import read_transform
 from icon_nephi.registration.itk_pair import ItkPair
 from icon_nephi.report.metrics import landmark_summary

@@ -22,11 +22,11 @@ from tqdm import tqdm
 from evaluation.paper import shapes
 from icon_nephi import LatentCode, LatentMLP, NePhi
 from icon_nephi.maps.jacobians import determinants, fold_fraction
-from icon_nephi.maps.transforms import NeuralTransform, value_and_jacobian
 from icon_nephi.phantoms import Shapes, triangles_and_circles
 from icon_nephi.report.metrics import dice
 from icon_nephi.space.frames import identity_map
 from icon_nephi.space.images import sample_image
+from icon_nephi.transforms import NeuralTransform, value_and_jacobian
 from training.train_latent_table import CHANNELS, Table
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -18,8 +18,6 @@ import torch
 from tqdm import tqdm
 
 from evaluation.paper import shapes
-from icon_nephi.space.frames import identity_map
-from icon_nephi.space.images import sample_image
 
 KINDS = {"solid": False, "hollow": True}
 # The published weights, 10 and 1, in our normalisation (see `shapes.LMBDA`).
@@ -60,10 +58,8 @@ def main(
         ]
         if number == pairs - 1:
             with torch.no_grad():
-                phi = net(pair.image_A, pair.image_B)[0](
-                    identity_map((size, size), device=device)
-                )
-            images[kind, term] = sample_image(pair.image_A, phi), phi
+                loss(pair.image_A, pair.image_B)
+                images[kind, term] = loss.warped_image_A, loss.phi_AB_vectorfield
             images[kind] = pair.image_A, pair.image_B
     shapes.table(folder, "curves", rows)
     draw(rows, images, size).savefig(folder / "regularizer_curves.png")

@@ -14,16 +14,15 @@ from icon_registration.losses import NCC
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from icon_nephi import GradientICONPoints, Points
+from evaluation import write_csv
+from icon_nephi import GradientICONPoints, Points, make_network
 from icon_nephi.fit.optimize import Stage, optimize
 from icon_nephi.fit.settings import PRESETS, make_pair
-from icon_nephi.io.atomic import write_csv
 from icon_nephi.losses.regularity import (
     diffusion_term,
     inverse_consistency_term,
     no_term,
 )
-from icon_nephi.models import make_network
 from icon_nephi.phantoms import triangles_and_circles
 from training.data import Images, in_memory
 from training.judge import Held, judge

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from evaluation import csv_file, machine
+from evaluation import csv_file, geometry_of, machine, version, write_csv
 from evaluation.accuracy.peers import voxel_centres
 from evaluation.paper.dirlab import (
     find_dirlab,
@@ -33,12 +33,10 @@ from evaluation.paper.dirlab import (
     read_mover,
 )
 from icon_nephi.commands import compare, methods
-from icon_nephi.commands.batch import aligned
 from icon_nephi.commands.compare import alone
 from icon_nephi.commands.methods import Options
-from icon_nephi.io.atomic import write_csv
-from icon_nephi.io.itk_images import geometry_of, resample_to
-from icon_nephi.io.versions import version
+from icon_nephi.commands.text import aligned
+from icon_nephi.io.itk_images import resample_to
 from icon_nephi.report.measure import flips_on_grid, mean_dice_at
 
 COLUMNS = (
@@ -186,7 +184,8 @@ def verdict(claim: str, name: str, rows: list[dict[str, Any]], goal: float) -> s
 
 
 def parser(doc: str, name: str) -> argparse.ArgumentParser:
-    new = argparse.ArgumentParser(prog=f"python -m evaluation.{name}", description=doc)
+    prog = f"python -m evaluation.paper.{name}"
+    new = argparse.ArgumentParser(prog=prog, description=doc)
     add = new.add_argument
     data = new.add_mutually_exclusive_group(required=True)
     data.add_argument("--copd", type=Path, help="folder of DIR-Lab's COPDgene")

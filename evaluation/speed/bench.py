@@ -4,20 +4,24 @@ The processor's time of this process is measured, so other programs disturb litt
 rivals take turns, so what disturbs one disturbs the others too.
 """
 
+import argparse
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
 
-from evaluation import machine
-from icon_nephi._memory import held_memory, peak_memory
-from icon_nephi.io.atomic import write_csv
-from icon_nephi.io.versions import version
+import icon_nephi
+from evaluation import csv_file, held_memory, machine, peak_memory, version, write_csv
+from icon_nephi.commands.batch import aligned
+from icon_nephi.commands.compare import alone as alone
+from icon_nephi.losses.similarities import PatchNCC
 
 MIB = 2**20
+PROVENANCE = ("threads", "machine", "torch", "icon_registration")
 
 
 def provenance() -> dict[str, Any]:
@@ -30,14 +34,50 @@ def provenance() -> dict[str, Any]:
     }
 
 
-PROVENANCE = ("threads", "machine", "torch", "icon_registration")
+def parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser with ``--out``; the description is a module's docstring."""
+    new = argparse.ArgumentParser(description=description.partition("\n")[0])
+    new.add_argument("--out", type=csv_file, help="CSV file")
+    return new
 
 
-def save(path: Path | None, columns: Sequence[str], rows: list[dict[str, Any]]) -> None:
-    """Write the rows as CSV, if asked for."""
+def alone_in_turn(
+    jobs: Iterable[tuple[dict[str, Any], Callable[[], dict[str, Any]]]],
+) -> list[dict[str, Any]]:
+    """Return each row with what its function returns in a process of its own."""
+    return [row | alone(work) for row, work in tqdm(list(jobs), desc="measuring")]
+
+
+def finish(
+    path: Path | None, columns: Sequence[str], rows: list[dict[str, Any]]
+) -> None:
+    """Print the rows as a table; write them as CSV, with their origin, if asked for."""
+    short = [
+        {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
+        for row in rows
+    ]
+    print(f"{machine()}, {torch.get_num_threads()} threads")
+    print(aligned(short, {name: (name, "") for name in columns if name != "error"}))
     if path is not None:
-        write_csv(path, columns, rows)
+        write_csv(path, (*columns, *PROVENANCE), rows)
         print(f"\nwrote {path}")
+
+
+def coded_loss(
+    dimension: int, nodes: Sequence[int] = (16,), channels: Sequence[int] = (32,)
+) -> icon_nephi.GradientICONPoints:
+    """Return the loss of one pair's code and two fields, without an encoder."""
+    code = icon_nephi.LatentCodeTable(
+        grids=[(n,) * dimension for n in nodes], channels=channels
+    )
+    values = code.global_codes.shape[1] + sum(channels)
+    fields = [icon_nephi.LatentMLP(dimension, values) for _ in "AB"]
+    return icon_nephi.GradientICONPoints(
+        icon_nephi.NePhi(code, *fields),
+        PatchNCC(1e-3),
+        1.0,
+        similarity_sampler=icon_nephi.Patches(600, 3, 2.0, corners=True),
+    )
 
 
 def in_turn(

@@ -7,17 +7,15 @@ ICON's losses evaluate a map at every voxel, ten times a step (GradientICON in 3
 not mix; "bytes a voxel" is the peak of the step above what was there before it.
 """
 
-import argparse
 import time
+from functools import partial
 from itertools import product
 
 import icon_registration as icon
 import torch
 
 import icon_nephi
-from evaluation import csv_file, machine
 from evaluation.speed import bench
-from icon_nephi.commands.compare import alone
 
 GRIDS, CHANNELS = ((8,) * 3, (16,) * 3, (32,) * 3), (8, 8, 8)
 FIELDS = {
@@ -33,10 +31,7 @@ LOSSES = {
         net, icon.losses.NCC(), 1.5
     ),
 }
-COLUMNS = (
-    *("loss", "field", "side", "peak_mib", "bytes_per_voxel", "seconds", "error"),
-    *bench.PROVENANCE,
-)
+COLUMNS = ("loss", "field", "side", "peak_mib", "bytes_per_voxel", "seconds", "error")
 
 
 def make_step(loss: str, field: str, side: int):
@@ -73,22 +68,17 @@ def measure(loss: str, field: str, side: int) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     """Print a table; also write it as CSV if asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = bench.parser(__doc__)
     parser.add_argument("--sides", type=int, nargs="+", default=[32, 48, 64])
-    parser.add_argument("--out", type=csv_file, help="CSV file")
     args = parser.parse_args(argv)
-    rows = []
-    print(f"{machine()}, {torch.get_num_threads()} threads, 3D, one training step")
-    print(f"{'loss':20s}{'field':16s}{'side':>5s}{'MiB':>9s}{'B/voxel':>9s}{'s':>8s}")
-    for field, loss, side in product(FIELDS, LOSSES, args.sides):
-        row = {"loss": loss, "field": field, "side": side}
-        row |= alone(measure, loss, field, side)
-        rows.append(row)
-        costs = row.get("error") or (
-            f"{row['peak_mib']:9.0f}{row['bytes_per_voxel']:9.0f}{row['seconds']:8.1f}"
+    rows = bench.alone_in_turn(
+        (
+            {"loss": loss, "field": field, "side": side},
+            partial(measure, loss, field, side),
         )
-        print(f"{loss:20s}{field:16s}{side:5d}{costs}", flush=True)
-    bench.save(args.out, COLUMNS, rows)
+        for field, loss, side in product(FIELDS, LOSSES, args.sides)
+    )
+    bench.finish(args.out, COLUMNS, rows)
 
 
 if __name__ == "__main__":

@@ -8,21 +8,15 @@ with the paper's; the rival is one forward pass of ICON's voxel network. Each in
 process of its own, on one core; memory is beside the images and the result.
 """
 
-import argparse
 import time
 from functools import partial
 from typing import Any
 
-from evaluation import csv_file
+from evaluation import held_memory, peak_memory
 from evaluation.speed import bench
-from icon_nephi._memory import held_memory, peak_memory
-from icon_nephi.commands.compare import alone
 
 METHODS = ("tallUNet2", "default field", "by points", "paper's field")
-COLUMNS = (
-    *("side", "method", "cpu_seconds", "mib_beside_output", "ratio", "error"),
-    *bench.PROVENANCE,
-)
+COLUMNS = ("side", "method", "cpu_seconds", "mib_beside_output", "ratio", "error")
 
 
 def export(method: str, side: int) -> Any:
@@ -33,8 +27,8 @@ def export(method: str, side: int) -> Any:
     from icon_nephi.commands.methods import voxel_step
     from icon_nephi.fit.settings import PRESETS, make_pair
     from icon_nephi.maps.framed import FramedMap, over_grid
-    from icon_nephi.maps.transforms import NeuralTransform
     from icon_nephi.space.frames import Geometry
+    from icon_nephi.transforms import NeuralTransform
 
     size = (side,) * 3
     if method == "tallUNet2":
@@ -85,29 +79,23 @@ def measure(method: str, side: int, repeats: int) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     """Print a table; also write it as CSV if asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = bench.parser(__doc__)
     parser.add_argument("--side", type=int, default=175)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--out", type=csv_file, help="CSV file")
     args = parser.parse_args(argv)
-    rows: list[dict[str, Any]] = []
-    print(f"{args.side}^3, one core: CPU s, MiB beside the output, tallUNet2 / it")
-    for method in args.methods:
-        row = {"side": args.side, "method": method}
-        row |= alone(partial(measure, method, args.side, args.repeats))
-        rows.append(row)
-        if "error" in row:
-            print(f"{method:16s} {row['error']}", flush=True)
-            continue
-        if rows[0]["method"] == METHODS[0] and "cpu_seconds" in rows[0]:
-            row["ratio"] = rows[0]["cpu_seconds"] / row["cpu_seconds"]
-        print(
-            f"{method:16s}{row['cpu_seconds']:9.2f}{row['mib_beside_output']:9.0f}"
-            f"{row.get('ratio', float('nan')):8.2f}",
-            flush=True,
+    rows = bench.alone_in_turn(
+        (
+            {"side": args.side, "method": method},
+            partial(measure, method, args.side, args.repeats),
         )
-    bench.save(args.out, COLUMNS, rows)
+        for method in args.methods
+    )
+    rival = rows[0].get("cpu_seconds") if rows[0]["method"] == METHODS[0] else None
+    for row in rows:
+        if rival and "cpu_seconds" in row:
+            row["ratio"] = rival / row["cpu_seconds"]
+    bench.finish(args.out, COLUMNS, rows)
 
 
 if __name__ == "__main__":

@@ -6,20 +6,18 @@
 per component. Losses on Jacobians are compared in `evaluation.speed.bench_regularizer`.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from evaluation import csv_file, machine
 from evaluation.speed import bench
-from icon_nephi.fields import LatentMLP, ModulatedSiren, displacement_and_jacobian
-from icon_nephi.fields.codes import LatentCode
+from icon_nephi import LatentCode, LatentMLP, ModulatedSiren
+from icon_nephi.fields import displacement_and_jacobian
 
 CODES = ((8, 8), (16, 8), (32, 8))  # nodes a side and channels of each local grid
-COLUMNS = ("what", "points", "microseconds_per_point", "ratio", *bench.PROVENANCE)
+COLUMNS = ("what", "points", "microseconds_per_point", "ratio")
 
 
 def seconds_of(work: Callable[[], None], least: float = 0.3) -> float:
@@ -117,30 +115,24 @@ def main(counts: tuple[int, ...] = (500, 5000), out: Path | None = None) -> None
     }
     for field in fields.values():  # zeros could be faster
         torch.nn.init.normal_(field.last.weight, std=0.01)
-    print(f"{machine()}, {torch.get_num_threads()} threads, 3D, microseconds a point")
     for count in counts:
         points = torch.rand(1, count, 3, generator=generator)
         tables = {name: workloads(f, code, points) for name, f in fields.items()}
         for name, table in {**tables, "code": readings(code, points)}.items():
-            print(f"\n{name}, {count} points")
-            base = None
-            for what, work in table.items():
-                cost = 1e6 * seconds_of(work) / count
-                base = cost if base is None else base
-                print(f"  {what:40s} {cost:9.3f}   x {cost / base:6.2f}")
-                rows.append(
-                    {
-                        "what": f"{name}: {what}",
-                        "points": count,
-                        "microseconds_per_point": cost,
-                        "ratio": cost / base,
-                        **bench.provenance(),
-                    }
-                )
-    bench.save(out, COLUMNS, rows)
+            costs = {w: 1e6 * seconds_of(work) / count for w, work in table.items()}
+            base = next(iter(costs.values()))
+            rows += [
+                {
+                    "what": f"{name}: {what}",
+                    "points": count,
+                    "microseconds_per_point": cost,
+                    "ratio": cost / base,
+                    **bench.provenance(),
+                }
+                for what, cost in costs.items()
+            ]
+    bench.finish(out, COLUMNS, rows)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=csv_file, help="CSV file")
-    main(out=parser.parse_args().out)
+    main(out=bench.parser(__doc__).parse_args().out)

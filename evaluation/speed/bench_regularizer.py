@@ -11,18 +11,17 @@ by all weights and codes against double backward in float64. The floor is the ti
 ours' products of matrices alone, in the same turns.
 """
 
-import argparse
 from collections.abc import Callable
+from itertools import product
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import icon_nephi
-from evaluation import csv_file
 from evaluation.speed import bench
-from icon_nephi.commands.compare import alone
-from icon_nephi.maps.transforms import NeuralTransform
 from icon_nephi.space.frames import points_as_grid
+from icon_nephi.transforms import NeuralTransform
 
 FIELDS = {
     "ModulatedSiren": icon_nephi.ModulatedSiren,
@@ -35,7 +34,6 @@ REPEATS = {500: 15, 5000: 5, 50_000: 2}
 COLUMNS = (
     *("field", "points", "method", "seconds", "ratio", "ratio_least", "ratio_most"),
     *("mib", "gradient_error", "floor_seconds", "times_floor", "gflops"),
-    *bench.PROVENANCE,
 )
 
 
@@ -130,9 +128,10 @@ def ours(problem: Problem) -> list[Tensor]:
 def double_backward(problem: Problem, x: Tensor | None = None) -> list[Tensor]:
     x = (problem.x if x is None else x).detach().requires_grad_()
     y = problem.plain(x)
-    rows = [torch.autograd.grad(y[:, i].sum(), x, create_graph=True)[0] for i in (0, 1)]
-    rows.append(torch.autograd.grad(y[:, 2].sum(), x, create_graph=True)[0])
-    return gradient(problem, rows)
+    return gradient(
+        problem,
+        [torch.autograd.grad(y[:, i].sum(), x, create_graph=True)[0] for i in range(3)],
+    )
 
 
 def finite_differences(problem: Problem) -> list[Tensor]:
@@ -206,7 +205,7 @@ def rows_of(kind: str, count: int, names: list[str]) -> list[dict]:
             "ratio_least": least,
             "ratio_most": most,
             "gradient_error": errors[name],
-            **alone(memory, kind, count, name, torch.get_num_threads()),
+            **bench.alone(memory, kind, count, name, torch.get_num_threads()),
             **bench.provenance(),
         }
         if name == "ours":
@@ -219,35 +218,18 @@ def rows_of(kind: str, count: int, names: list[str]) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> None:
     """Print a table; also write it as CSV if asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = bench.parser(__doc__)
     parser.add_argument("--counts", type=int, nargs="+", default=[500, 5000, 50_000])
     parser.add_argument("--fields", nargs="+", choices=FIELDS, default=list(FIELDS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=csv_file, help="CSV file")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     names = list(dict.fromkeys(["ours", *args.methods]))
-    rows = []
-    print(bench.provenance())
-    for kind in args.fields:
-        for count in args.counts:
-            print(f"\n{kind}, {count} points: seconds, times ours (range), MiB, error")
-            for row in rows_of(kind, count, names):
-                rows.append(row)
-                print(
-                    f"  {row['method']:20s}{row['seconds']:9.3f}{row['ratio']:8.2f} "
-                    f"({row['ratio_least']:.2f} to {row['ratio_most']:.2f})"
-                    f"{row.get('mib', float('nan')):9.0f}{row['gradient_error']:10.1e}"
-                    + (
-                        f"   {row['times_floor']:.2f} x the products of matrices "
-                        f"({row['gflops']:.0f} GF/s)"
-                        if "times_floor" in row
-                        else row.get("error", "")
-                    ),
-                    flush=True,
-                )
-    bench.save(args.out, COLUMNS, rows)
+    rows: list[dict] = []
+    for kind, count in tqdm(list(product(args.fields, args.counts)), "measuring"):
+        rows += rows_of(kind, count, names)
+    bench.finish(args.out, COLUMNS, rows)
 
 
 if __name__ == "__main__":

@@ -9,38 +9,32 @@ memory is beside the images: code, Adam's state and the step. "power" is the p o
 cost ~ size^p between a row and the one before it.
 """
 
-import argparse
 import math
 import time
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
-from evaluation import csv_file
+from evaluation import held_memory, peak_memory
 from evaluation.speed import bench
-from icon_nephi._memory import held_memory, peak_memory
-from icon_nephi.commands.compare import alone
 
 SWEEPS = {
     "voxels a side": (48, 96, 192),
     "blocks": (150, 600, 2400),
     "nodes a side": (16, 32, 64),
 }
-COLUMNS = (
-    *("grows", "size", "cpu_seconds", "mib_beside_images"),
-    *("time_power", "memory_power", "error"),
-    *bench.PROVENANCE,
-)
+POWERS = {"cpu_seconds": "time_power", "mib_beside_images": "memory_power"}
+COLUMNS = ("grows", "size", *POWERS, *POWERS.values(), "error")
 
 
 def measure(side: int, blocks: int, nodes: int, steps: int) -> dict[str, Any]:
     """Return the cost of a step; for a fresh process."""
     import torch
 
+    from icon_nephi import GradientICONPoints, Patches, Points
     from icon_nephi.fit.settings import GRID, make_pair
-    from icon_nephi.losses.gradient_icon import GradientICONPoints
     from icon_nephi.losses.similarities import PatchNCC
-    from icon_nephi.space.sampling import Patches, Points
 
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
@@ -84,38 +78,25 @@ def measure(side: int, blocks: int, nodes: int, steps: int) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     """Print a table; also write it as CSV if asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = bench.parser(__doc__)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--out", type=csv_file, help="CSV file")
     args = parser.parse_args(argv)
-    rows: list[dict[str, Any]] = []
-    print(f"{'grows':14s}{'size':>6s}{'CPU s':>9s}{'MiB':>8s}   power of time, memory")
-    for number, (name, sizes) in enumerate(SWEEPS.items()):
-        last: dict[str, Any] = {}
-        for size in sizes:
-            given = [middle for _, middle, _ in SWEEPS.values()]
-            given[number] = size
-            row = {"grows": name, "size": size}
-            row |= alone(partial(measure, *given, args.steps))
-            rows.append(row)
-            if "error" in row:
-                print(f"{name:14s}{size:6d} {row['error']}", flush=True)
-                continue
-            text = ""
-            if last:
-                for cost, power in (
-                    ("cpu_seconds", "time_power"),
-                    ("mib_beside_images", "memory_power"),
-                ):
-                    row[power] = math.log(row[cost] / last[cost], size / last["size"])
-                text = f"{row['time_power']:8.2f}{row['memory_power']:8.2f}"
-            last = row
-            print(
-                f"{name:14s}{size:6d}{row['cpu_seconds']:9.3f}"
-                f"{row['mib_beside_images']:8.0f}{text}",
-                flush=True,
-            )
-    bench.save(args.out, COLUMNS, rows)
+    middle = {name: sizes[1] for name, sizes in SWEEPS.items()}
+    rows = bench.alone_in_turn(
+        (
+            {"grows": name, "size": size},
+            partial(measure, *(middle | {name: size}).values(), args.steps),
+        )
+        for name, sizes in SWEEPS.items()
+        for size in sizes
+    )
+    measured = [row for row in rows if "error" not in row]
+    for last, row in pairwise(measured):
+        if last["grows"] == row["grows"]:
+            for cost, power in POWERS.items():
+                times = row["size"] / last["size"]
+                row[power] = math.log(row[cost] / last[cost], times)
+    bench.finish(args.out, COLUMNS, rows)
 
 
 if __name__ == "__main__":

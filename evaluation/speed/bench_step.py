@@ -11,20 +11,21 @@ ours; memory is what steps add to the process's, images included. ``--large`` ar
 sizes for ours alone.
 """
 
-import argparse
 import time
 from functools import partial
 from typing import Any
 
-from evaluation import csv_file
+from evaluation import held_memory, peak_memory
 from evaluation.speed import bench
-from icon_nephi._memory import held_memory, peak_memory
-from icon_nephi.commands.compare import alone
 
+RATIOS = {
+    "seconds": "time_ratio",
+    "cpu_seconds": "cpu_ratio",
+    "peak_mib": "memory_ratio",
+}
 COLUMNS = (
     *("side", "method", "seconds", "least", "most", "cpu_seconds", "peak_mib"),
-    *("time_ratio", "cpu_ratio", "memory_ratio", "device", "error"),
-    *bench.PROVENANCE,
+    *(*RATIOS.values(), "device", "error"),
 )
 STEPS = {"voxel": 1, "voxel_multi": 1, "nephi training": 3, "nephi IO": 20}
 
@@ -35,8 +36,6 @@ def step_of(method: str, side: int, device: str) -> Any:
 
     import icon_nephi
     from evaluation.accuracy.voxel import NETWORKS
-    from icon_nephi.fit.refine import SAMPLER
-    from icon_nephi.losses.similarities import PatchNCC
 
     torch.manual_seed(0)
     shape = [1, 1, side, side, side]
@@ -46,16 +45,7 @@ def step_of(method: str, side: int, device: str) -> Any:
     elif method == "nephi training":
         network = icon_nephi.make_network(shape, preset="paper")
     else:
-        code = icon_nephi.LatentCodeTable(
-            grids=[(n,) * 3 for n in (4, 8, 16)], channels=[16] * 3
-        )
-        fields = [icon_nephi.LatentMLP(3, 32 + 3 * 16) for _ in "AB"]
-        network = icon_nephi.GradientICONPoints(
-            icon_nephi.NePhi(code, *fields),
-            PatchNCC(1e-3),
-            1.0,
-            similarity_sampler=SAMPLER,
-        )
+        network = bench.coded_loss(3, (4, 8, 16), (16,) * 3)
     network.to(device).train()
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, fused=True)
 
@@ -99,44 +89,29 @@ def measure(method: str, side: int, device: str, threads: int) -> dict[str, Any]
 
 def main(argv: list[str] | None = None) -> None:
     """Print a table; also write it as CSV if asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = bench.parser(__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[96, 128, 175])
     parser.add_argument("--large", type=int, nargs="*", default=[])
     parser.add_argument("--multi", action="store_true", help="the nest of networks too")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=csv_file, help="CSV file")
     args = parser.parse_args(argv)
-    rows: list[dict[str, Any]] = []
-    print(f"{'side':>5s} {'method':16s}{'s':>9s}{'CPU s':>9s}{'MiB':>8s}   voxel / it")
-    for side in (*args.sizes, *args.large):
-        rivals = ["voxel", *(["voxel_multi"] if args.multi else [])]
-        methods = [*(rivals if side in args.sizes else ()), "nephi training"]
-        first: dict[str, Any] = {}
-        for method in (*methods, "nephi IO"):
-            row = {"side": side, "method": method, "device": args.device}
-            row |= alone(partial(measure, method, side, args.device, args.threads))
-            if method == "voxel":
-                first = row
-            rows.append(row)
-            if "error" in row:
-                print(f"{side:5d} {method:16s} {row['error']}", flush=True)
-                continue
-            text = ""
-            if "seconds" in first:
-                row["time_ratio"] = first["seconds"] / row["seconds"]
-                row["cpu_ratio"] = first["cpu_seconds"] / row["cpu_seconds"]
-                row["memory_ratio"] = first["peak_mib"] / row["peak_mib"]
-                text = (
-                    f"{row['time_ratio']:8.1f} x, {row['cpu_ratio']:.1f} x CPU, "
-                    f"{row['memory_ratio']:.1f} x memory"
-                )
-            print(
-                f"{side:5d} {method:16s}{row['seconds']:9.3f}{row['cpu_seconds']:9.3f}"
-                f"{row['peak_mib']:8.0f}{text}",
-                flush=True,
-            )
-    bench.save(args.out, COLUMNS, rows)
+    ours = ("nephi training", "nephi IO")
+    everything = ("voxel", *(("voxel_multi",) if args.multi else ()), *ours)
+    rows = bench.alone_in_turn(
+        (
+            {"side": side, "method": method, "device": args.device},
+            partial(measure, method, side, args.device, args.threads),
+        )
+        for side in (*args.sizes, *args.large)
+        for method in (everything if side in args.sizes else ours)
+    )
+    voxel = {row["side"]: row for row in rows if row["method"] == "voxel"}
+    for row in rows:
+        rival = voxel.get(row["side"], {})
+        if "seconds" in row and "seconds" in rival:
+            row |= {ratio: rival[cost] / row[cost] for cost, ratio in RATIOS.items()}
+    bench.finish(args.out, COLUMNS, rows)
 
 
 if __name__ == "__main__":

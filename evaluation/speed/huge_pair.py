@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from evaluation import csv_file, machine
-from icon_nephi.io.atomic import write_csv
+from evaluation import csv_file, machine, write_csv
 
 BLOCK = 64  # voxels a side of what is made at once, and of a chunk
 SPACING = 0.01  # mm
@@ -177,8 +176,8 @@ def measure(folder: Path, size: int, limit: str, in_memory: bool) -> dict[str, A
     import torch
 
     import icon_nephi
-    from icon_nephi._memory import held_memory, peak_memory
-    from icon_nephi.io.volumes import open_volume
+    from evaluation import held_memory, peak_memory
+    from icon_nephi.volumes import open_volume
 
     volumes: list[Any] = [
         open_volume(folder / f"{name}.zarr", limit) for name in ("moving", "fixed")
@@ -226,9 +225,9 @@ def measure(folder: Path, size: int, limit: str, in_memory: bool) -> dict[str, A
 def warp(folder: Path, size: int, limit: str) -> dict[str, Any]:
     """Return the cost of writing the warped moving image, and its worst error."""
     import icon_nephi
-    from icon_nephi._memory import peak_memory
-    from icon_nephi.io.volumes import open_volume
-    from icon_nephi.registration.streaming import warp_to
+    from evaluation import peak_memory
+    from icon_nephi.streaming import warp_to
+    from icon_nephi.volumes import open_volume
 
     result = icon_nephi.load(folder / "result.nephi")
     moving, fixed = (
@@ -256,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.size < BLOCK or args.size % BLOCK:
         parser.error(f"--size must be a multiple of {BLOCK}.")
-    from icon_nephi.commands.compare import alone
+    from evaluation.speed.bench import alone
 
     folder = args.folder / str(args.size)
     if not (folder / "landmarks.npz").exists():

@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from evaluation import csv_file, machine
+from evaluation import csv_file, machine, write_csv
+from evaluation.speed import bench
 from icon_nephi.commands import methods
-from icon_nephi.commands.compare import alone
-from icon_nephi.io.atomic import write_csv
 
 SIDES = (40, 64, 96, 128, 160, 175, 200, 240, 280, 320, 360, 400, 480, 560)
 PAPER = 5.0  # the factor of its abstract
@@ -36,19 +35,13 @@ def optimise(side: int, device: str | None, steps: int = 3) -> dict[str, Any]:
     """Cost of steps of instance optimisation of a code and two fields, no encoder."""
     import torch
 
-    from icon_nephi import GradientICONPoints, LatentCodeTable, LatentMLP, NePhi
-    from icon_nephi.fit.refine import SAMPLER, refine_pair
+    from icon_nephi.fit.refine import refine_pair
     from icon_nephi.io.image_input import choose_device
-    from icon_nephi.losses.similarities import PatchNCC
 
     where = choose_device(device, None)
     torch.manual_seed(0)
     A, B = (torch.rand(1, 1, side, side, side, device=where) for _ in "AB")
-    code = LatentCodeTable(grids=[(16,) * 3], channels=[32], global_size=32)
-    fields = [LatentMLP(3) for _ in "AB"]
-    model = GradientICONPoints(
-        NePhi(code, *fields), PatchNCC(1e-3), 1.0, similarity_sampler=SAMPLER
-    )
+    model = bench.coded_loss(3)
     model.assign_identity_map([1, 1, side, side, side])
     model.to(where)
     start = methods.now(where)
@@ -113,7 +106,7 @@ def measure(
                 if failed or expected > limit:  # nan compares as False
                     row |= {"fitted": True, "peak_gib": expected}
                 else:
-                    row |= alone(function, side, device)
+                    row |= bench.alone(function, side, device)
                     if "error" in row:
                         failed = True
                         row |= {"fitted": True, "peak_gib": expected}

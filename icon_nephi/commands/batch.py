@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from tqdm import tqdm
+
 from icon_nephi._memory import memory_for
-from icon_nephi.commands.register import flags_of
+from icon_nephi.commands import register
+from icon_nephi.commands.flags import MODALITIES, RegisterFlags
 from icon_nephi.io.atomic import write_csv
 
 Row: TypeAlias = dict[str, Any]
@@ -36,24 +38,71 @@ COLUMNS = {
     "dice": ("dice", "after", "mean"),
 }
 HEADER = ("name", "status", *COLUMNS, "warnings", "error")
-#: Of the table: how a column is headed and written.
-HEADS = {
-    **{"name": ("name", "s"), "status": ("status", "s"), "seconds": ("s", ".1f")},
-    "folds_percent": ("folds %", ".2g"),
-    "inverse_consistency_p95_mm": ("inverse p95 mm", ".3f"),
-    "displacement_mean_mm": ("motion mm", ".2f"),
-    **{"tre_before_mm": ("before mm", ".2f"), "tre_mm": ("TRE mm", ".2f")},
-    **{"dice_before": ("before", ".3f"), "dice": ("Dice", ".3f")},
-}
 
 
-def read_pairs(path: Path, choices: Sequence[str]) -> list[Row]:
-    """What each row gives, by flag, and its name.
+def register_pairs(flags: RegisterFlags, command: list[str]) -> tuple[list[Row], Path]:
+    """Register the pairs of ``--pairs``; return a row of `HEADER` for each, and where.
+
+    That file, summary.csv in ``--out_dir``, grows with them. A pair whose own summary
+    is there, made with the same flags, is skipped. Whatever a pair raises goes into its
+    row. Of several processes (torchrun) each takes its share of the rows.
+
+    Args:
+        flags: that all share.
+        command: what was typed.
+
+    Raises:
+        ValueError: flags that do not go with a table, or not such a table.
+        KeyboardInterrupt: with what it has come to.
+    """
+    pairs, folder = _check_flags(flags)
+    # As torchrun says; run alone afterwards, all rows are in one file.
+    rank, world = (
+        int(os.environ.get("RANK", "0")),
+        int(os.environ.get("WORLD_SIZE", "1")),
+    )
+    summary = folder / ("summary.csv" if world == 1 else f"summary_{rank}.csv")
+    rows, done = read_pairs(pairs)[rank::world], list[Row]()
+    with tqdm(rows, "registering", disable=flags.quiet, leave=False) as bar:
+        try:
+            for row in bar:
+                done.append(_register_row(row, flags, folder, command))
+                write_csv(summary, HEADER, done)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"{len(done)} of {len(rows)} pairs are done, and the same command goes "
+                "on with the others"
+            ) from None
+    return done, summary
+
+
+def _check_flags(flags: RegisterFlags) -> tuple[Path, Path]:
+    """Return ``--pairs`` and ``--out_dir`` if all flags are for many pairs."""
+    if flags.pairs is None or flags.out_dir is None:
+        raise ValueError("--pairs and --out_dir belong together: give both")
+    for name in (*register.OUTPUTS, *FILES):
+        if getattr(flags, name) is not None:
+            raise ValueError(
+                f"--{name} is for one pair; with --pairs inputs are columns of the "
+                "table and outputs lie in --out_dir"
+            )
+    if flags.keep_on_interrupt:
+        raise ValueError(
+            "--keep_on_interrupt is for one pair; of --pairs the finished ones are "
+            "kept in any case, and the one that was stopped is done again next time"
+        )
+    if not flags.out_dir.is_dir() or not os.access(flags.out_dir, os.W_OK):
+        what = "cannot be written to" if flags.out_dir.is_dir() else "is not a folder"
+        raise ValueError(f"--out_dir: {flags.out_dir} {what}")
+    return flags.pairs, flags.out_dir
+
+
+def read_pairs(path: Path) -> list[Row]:
+    """Return what each row gives, by flag, and its name.
 
     Args:
         path: CSV with the columns fixed and moving and, where wanted, name, `FILES`
             and `WORDS`; relative paths start at its folder.
-        choices: the modalities there are.
 
     Raises:
         ValueError: not such a table.
@@ -78,26 +127,22 @@ def read_pairs(path: Path, choices: Sequence[str]) -> list[Row]:
         raise ValueError(f"--pairs: {path} must hold each column once and a pair a row")
     rows: list[Row] = []
     for number, line in enumerate(lines[1:], 1):
+        where = f"--pairs: {path}: row {number} has"
         if len(line) != len(header):
-            raise ValueError(
-                f"--pairs: {path}: row {number} has {len(line)} cells, expected "
-                f"{len(header)}"
-            )
-        cells = zip(header, (cell.strip() for cell in line), strict=True)
-        given = {name: cell for name, cell in cells if cell}
-        row: Row = {"name": given.pop("name", f"pair_{number:03d}")}
+            raise ValueError(f"{where} {len(line)} cells, expected {len(header)}")
+        row: Row = {"name": f"pair_{number:03d}"}
+        for name, cell in zip(header, map(str.strip, line), strict=True):
+            if name in WORDS and cell and cell not in MODALITIES:
+                raise ValueError(
+                    f"{where} {name} {cell!r}, expected one of {', '.join(MODALITIES)}"
+                )
+            if cell:
+                row[name] = path.parent / cell if name in FILES else cell
         if not re.fullmatch(r"[\w-][\w.-]*", row["name"]):
             raise ValueError(
-                f"--pairs: {path}: row {number} has the name {row['name']!r}; use "
-                "letters, digits, '_', '-' and '.'"
+                f"{where} the name {row['name']!r}; use letters, digits, '_', '-' and "
+                "'.'"
             )
-        for name, cell in given.items():
-            if name in WORDS and cell not in choices:
-                raise ValueError(
-                    f"--pairs: {path}: row {number} has {name} {cell!r}, expected one "
-                    f"of {', '.join(choices)}"
-                )
-            row[name] = cell if name in WORDS else path.parent / cell
         rows.append(row)
     names = [row["name"].lower() for row in rows]
     double = {name for name in names if names.count(name) > 1}
@@ -108,81 +153,44 @@ def read_pairs(path: Path, choices: Sequence[str]) -> list[Row]:
     return rows
 
 
-def outputs_in(folder: Path, *, scratch: bool) -> dict[str, Path]:
-    """Where the results of a pair go, by flag; the summary is complete when it is."""
-    found = {
-        "transform_out": folder / "transform.hdf5",
-        "inverse_transform_out": folder / "inverse_transform.hdf5",
-        "warped_moving_out": folder / "warped.nii.gz",
-        "json": folder / SUMMARY,
-    }
-    return found | ({"save": folder / "pair.nephi"} if scratch else {})
-
-
-def run_pairs(
-    rows: Sequence[Row],
-    given: argparse.Namespace,
-    run: Callable[[argparse.Namespace], Row],
-) -> Iterator[Row]:
-    """A row of `HEADER` for each pair; the summary in the folder grows with them.
-
-    A pair whose own summary is there, made with the same flags, is skipped. Whatever a
-    pair raises goes into its row. Of several processes (torchrun) each takes its share
-    of the rows.
-
-    Args:
-        rows: of `read_pairs`.
-        given: the flags that all share; ``out_dir`` exists.
-        run: registers one pair, writes its outputs and returns its summary.
-    """
-    done: list[Row] = []
-    rank, world = place()
-    for row in rows[rank::world]:
-        done.append(_one(row, given, run))
-        write_csv(summary_in(given.out_dir), HEADER, done)
-        yield done[-1]
-
-
-def place() -> tuple[int, int]:
-    """This process's number and how many there are, as torchrun says."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def summary_in(folder: Path) -> Path:
-    """Where this process writes its rows; run alone afterwards, all are in one."""
-    rank, world = place()
-    return folder / ("summary.csv" if world == 1 else f"summary_{rank}.csv")
-
-
-def _one(
-    row: Row, given: argparse.Namespace, run: Callable[[argparse.Namespace], Row]
+def _register_row(
+    row: Row, shared: RegisterFlags, home: Path, command: list[str]
 ) -> Row:
-    folder = given.out_dir / row["name"]
-    inputs = {name: value for name, value in row.items() if name != "name"}
-    outputs = outputs_in(folder, scratch=given.model == "none")
-    pair = argparse.Namespace(**{**vars(given), **inputs, **outputs, "quiet": True})
-    kept = _finished(folder / SUMMARY, flags_of(pair))
-    if kept is not None:
-        return _as_row(row["name"], "skipped", kept)
+    """Register one pair into its folder; return its row of `HEADER`."""
+    name, folder = row["name"], home / row["name"]
+    flags = replace(
+        shared,
+        **{flag: value for flag, value in row.items() if flag != "name"},
+        transform_out=folder / "transform.hdf5",
+        inverse_transform_out=folder / "inverse_transform.hdf5",
+        warped_moving_out=folder / "warped.nii.gz",
+        json=folder / SUMMARY,
+        save=folder / "pair.nephi" if shared.model == "none" else None,
+        quiet=True,
+    )
+    finished = _finished(folder / SUMMARY, register.flags_of(flags))
+    if finished is not None:
+        return _as_row(name, "skipped", finished)
     fresh = not folder.exists()
     try:
         folder.mkdir(exist_ok=True)
         with memory_for("this"):
-            return _as_row(row["name"], "done", run(pair))
+            return _as_row(name, "done", register.run(flags, command))
     except Exception as error:  # the other pairs go on
         plain = isinstance(error, ValueError | TypeError | MemoryError)
         kind = "" if plain else type(error).__name__
-        said = " ".join(f"{kind}: {error}".lstrip(": ").split())
-        return {"name": row["name"], "status": "failed", "error": said}
+        sentence = " ".join(f"{kind}: {error}".lstrip(": ").split())
+        return {"name": name, "status": "failed", "error": sentence}
     finally:
         if fresh and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
 
 def _finished(path: Path, flags: dict[str, str]) -> Row | None:
+    """Return the summary in a file if it was made with these flags."""
     try:
-        found: Row = json.loads(path.read_text("utf-8"))
-        return found if found["flags"] == flags else None
+        summary: Row = json.loads(path.read_text("utf-8"))
+        return summary if summary["flags"] == flags else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -196,18 +204,3 @@ def _as_row(name: str, status: str, summary: Row) -> Row:
         if value is not None:
             row[column] = value
     return row | {"warnings": "; ".join(summary.get("warnings", ()))}
-
-
-def aligned(rows: Sequence[dict[str, Any]], heads: dict[str, tuple[str, str]]) -> str:
-    """Rows as columns: key -> its head and format; errors stand behind their rows."""
-    used = [key for key in heads if any(row.get(key) is not None for row in rows)]
-    lines = [[heads[key][0] for key in used]]
-    for row in rows:
-        cells = ((row.get(key), heads[key][1]) for key in used)
-        lines.append(["-" if v is None else format(v, form) for v, form in cells])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    errors = ["", *(f"  {row['error']}" if "error" in row else "" for row in rows)]
-    return "\n".join(
-        "  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) + error
-        for line, error in zip(lines, errors, strict=True)
-    )

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from icon_nephi._check import check_intensities
 from icon_nephi.io.image_input import read_input
 from icon_nephi.io.itk_images import (
     array_of,
@@ -23,8 +22,8 @@ from icon_nephi.io.itk_images import (
     read_image,
 )
 from icon_nephi.io.points import read_points
-from icon_nephi.maps.framed import Array
-from icon_nephi.space.frames import Geometry
+from icon_nephi.space.frames import Array, Geometry
+from icon_nephi.space.intensities import check_intensities
 
 SIDES = ("fixed", "moving")
 # Files that hold the data of a header beside them, such as fixed.raw of fixed.mhd.
@@ -111,10 +110,10 @@ def choose(names: Iterable[str], asked: Iterable[str] | None = None) -> list[str
     if asked is None:
         return names
     chosen: list[str] = []
-    for one in (name.rstrip("/") for name in asked):
-        members = [n for n in names if n == one or n.startswith(one + "/")]
+    for name in (name.rstrip("/") for name in asked):
+        members = [n for n in names if n == name or n.startswith(name + "/")]
         if not members:
-            raise ValueError(f"--cases: no {one!r} there, only {', '.join(names)}")
+            raise ValueError(f"--cases: no {name!r} there, only {', '.join(names)}")
         chosen += members
     return list(dict.fromkeys(chosen))
 

@@ -1,4 +1,4 @@
-"""Methods side by side: the same pairs, for the same time, on one machine."""
+"""nephi-compare: the same pairs by several methods, in the same time, one machine."""
 
 from __future__ import annotations
 
@@ -8,18 +8,24 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
+from icon_nephi.commands import cases, methods
 from icon_nephi.commands.cases import Case
+from icon_nephi.commands.flags import CompareFlags, check_output
 from icon_nephi.commands.methods import Found, Method, Options, now, peak_gib
+from icon_nephi.io.atomic import write_csv
 from icon_nephi.io.image_input import choose_device, read_input
 from icon_nephi.io.itk_images import resample_to
 from icon_nephi.maps.framed import over_grid
 from icon_nephi.maps.two_way import TwoWay
-from icon_nephi.report.measure import flips_on_grid, mean_dice_at, measure_points
+from icon_nephi.report.expected_error import inverse_consistency
+from icon_nephi.report.measure import flips_on_grid, mean_dice_at
 from icon_nephi.report.metrics import target_registration_error
 from icon_nephi.space.frames import apply_affine
 
@@ -35,8 +41,36 @@ POINTS = 100_000  # where folds and inverse consistency are measured
 Row: TypeAlias = dict[str, Any]
 
 
+def compare_folder(flags: CompareFlags) -> list[Row]:
+    """Return a row of `COLUMNS` for each case and method; write them as they come.
+
+    Raises:
+        ValueError: flags or cases that cannot be used.
+    """
+    out = None if flags.out is None else check_output("out", flags.out, (".csv",))
+    for flag, least in (("seconds", 0.01), ("side", 17), ("threads", 1)):
+        value = getattr(flags, flag)
+        if value is not None and not value >= least:
+            raise ValueError(f"--{flag} must be at least {least}, got {value}")
+    choose_device(flags.device, None)
+    homes = cases.find_cases(flags.data, flags.cases)
+    readers = {n: partial(cases.read_case, home, n) for n, home in homes.items()}
+    for read in readers.values():
+        read()  # complains now, not after an hour
+    names = ("seconds", "seed", "device", "threads", "side")
+    options = Options(**{name: getattr(flags, name) for name in names})
+    rows: list[Row] = []
+    each = compare_cases(readers, methods.METHODS, options)
+    total = len(readers) * len(methods.METHODS)
+    for row in tqdm(each, "registering", total, disable=flags.quiet, leave=False):
+        rows.append(row)
+        if out is not None:
+            write_csv(out, COLUMNS, rows)
+    return rows
+
+
 def measure(case: Case, method: Method, options: Options) -> Row:
-    """A row of `COLUMNS`: one registration, its cost, and its errors.
+    """Return a row of `COLUMNS`: one registration, its cost, and its errors.
 
     ``inference_ms`` goes from the images to the displacement at every voxel of the
     fixed image, ``peak_gib`` up to there.
@@ -57,9 +91,8 @@ def measure(case: Case, method: Method, options: Options) -> Row:
     row["folds_voxels_percent"] = flips_on_grid(moved, fixed)
     spread = np.random.default_rng(0).uniform(size=(POINTS, fixed.dimension))
     points = apply_affine(box, torch.from_numpy(spread)).numpy()
-    measured = measure_points(maps, points)
-    row["folds_points_percent"] = 100 * measured.fold_fraction
-    row["inverse_consistency_mm"] = float(measured.inverse_consistency.mean())
+    row["folds_points_percent"] = 100 * maps.fold_fraction(points)
+    row["inverse_consistency_mm"] = float(inverse_consistency(maps, points).mean())
     goals = case.moving_points
     if case.fixed_points is not None and goals is not None:
         for name, at in (
@@ -84,25 +117,25 @@ def maps_of(found: Found, device: str | None) -> TwoWay:
 
 
 def compare_cases(
-    cases: Mapping[str, Callable[[], Any]],
-    methods: Mapping[str, Method],
+    readers: Mapping[str, Callable[[], Any]],
+    ways: Mapping[str, Method],
     options: Options,
 ) -> Iterator[Row]:
-    """A row for each case and method, which are functions that can be pickled.
+    """Yield a row for each case and method; all are functions that can be pickled.
 
     Each has its own process; others get the time that the first took for a case.
     """
-    for name, read in cases.items():
-        given = options
-        for label, method in methods.items():
-            row = alone(_read_and_measure, read, method, given)
-            if given is options and "seconds" in row:
-                given = replace(options, seconds=row["seconds"])
+    for name, read in readers.items():
+        told = options
+        for label, method in ways.items():
+            row = alone(_read_and_measure, read, method, told)
+            if told is options and "seconds" in row:
+                told = replace(options, seconds=row["seconds"])
             yield {"case": name, "method": label} | row
 
 
 def alone(function: Callable[..., Row], *arguments: Any) -> Row:
-    """What a function returns in a fresh process, or ``{"error": sentence}``."""
+    """Return what a function returns in a fresh process, or ``{"error": sentence}``."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, warnings.simplefilter, ("ignore",)) as pool:
         try:

@@ -1,19 +1,27 @@
-"""The files of one registration, read and checked before any work is done."""
+"""Files that the flags name, read and checked before any work is done."""
 
 from __future__ import annotations
 
-import argparse
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from icon_nephi._check import check_dimension, check_mask_numbers
+from icon_nephi.commands.flags import RegisterFlags, is_own
 from icon_nephi.io import itk_images
-from icon_nephi.maps.framed import Array
+from icon_nephi.io.itk_transforms import read_transform
+from icon_nephi.io.points import read_points
+from icon_nephi.maps.two_way import Mapping
+from icon_nephi.registration.itk_pair import ItkPair
+from icon_nephi.registration.result import Registration, load
+from icon_nephi.space.frames import Array
+
+SIDES = ("fixed", "moving")
 
 
 class Inputs:
-    """What the flags name, read.
+    """The files of one registration.
 
     Attributes:
         images: by flag, clipped to their windows.
@@ -23,51 +31,49 @@ class Inputs:
         warnings: what is odd about them, a sentence each.
     """
 
-    def __init__(self, given: argparse.Namespace) -> None:
+    def __init__(self, flags: RegisterFlags) -> None:
+        self.warnings: list[str] = []
         self.images = {
             name: itk_images.read_image(f"--{name}", path)
-            for name in (
-                *("moving", "fixed", "moving_mask", "fixed_mask"),
-                *("moving_segmentation", "fixed_segmentation"),
-            )
-            if (path := getattr(given, name)) is not None
+            for end in ("", "_mask", "_segmentation")
+            for name in (f"moving{end}", f"fixed{end}")
+            if (path := getattr(flags, name)) is not None
         }
         self.original = self.images["moving"]
-        self.warnings: list[str] = []
-        for side in ("moving", "fixed"):
-            mask = self.images.get(f"{side}_mask")
-            if mask is not None:
-                flag = f"--{side}_mask: {getattr(given, f'{side}_mask')}"
-                check_mask_numbers(flag, itk_images.array_of(mask))
+        for side in SIDES:
+            name = f"{side}_mask"
+            if name in self.images:
+                values = itk_images.array_of(self.images[name])
+                check_mask_numbers(f"--{name}: {getattr(flags, name)}", values)
             name = f"{side}_segmentation"
             if name in self.images:
                 image = self.images[name]
                 self.images[name] = itk_images.check_label_map(f"--{name}", image)
-            self.images[side] = _windowed(given, side, self.images[side])
+            self.images[side] = _windowed(flags, side, self.images[side])
         d = self.images["fixed"].GetImageDimension()
         self.landmarks: tuple[Array, Array] | None = None
         self.labels: tuple[Any, Any] | None = None
-        if given.landmarks_fixed is not None:
-            self.landmarks = self._read_landmarks(given, d)
-        if given.labels_fixed is not None:
-            maps = []
-            for flag in ("labels_fixed", "labels_moving"):
-                image = itk_images.read_image(f"--{flag}", getattr(given, flag))
-                found = image.GetImageDimension()
-                check_dimension(f"--{flag}", found, "the images are", d)
-                maps.append(itk_images.check_label_map(f"--{flag}", image))
-            self.labels = (maps[0], maps[1])
+        if flags.landmarks_fixed is not None:
+            self.landmarks = self._read_landmarks(flags, d)
+        if flags.labels_fixed is not None:
+            fixed, moving = (_read_labels(flags, side, d) for side in SIDES)
+            self.labels = fixed, moving
 
-    def _read_landmarks(self, given: argparse.Namespace, d: int) -> tuple[Array, Array]:
-        from icon_nephi.io.points import read_points
-
-        found = []
-        for side in ("fixed", "moving"):
-            flag = f"--landmarks_{side}"
-            points = read_points(flag, getattr(given, f"landmarks_{side}")).points
-            found.append(points)
-        _check_landmarks(found[0], found[1], d)
-        for side, points in zip(("fixed", "moving"), found, strict=True):
+    def _read_landmarks(
+        self, flags: RegisterFlags, dimension: int
+    ) -> tuple[Array, Array]:
+        fixed, moving = (
+            read_points(
+                f"--landmarks_{side}", getattr(flags, f"landmarks_{side}")
+            ).points
+            for side in SIDES
+        )
+        for side, points in zip(SIDES, (fixed, moving), strict=True):
+            if points.shape[1] != dimension:
+                raise ValueError(
+                    f"--landmarks_{side} has {points.shape[1]} coordinates a point but "
+                    f"the images are {dimension}D"
+                )
             place = itk_images.geometry_of(self.images[side])
             far = int(place.outside(points).sum())
             if far:
@@ -75,30 +81,27 @@ class Inputs:
                     f"{far} of {len(points)} landmarks lie outside the {side} image; "
                     "they must be LPS mm (RAS: change the sign of x and y)"
                 )
-        return found[0], found[1]
-
-
-def _check_landmarks(fixed: Array, moving: Array, dimension: int) -> None:
-    """Refuse landmarks of another dimension, or not a row to each in both."""
-    for name, points in (("fixed", fixed), ("moving", moving)):
-        if points.shape[1] != dimension:
+        if len(fixed) != len(moving) or not len(fixed):
             raise ValueError(
-                f"--landmarks_{name} has {points.shape[1]} coordinates a point but the "
-                f"images are {dimension}D"
+                f"--landmarks_fixed has {len(fixed)} points and --landmarks_moving "
+                f"{len(moving)}: they must correspond row by row"
             )
-    if len(fixed) != len(moving) or not len(fixed):
-        raise ValueError(
-            f"--landmarks_fixed has {len(fixed)} points and --landmarks_moving "
-            f"{len(moving)}: they must correspond row by row"
-        )
+        return fixed, moving
 
 
-def _windowed(given: argparse.Namespace, side: str, image: Any) -> Any:
-    """The image clipped to its window or quantiles."""
-    ends, values = getattr(given, f"{side}_window"), itk_images.array_of(image)
-    flag = f"--{side}_window"
-    if ends is None and given.quantiles is not None:
-        flag, ends = "--quantiles", np.quantile(values, given.quantiles).tolist()
+def _read_labels(flags: RegisterFlags, side: str, dimension: int) -> Any:
+    flag = f"--labels_{side}"
+    image = itk_images.read_image(flag, getattr(flags, f"labels_{side}"))
+    check_dimension(flag, image.GetImageDimension(), "the images are", dimension)
+    return itk_images.check_label_map(flag, image)
+
+
+def _windowed(flags: RegisterFlags, side: str, image: Any) -> Any:
+    """Return the image clipped to its window or quantiles."""
+    flag, ends = f"--{side}_window", getattr(flags, f"{side}_window")
+    values = itk_images.array_of(image)
+    if ends is None and flags.quantiles is not None:
+        flag, ends = "--quantiles", np.quantile(values, flags.quantiles).tolist()
     if ends is None:
         return image
     clipped = np.clip(values.astype(np.float32), *ends)
@@ -108,3 +111,53 @@ def _windowed(given: argparse.Namespace, side: str, image: Any) -> Any:
             f"{values.min():g} to {values.max():g}"
         )
     return itk_images.image_of(clipped, itk_images.geometry_of(image))
+
+
+def read_map(path: Path, way: str | None) -> Registration | ItkPair:
+    """Return what a file holds; of an ITK transform there is only one direction.
+
+    Args:
+        path: of ``--transform``.
+        way: what was typed to ask for a direction, if anything.
+
+    Raises:
+        ValueError: neither, a registration of tensors, or a way of an ITK transform.
+    """
+    if not is_own("--transform", path):
+        if way is not None:
+            raise ValueError(
+                f"--{'inverse' if way == 'inverse' else 'to'} needs a .nephi file; of "
+                "an ITK transform give the file that nephi-register wrote to "
+                "--inverse_transform_out"
+            )
+        return ItkPair(read_transform("--transform", path))
+    registration = load(path)
+    if not registration.itk:
+        raise ValueError(
+            f"--transform: {path} holds a registration of tensors, which have no place "
+            "in space; use icon_nephi.load in Python"
+        )
+    return registration
+
+
+def read_reference(path: Path | None, mapping: Mapping) -> Any:
+    """Return the image whose grid a result gets, None: that of the registration.
+
+    Raises:
+        ValueError: a file that is no image, or none with an ITK transform.
+    """
+    if path is not None:
+        return itk_images.read_image("--reference", path)
+    if isinstance(mapping, ItkPair):
+        raise ValueError(
+            "--reference is needed with an ITK transform: the image whose grid the "
+            "result gets, usually the fixed image"
+        )
+    return None
+
+
+def in_words(mapping: Mapping, direction: str) -> str:
+    """Return a direction as people read it; a lone ITK transform does not tell its."""
+    if isinstance(mapping, ItkPair):
+        return "as the transform says"
+    return direction.replace("_to_", " -> ")

@@ -62,7 +62,7 @@ Method: TypeAlias = Callable[[Case, Options], Found]
 
 
 def now(device: torch.device) -> float:
-    """Seconds of this process, all threads; on a GPU of the clock, its work done."""
+    """Return seconds of all threads; on a GPU those of the clock, its work done."""
     if device.type == "cpu":
         return time.process_time()
     torch.cuda.synchronize()
@@ -70,14 +70,14 @@ def now(device: torch.device) -> float:
 
 
 def peak_gib(device: torch.device) -> float | None:
-    """Peak memory of this process, on a GPU that of its tensors; None: unknown."""
+    """Return this process's peak memory, on a GPU of its tensors; None: unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return peak_memory() / 2**30 or None
 
 
 def nephi(case: Case, options: Options) -> Found:
-    """`icon_nephi.register` from scratch; ``options.seconds`` is an upper limit."""
+    """Register as `icon_nephi.register` does; ``options.seconds`` is an upper limit."""
     size = case.fixed.GetLargestPossibleRegion().GetSize()
     settings = find_settings("auto", tuple(size), case.modality)
     began = now(device := choose_device(options.device, None))
@@ -105,7 +105,7 @@ def nephi(case: Case, options: Options) -> Found:
 
 
 def voxel(case: Case, options: Options, make: Any = None) -> Found:
-    """GradICON's voxel network, optimised for this pair alone from random weights.
+    """Optimise GradICON's voxel network for this pair alone from random weights.
 
     ``make(shape)`` is the loss to optimise; default `voxel_network`.
     """
@@ -131,12 +131,12 @@ METHODS: dict[str, Method] = {"nephi": nephi, "voxel": voxel}
 
 
 def voxel_network(shape: Sequence[int]) -> Any:
-    """ICON's GradICON around one tallUNet2, for images ``[B, C, *grid]``."""
+    """Return ICON's GradICON around one tallUNet2, for images ``[B, C, *grid]``."""
     return voxel_loss(voxel_step(shape), shape)
 
 
 def voxel_step(shape: Sequence[int]) -> Any:
-    """One voxel field of ICON's, predicted by a tallUNet2."""
+    """Return one voxel field of ICON's, predicted by a tallUNet2."""
     from icon_registration import FunctionFromVectorField, networks
 
     unet = networks.tallUNet2(dimension=len(shape) - 2, input_channels=int(shape[1]))
@@ -144,7 +144,7 @@ def voxel_step(shape: Sequence[int]) -> Any:
 
 
 def voxel_loss(net: nn.Module, shape: Sequence[int]) -> Any:
-    """ICON's GradICON loss around a registration network."""
+    """Return ICON's GradICON loss around a registration network."""
     from icon_registration import losses
 
     network = losses.GradientICONSparse(net, losses.LNCC(sigma=4), 1.5)
@@ -155,7 +155,7 @@ def voxel_loss(net: nn.Module, shape: Sequence[int]) -> Any:
 def network_images(
     case: Case, options: Options, shape: Sequence[int] = ()
 ) -> tuple[Tensor, Tensor, tuple[Geometry, Geometry]]:
-    """Moving and fixed ``[1, 1, *grid]`` on one grid, and where each then lies.
+    """Return moving and fixed ``[1, 1, *grid]`` on one grid, and where each then lies.
 
     Zero outside the masks, as ICON's lung network has it. The grid is the fixed
     image's, made smaller if a side is longer than ``options.side``, or the one given.
@@ -176,7 +176,7 @@ def network_images(
 
 
 def voxel_found(maps: Sequence[Map], places: Sequence[Geometry], encoder: int) -> Found:
-    """What a voxel network found; its maps then take coordinates of any precision."""
+    """Return what a voxel network found, as maps of coordinates of any precision."""
     AB, BA = (partial(_as_float, phi) for phi in maps)
     dense = 2 * places[1].dimension * math.prod(places[1].size)
     return Found(AB, BA, places[0], places[1], code=dense, encoder=encoder)
@@ -187,5 +187,5 @@ def _as_float(phi: Map, coordinates: Tensor) -> Tensor:
 
 
 def count(network: nn.Module) -> int:
-    """The number of its parameters."""
+    """Return the number of its parameters."""
     return sum(p.numel() for p in network.parameters())

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from icon_nephi.commands.flags import IMAGES, TRANSFORMS, VECTORS, check_output
-from icon_nephi.commands.inputs import Inputs
-from icon_nephi.io import itk_images
+from icon_nephi.commands.flags import (
+    IMAGES,
+    TRANSFORMS,
+    VECTORS,
+    RegisterFlags,
+    check_output,
+)
+from icon_nephi.commands.inputs import SIDES, Inputs
 from icon_nephi.io.atomic import written_whole
-from icon_nephi.io.itk_images import write_image
+from icon_nephi.io.itk_images import geometry_of, write_image
 from icon_nephi.io.itk_transforms import write_transform
 from icon_nephi.io.versions import versions
 from icon_nephi.maps.two_way import MOVING_TO_FIXED
 from icon_nephi.registration.itk_pair import ItkPair
-from icon_nephi.report.measure import label_scores, landmark_scores, summary
+from icon_nephi.report.measure import score_labels, score_landmarks, summarize_result
 
 OUTPUTS = {
     "transform_out": TRANSFORMS,
@@ -34,106 +38,107 @@ OUTPUTS = {
     "error_out": IMAGES,
     "save": (".nephi",),
     "report": (".html", ".htm"),
+    "json": (".json",),
 }
-_BOTH = ("landmarks", "labels", "segmentation")
+WINDOWS = ("fixed_window", "moving_window", "quantiles")
+COUPLED = (
+    ("landmarks_fixed", "landmarks_moving"),
+    ("labels_fixed", "labels_moving"),
+    ("fixed_segmentation", "moving_segmentation"),
+)
 
 
-def check_flags(given: argparse.Namespace) -> None:
-    """Nothing, or a ValueError: flags that contradict each other."""
-    scratch = given.model == "none"
-    missing = [f"--{name}" for name in ("fixed", "moving") if not getattr(given, name)]
-    if missing:
+def check_flags(flags: RegisterFlags) -> None:
+    """Refuse flags that contradict each other.
+
+    Raises:
+        ValueError: they do.
+    """
+    fixed, moving = flags.fixed, flags.moving
+    if fixed is None or moving is None:
+        missing = [f"--{side}" for side in SIDES if getattr(flags, side) is None]
         raise ValueError(
             f"the following arguments are required: {', '.join(missing)}; see "
             "nephi-register --help"
         )
-    if scratch and given.network_weights is not None:
+    scratch = flags.model == "none"
+    if scratch and flags.network_weights is not None:
         raise ValueError("--network_weights needs --model: which network are they of?")
     if not scratch:
-        for name in ("save", "report", "error_out"):
-            if getattr(given, name) is not None:
-                raise ValueError(
-                    f"--{name} holds what is registered from scratch; with --model "
-                    "give --transform_out"
-                )
-        for name in ("fixed_window", "moving_window", "quantiles"):
-            if getattr(given, name) is not None:
-                raise ValueError(
-                    f"--{name} is for registration from scratch; --model {given.model} "
-                    "has the intensities it was trained with"
-                )
-        if (given.preset, given.similarity, given.seeds) != ("default", None, 1) or (
-            given.mass_preserving
-        ):
-            raise ValueError(
-                "--preset, --similarity, --seeds and --mass_preserving are for "
-                "registration from scratch; with --model give --io_iterations and "
-                "--io_sim"
-            )
-    if given.keep_on_interrupt and (not scratch or given.seeds > 1):
+        _check_model_flags(flags)
+    if flags.keep_on_interrupt and (not scratch or flags.seeds > 1):
         raise ValueError(
             "--keep_on_interrupt is for one registration from scratch, without --model "
             "and --seeds"
         )
-    if given.seeds < 1:
-        raise ValueError(f"--seeds must be at least 1, got {given.seeds}")
-    names = {k: _pair_flags(k) for k in _BOTH}
-    for flags in names.values():
-        if len({getattr(given, flag) is None for flag in flags}) > 1:
-            raise ValueError(
-                f"--{flags[0]} and --{flags[1]} belong together: give both"
-            )
-    if given.time_limit is not None and not given.time_limit > 0:
+    if flags.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {flags.seeds}")
+    for first, second in COUPLED:
+        if (getattr(flags, first) is None) != (getattr(flags, second) is None):
+            raise ValueError(f"--{first} and --{second} belong together: give both")
+    if flags.time_limit is not None and not flags.time_limit > 0:
         raise ValueError(
-            f"--time_limit must be positive seconds, got {given.time_limit}"
+            f"--time_limit must be positive seconds, got {flags.time_limit}"
         )
-    for name in ("fixed_window", "moving_window", "quantiles"):
-        ends = getattr(given, name)
+    for name in WINDOWS:
+        ends = getattr(flags, name)
         if ends is not None and not ends[0] < ends[1]:
             raise ValueError(
                 f"--{name} must be LOW HIGH with LOW below HIGH, got {ends[0]:g} "
                 f"{ends[1]:g}"
             )
-    if given.quantiles is not None and not (
-        given.quantiles[0] >= 0 and given.quantiles[1] <= 1
-    ):
+    if flags.quantiles and not 0 <= flags.quantiles[0] < flags.quantiles[1] <= 1:
         raise ValueError("--quantiles must be shares from 0 to 1, such as 0.01 0.99")
-    if _same(given.fixed, given.moving):
+    if _same(fixed, moving):
         raise ValueError(
-            f"--fixed and --moving are the same file, {given.fixed}: there is nothing "
-            "to register"
+            f"--fixed and --moving are the same file, {fixed}: there is nothing to "
+            "register"
         )
 
 
-def _pair_flags(kind: str) -> tuple[str, str]:
-    if kind == "segmentation":
-        return ("fixed_segmentation", "moving_segmentation")
-    return (f"{kind}_fixed", f"{kind}_moving")
+def _check_model_flags(flags: RegisterFlags) -> None:
+    for name in ("save", "report", "error_out"):
+        if getattr(flags, name) is not None:
+            raise ValueError(
+                f"--{name} holds what is registered from scratch; with --model give "
+                "--transform_out"
+            )
+    for name in WINDOWS:
+        if getattr(flags, name) is not None:
+            raise ValueError(
+                f"--{name} is for registration from scratch; --model {flags.model} has "
+                "the intensities it was trained with"
+            )
+    if flags.mass_preserving or (
+        (flags.preset, flags.similarity, flags.seeds) != ("default", None, 1)
+    ):
+        raise ValueError(
+            "--preset, --similarity, --seeds and --mass_preserving are for "
+            "registration from scratch; with --model give --io_iterations and --io_sim"
+        )
 
 
 def _same(first: Path, second: Path) -> bool:
     return first.exists() and second.exists() and first.samefile(second)
 
 
-def find_outputs(given: argparse.Namespace) -> dict[str, Path]:
-    """The outputs asked for, each of which can be written."""
+def find_outputs(flags: RegisterFlags) -> dict[str, Path]:
+    """Return the outputs asked for, each of which can be written.
+
+    Raises:
+        ValueError: one that cannot, none at all, or one over another or an input.
+    """
+    paths = {k: v for k, v in vars(flags).items() if isinstance(v, Path)}
     outputs = {
-        name: path
+        name: check_output(name, paths[name], endings)
         for name, endings in OUTPUTS.items()
-        if (path := check_output(name, getattr(given, name), endings)) is not None
+        if name in paths and (name, str(paths[name])) != ("json", "-")
     }
-    if given.json is not None and str(given.json) != "-":
-        path = check_output("json", given.json, (".json",))
-        assert path is not None
-        outputs["json"] = path
-    if not set(outputs) - {"json"} and given.json is None:
+    if not set(outputs) - {"json"} and flags.json is None:
         raise ValueError("nothing to write: give --transform_out or --save")
-    places = [path.absolute() for path in outputs.values()]
-    if len(set(places)) < len(places):
+    if len({path.absolute() for path in outputs.values()}) < len(outputs):
         raise ValueError("two outputs have the same path; give each its own")
-    written = {*OUTPUTS, "json", "out_dir"}
-    paths = {k: v for k, v in vars(given).items() if isinstance(v, Path)}
-    inputs = [path for name, path in paths.items() if name not in written]
+    inputs = [paths[name] for name in paths if name not in (*OUTPUTS, "out_dir")]
     for name, path in outputs.items():
         if any(_same(path, other) for other in inputs):
             raise ValueError(
@@ -142,74 +147,74 @@ def find_outputs(given: argparse.Namespace) -> dict[str, Path]:
     return outputs
 
 
-def run(given: argparse.Namespace, command: list[str]) -> dict[str, Any]:
-    """Register, write every output, and return the summary (see `measure.summary`).
+def run(flags: RegisterFlags, command: list[str]) -> dict[str, Any]:
+    """Register, write every output, and return the summary (see `summarize_result`).
 
     Args:
-        given: the flags, checked.
+        flags: of one pair.
         command: what was typed.
 
     Raises:
         ValueError: what cannot be registered, in the words of the flags.
         OSError: what cannot be written; then nothing is.
     """
-    outputs = find_outputs(given)
-    read = Inputs(given)
+    check_flags(flags)
+    outputs = find_outputs(flags)
+    inputs = Inputs(flags)
     start = time.perf_counter()
-    register = _from_scratch if given.model == "none" else _through_model
+    register = _from_scratch if flags.model == "none" else _through_model
     try:
-        result, *others = register(given, read.images)
+        result, *others = register(flags, inputs.images)
     except (ValueError, TypeError) as error:
         raise type(error)(in_flags(str(error))) from error
-    seconds = time.perf_counter() - start
-    found: dict[str, Any] = {
+    numbers: dict[str, Any] = {
         "command": shlex.join(command),
-        **{name: str(getattr(given, name)) for name in ("fixed", "moving")},
-        **{name: getattr(given, name) for name in ("model", "preset", "seed")},
-        "seconds": seconds,
-        "flags": flags_of(given),
+        **{name: str(getattr(flags, name)) for name in SIDES},
+        **{name: getattr(flags, name) for name in ("model", "preset", "seed")},
+        "seconds": time.perf_counter() - start,
+        "flags": flags_of(flags),
     }
-    if not given.quiet or given.json is not None:
-        found |= summary(result, others)
-    found["warnings"] = [in_flags(w) for w in (*result.warnings, *read.warnings)]
-    if read.landmarks is not None:
-        found["landmarks_mm"] = landmark_scores(result, *read.landmarks)
-    if read.labels is not None:
-        found["dice"] = label_scores(result, *read.labels)
-    found["outputs"] = {name: str(path) for name, path in outputs.items()}
-    found["versions"] = versions()
+    if not flags.quiet or flags.json is not None:
+        numbers |= summarize_result(result, others)
+    warnings = (*result.warnings, *inputs.warnings)
+    numbers["warnings"] = [in_flags(warning) for warning in warnings]
+    if inputs.landmarks is not None:
+        numbers["landmarks_mm"] = score_landmarks(result, *inputs.landmarks)
+    if inputs.labels is not None:
+        numbers["dice"] = score_labels(result, *inputs.labels)
+    numbers["outputs"] = {name: str(path) for name, path in outputs.items()}
+    numbers["versions"] = versions()
+    writers = _writers(result, others, inputs, numbers)
     with written_whole(*outputs.values()) as parts:
         each = zip(outputs, parts, strict=True)
-        bar = tqdm(each, "writing", len(outputs), disable=given.quiet, leave=False)
+        bar = tqdm(each, "writing", len(outputs), disable=flags.quiet, leave=False)
         for name, part in bar:
-            _write(name, part, (result, others), read, found)
-    return found
+            writers[name](part)
+    return numbers
 
 
-def flags_of(given: argparse.Namespace) -> dict[str, str]:
-    """The flags that a result depends on, as text."""
+def flags_of(flags: RegisterFlags) -> dict[str, str]:
+    """Return the flags that a result depends on, as text."""
     leave = {"pairs", "out_dir", "quiet", "json", "keep_on_interrupt"}
     return {
         name: str(value)
-        for name, value in sorted(vars(given).items())
+        for name, value in sorted(vars(flags).items())
         if name not in leave and value is not None
     }
 
 
-def _from_scratch(given: argparse.Namespace, images: dict[str, Any]) -> list[Any]:
-    """A `Registration` of each seed."""
+def _from_scratch(flags: RegisterFlags, images: dict[str, Any]) -> list[Any]:
+    """Return a `Registration` of each seed."""
     from icon_nephi.fit.settings import find_effort
     from icon_nephi.registration.register import register
 
     kinds = [
         None if kind == "none" else kind
-        for kind in (given.moving_modality, given.fixed_modality)
+        for kind in (flags.moving_modality, flags.fixed_modality)
     ]
-    size = itk_images.geometry_of(images["fixed"]).size
-    modality = kinds[0] if kinds[0] == kinds[1] else None
     # What `register` calls as its flag is called needs no line here.
     known = signature(register).parameters
-    choices = {name: value for name, value in vars(given).items() if name in known}
+    choices = {name: value for name, value in vars(flags).items() if name in known}
     choices |= {
         "modality": (kinds[0], kinds[1]),
         "mask_A": images.get("moving_mask"),
@@ -217,111 +222,106 @@ def _from_scratch(given: argparse.Namespace, images: dict[str, Any]) -> list[Any
         "segmentation_A": images.get("moving_segmentation"),
         "segmentation_B": images.get("fixed_segmentation"),
         # lncc is what the default compares, with all it does beside.
-        "similarity": given.similarity or (None if given.io_sim == "lncc" else "lncc2"),
-        "field": "auto"
-        if given.preset == "default"
-        else find_effort(given.preset, size, modality),
-        "affine": not given.no_affine,
-        "progress": not given.quiet,
+        "similarity": flags.similarity or (None if flags.io_sim == "lncc" else "lncc2"),
+        "field": "auto",
+        "affine": not flags.no_affine,
+        "progress": not flags.quiet,
     }
+    if flags.preset != "default":
+        size = geometry_of(images["fixed"]).size
+        modality = kinds[0] if kinds[0] == kinds[1] else None
+        choices["field"] = find_effort(flags.preset, size, modality)
     return [
         register(images["moving"], images["fixed"], **choices | {"seed": seed})
-        for seed in range(given.seed, given.seed + given.seeds)
+        for seed in range(flags.seed, flags.seed + flags.seeds)
     ]
 
 
-def _through_model(given: argparse.Namespace, images: dict[str, Any]) -> list[Any]:
-    """One `ItkPair`, from a pretrained network and instance optimisation."""
+def _through_model(flags: RegisterFlags, images: dict[str, Any]) -> list[Any]:
+    """Return one `ItkPair`, of a pretrained network and instance optimisation."""
     from icon_nephi import pretrained_models
     from icon_nephi.io.image_input import choose_device
     from icon_nephi.itk_wrapper import register_pair_with_mask
     from icon_nephi.losses.similarities import PatchNCC
 
-    device = choose_device(given.device, None)
-    weights = given.network_weights
+    device = choose_device(flags.device, None)
+    weights = flags.network_weights
     if weights is not None and not weights.is_file():
         raise ValueError(f"--network_weights: {weights} does not exist")
     model = pretrained_models.init_network(
-        given.model, neural="residual", weights=weights
+        flags.model, neural="residual", weights=weights
     ).to(device)
-    if given.io_sim == "lncc2":
+    if flags.io_sim == "lncc2":
         model = model.changed(similarity=PatchNCC(1e-3, squared=True))
-    moving, fixed = (_for_model(given, images, side) for side in ("moving", "fixed"))
     phi_AB, phi_BA = register_pair_with_mask(
         model,
-        moving,
-        fixed,
+        _for_model(flags, images, "moving"),
+        _for_model(flags, images, "fixed"),
         images.get("moving_mask"),
         images.get("fixed_mask"),
-        given.io_iterations,
+        flags.io_iterations,
         segmentation_A=images.get("moving_segmentation"),
         segmentation_B=images.get("fixed_segmentation"),
-        progress=not given.quiet,
-        seed=given.seed,
+        progress=not flags.quiet,
+        seed=flags.seed,
     )
     return [ItkPair(phi_AB, phi_BA, images["moving"], images["fixed"])]
 
 
-def _for_model(given: argparse.Namespace, images: dict[str, Any], side: str) -> Any:
-    """An image with the intensities its network was trained with."""
+def _for_model(flags: RegisterFlags, images: dict[str, Any], side: str) -> Any:
+    """Return an image with the intensities its network was trained with."""
     from icon_nephi import pretrained_models as models
 
     image, mask = images[side], images.get(f"{side}_mask")
-    if given.model == "lung":
+    if flags.model == "lung":
         return models.lung_network_preprocess(image, mask)
-    if given.model == "brain":
+    if flags.model == "brain":
         return models.brain_network_preprocess(image)
-    kind = "mri" if given.model == "knee" else getattr(given, f"{side}_modality")
+    kind = "mri" if flags.model == "knee" else getattr(flags, f"{side}_modality")
     if kind == "none":
-        raise ValueError(f"--model {given.model} needs --{side}_modality ct or mri")
+        raise ValueError(f"--model {flags.model} needs --{side}_modality ct or mri")
     return models.unigradicon_network_preprocess(image, kind, mask)
 
 
-def _write(
-    name: str,
-    path: Path,
-    results: tuple[Any, Sequence[Any]],
-    read: Inputs,
-    found: dict[str, Any],
-) -> None:
-    result, others = results
-    if name == "transform_out":
-        write_transform(result.phi_AB, path)
-    elif name == "inverse_transform_out":
-        write_transform(result.phi_BA, path)
-    elif name == "warped_moving_out":
-        write_image(result.warp(read.original), path)
-    elif name == "displacement_out":
-        write_image(result.displacement_field(), path)
-    elif name == "inverse_displacement_out":
-        write_image(result.displacement_field(None, MOVING_TO_FIXED), path)
-    elif name == "jacobian_out":
-        write_image(result.jacobian_determinant(), path)
-    elif name == "error_out":
-        write_image(result.error_image(None, others), path)
-    elif name == "report":
-        given = {"landmarks": read.landmarks, "labels": read.labels}
-        extras = {
-            f"{kind}_{side}": what
-            for kind, both in given.items()
-            for side, what in zip(("fixed", "moving"), both or (), strict=False)
-        }
-        seconds, command = found["seconds"], found["command"]
-        extras |= {"seconds": seconds, "command": command, "others": others}
-        result.report(path, **extras)
-    elif name == "json":
-        path.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
-    else:
-        result.save(path)
+def _writers(
+    result: Any, others: list[Any], inputs: Inputs, numbers: dict[str, Any]
+) -> dict[str, Callable[[Path], object]]:
+    """Return what writes each of `OUTPUTS`; it makes what it writes when called."""
+
+    def write_report(path: Path) -> None:
+        extras = {name: numbers[name] for name in ("seconds", "command")}
+        for kind in ("landmarks", "labels"):
+            both = getattr(inputs, kind) or (None, None)
+            extras |= dict(zip((f"{kind}_fixed", f"{kind}_moving"), both, strict=True))
+        result.report(path, others=others, **extras)
+
+    return {
+        "transform_out": lambda path: write_transform(result.phi_AB, path),
+        "inverse_transform_out": lambda path: write_transform(result.phi_BA, path),
+        "warped_moving_out": lambda path: write_image(
+            result.warp(inputs.original), path
+        ),
+        "displacement_out": lambda path: write_image(result.displacement_field(), path),
+        "inverse_displacement_out": lambda path: write_image(
+            result.displacement_field(None, MOVING_TO_FIXED), path
+        ),
+        "jacobian_out": lambda path: write_image(result.jacobian_determinant(), path),
+        "error_out": lambda path: write_image(result.error_image(None, others), path),
+        "save": lambda path: result.save(path),
+        "report": write_report,
+        "json": lambda path: path.write_text(
+            json.dumps(numbers, indent=2) + "\n", "utf-8"
+        ),
+    }
 
 
 def in_flags(message: str) -> str:
-    """The same complaint with the command's names for things."""
+    """Return the same complaint with the command's names for things."""
+    for letter, side in (("A", "moving"), ("B", "fixed")):
+        message = message.replace(f"image_{letter}", f"--{side}")
+        for kind in ("mask", "segmentation"):
+            message = message.replace(f"{kind}_{letter}", f"--{side}_{kind}")
     for name, flag in (
-        *(("image_A", "--moving"), ("image_B", "--fixed")),
-        *(("mask_A", "--moving_mask"), ("mask_B", "--fixed_mask")),
-        *(("segmentation_A", "--moving_segmentation"),),
-        *(("segmentation_B", "--fixed_segmentation"),),
         *(("device ", "--device: "), ("time_limit ", "--time_limit ")),
         ("mass_preserving ", "--mass_preserving "),
         ("weights: ", "--network_weights: "),

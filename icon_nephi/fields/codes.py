@@ -62,21 +62,13 @@ class LatentCode:
         parts = []
         if self.global_code.shape[1]:
             value = self.global_code[None, :, None, :].expand(1, batch, count, -1)
-            parts.append(
-                torch.cat(
-                    [
-                        value,
-                        value.new_zeros(1, 1, 1, 1).expand(dimension, *value.shape[1:]),
-                    ]
-                )
-                if gradient
-                else value
-            )
+            if gradient:
+                slopes = value.new_zeros(1, 1, 1, 1).expand(dimension, *value.shape[1:])
+                value = torch.cat([value, slopes])
+            parts.append(value)
         if self.local_codes:
-            order = self.interpolation
-            parts.append(
-                read_grids(self.local_codes, points, order=order, gradient=gradient)
-            )
+            grids, order = self.local_codes, self.interpolation
+            parts.append(read_grids(grids, points, order=order, gradient=gradient))
         if not parts:
             return points.new_zeros(rows, batch, count, 0)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
@@ -85,14 +77,9 @@ class LatentCode:
         """Places and code values on a lattice, in factors: ``weights @ nodes``.
 
         On line l, along the last axis, ``[x, z(x)]`` is ``weights [n, K]`` times
-        ``nodes[:, l] [K, d + C]``: a few products of matrices in place of a read of
-        every point. Of a single pair.
-
-        Args:
-            axes: positions in the unit box along each axis, ``[n_a]`` each.
-
-        Returns:
-            weights ``[n, K]``, nodes ``[K, L, d + C]``, lines in the order of the axes.
+        ``nodes [K, L, d + C][:, l]``, lines in the order of the axes: a few products of
+        matrices in place of a read of every point. Of a single pair, at positions
+        ``[n_a]`` in the unit box along each axis.
         """
         d, last, like = len(axes), axes[-1], self.global_code
         first = torch.stack(torch.meshgrid(*axes[:-1], indexing="ij"), -1)

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from icon_nephi._check import check_image
 from icon_nephi.fields.codes import LatentCode
@@ -83,11 +84,10 @@ class HybridEncoder(nn.Module):
             sizes.append(_halve(sizes[-1]))
         wide = [widths[min(i, len(widths) - 1)] for i in range(len(sizes))]
         d = self.dimension
+        before = [2 * image_channels, *wide[:-1]]
         self.down = nn.ModuleList(
             _block(d, inputs, outputs, stride=2)
-            for inputs, outputs in zip(
-                [2 * image_channels, *wide[:-1]], wide, strict=True
-            )
+            for inputs, outputs in zip(before, wide, strict=True)
         )
         #: The level that each local code is read from.
         self.levels = [_closest(sizes, nodes) for nodes in grids]
@@ -105,9 +105,9 @@ class HybridEncoder(nn.Module):
         self.global_head = (
             nn.Sequential(
                 nn.Flatten(),
-                _linear(wide[-1] * math.prod(self.pooled), hidden),
+                skip_init(nn.Linear, wide[-1] * math.prod(self.pooled), hidden),
                 nn.LeakyReLU(_SLOPE),
-                _linear(hidden, global_size),
+                skip_init(nn.Linear, hidden, global_size),
             )
             if global_size
             else None
@@ -159,11 +159,8 @@ class HybridEncoder(nn.Module):
         for nodes, voxels in zip(code.shape[2:], shape, strict=True):
             count = max(_LEAST_NODES, nodes)
             node = torch.arange(count, dtype=torch.float64)
-            unit = (
-                node / (count - 1)
-                if self.interpolation == "linear"
-                else (node - 0.5) / (count - 2)
-            )
+            linear = self.interpolation == "linear"
+            unit = node / (count - 1) if linear else (node - 0.5) / (count - 2)
             # Feature i of a level lies at voxel 2^(level + 1) i.
             where.append(unit * ((voxels - 1) / 2 ** (level + 1)))
         return _resample(code, where)
@@ -180,15 +177,8 @@ def _closest(sizes: list[list[int]], nodes: int) -> int:
 
 
 def _conv(dimension: int, inputs: int, outputs: int, stride: int = 1) -> nn.Module:
-    layer: nn.Module = nn.utils.skip_init(
-        _CONV[dimension], inputs, outputs, 3, stride=stride, padding=1
-    )
-    return layer
-
-
-def _linear(inputs: int, outputs: int) -> nn.Module:
-    layer: nn.Module = nn.utils.skip_init(nn.Linear, inputs, outputs)
-    return layer
+    kind, more = _CONV[dimension], {"stride": stride, "padding": 1}
+    return cast(nn.Module, skip_init(kind, inputs, outputs, 3, **more))
 
 
 def _initialise(

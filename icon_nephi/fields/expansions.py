@@ -52,11 +52,8 @@ class Expansion:
     @staticmethod
     def of(rows: Tensor, stray: Tensor, dimension: int, degree: int) -> Expansion:
         """One whose sizes are those of its coefficients."""
-        table = (
-            _sums(dimension, degree, rows.dtype)
-            .unflatten(0, (1 + dimension, -1))
-            .sum(1)
-        )
+        table = _sums(dimension, degree, rows.dtype)
+        table = table.unflatten(0, (1 + dimension, -1)).sum(1)
         table[0, 1:] = 0
         size = (table @ rows.abs().flatten(1)).view(1 + dimension, *rows.shape[1:])
         return Expansion(rows, stray, size, dimension, degree)
@@ -65,7 +62,7 @@ class Expansion:
         """The same in another precision; what that rounds is added to ``stray``."""
         stray = (self.stray + 2 * unit(self.rows.to(dtype)) * self.size).to(dtype)
         rows, size = self.rows.to(dtype), self.size.to(dtype)
-        return Expansion(rows, stray, size, self.dimension, self.degree)
+        return replace(self, rows=rows, stray=stray, size=size)
 
     def matching(self, other: Expansion) -> Expansion:
         """The same of another's degree, at least the own one, and precision."""
@@ -77,8 +74,7 @@ class Expansion:
     @property
     def off(self) -> Tensor:
         """``[N, C]``: how far the value is from the polynomial's, anywhere."""
-        total: Tensor = self.stray.sum(0)
-        return total
+        return self.stray.sum(0)
 
 
 def unit(like: Tensor) -> float:
@@ -89,9 +85,9 @@ def unit(like: Tensor) -> float:
 @cache
 def monomials(dimension: int, degree: int) -> tuple[tuple[int, ...], ...]:
     """The powers of every monomial up to a total degree, by degree: 1, s_0, s_1, ..."""
-    powers = itertools.product(range(degree + 1), repeat=dimension)
-    found = [p for p in powers if sum(p) <= degree]
-    return tuple(sorted(found, key=lambda p: (sum(p), tuple(-n for n in p))))
+    every = itertools.product(range(degree + 1), repeat=dimension)
+    powers = [p for p in every if sum(p) <= degree]
+    return tuple(sorted(powers, key=lambda p: (sum(p), tuple(-n for n in p))))
 
 
 # (i, j, factor): monomial i times monomial j, and what that is multiplied by.
@@ -101,14 +97,14 @@ _Terms: TypeAlias = list[tuple[int, int, float]]
 @cache
 def _products(dimension: int, degree: int) -> list[_Terms]:
     """For each monomial the pairs whose product it is, without those with a 1 first."""
-    known = monomials(dimension, degree)
-    place = {p: n for n, p in enumerate(known)}
-    found: list[_Terms] = [[] for _ in known]
-    for (i, p), (j, q) in itertools.product(enumerate(known), repeat=2):
+    powers = monomials(dimension, degree)
+    place = {p: n for n, p in enumerate(powers)}
+    terms: list[_Terms] = [[] for _ in powers]
+    for (i, p), (j, q) in itertools.product(enumerate(powers), repeat=2):
         both = place.get(tuple(a + b for a, b in zip(p, q, strict=True)))
         if i and both is not None:
-            found[both].append((i, j, 1.0))
-    return found
+            terms[both].append((i, j, 1.0))
+    return terms
 
 
 @cache
@@ -118,10 +114,10 @@ def _chain(dimension: int, own: int, degree: int) -> list[_Terms]:
     d f(q)/ds_a = f'(q) dq/ds_a, any a with n_a > 0: n_a times f's coefficient is the
     sum over i + j = n of i_a q_i f'_j. The a with the fewest terms is taken.
     """
-    known = monomials(dimension, degree)
-    place = {p: n for n, p in enumerate(known)}
-    found: list[_Terms] = []
-    for n in known:
+    powers = monomials(dimension, degree)
+    place = {p: n for n, p in enumerate(powers)}
+    terms: list[_Terms] = []
+    for n in powers:
         ways: list[_Terms] = []
         for axis in (a for a in range(dimension) if n[a]):
             ways.append([])
@@ -129,16 +125,16 @@ def _chain(dimension: int, own: int, degree: int) -> list[_Terms]:
                 if i[axis] and sum(i) <= own:
                     j = tuple(a - b for a, b in zip(n, i, strict=True))
                     ways[-1].append((place[i], place[j], i[axis] / n[axis]))
-        found.append(min(ways, key=len, default=[]))
-    return found
+        terms.append(min(ways, key=len, default=[]))
+    return terms
 
 
 @cache
 def _sums(dimension: int, degree: int, dtype: torch.dtype) -> Tensor:
     """``[(1 + d) (1 + degree), M]``: magnitudes, and those of slopes, by degree."""
-    known = monomials(dimension, degree)
-    table = torch.zeros(1 + dimension, 1 + degree, len(known), dtype=dtype)
-    for n, powers in enumerate(known):
+    every = monomials(dimension, degree)
+    table = torch.zeros(1 + dimension, 1 + degree, len(every), dtype=dtype)
+    for n, powers in enumerate(every):
         k = sum(powers)
         table[0, k, n] = 1
         for axis, power in enumerate(powers):
@@ -173,7 +169,7 @@ def linear(inputs: Expansion, weight: Tensor, bias: Tensor | None = None) -> Exp
         rows[0] += bias
         size[0] += bias.abs()
         stray[0] += 4 * unit(rows) * size[0]
-    return Expansion(rows, stray, size, inputs.dimension, inputs.degree)
+    return replace(inputs, rows=rows, stray=stray, size=size)
 
 
 def through(layer: nn.Module, inputs: Expansion, factor: float = 1.0) -> Expansion:
@@ -195,25 +191,15 @@ def centred(points: Expansion) -> Expansion:
 def add(first: Expansion, second: Expansion) -> Expansion:
     """a + b."""
     size = first.size + second.size
-    return Expansion(
-        first.rows + second.rows,
-        first.stray + second.stray + 2 * unit(size) * size,
-        size,
-        first.dimension,
-        first.degree,
-    )
+    stray = first.stray + second.stray + 2 * unit(size) * size
+    return replace(first, rows=first.rows + second.rows, stray=stray, size=size)
 
 
 def beside(*parts: Expansion) -> Expansion:
     """The functions of all parts, in order."""
-    first = parts[0]
-    return Expansion(
-        torch.cat([p.rows for p in parts], -1),
-        torch.cat([p.stray for p in parts], -1),
-        torch.cat([p.size for p in parts], -1),
-        first.dimension,
-        first.degree,
-    )
+    columns = zip(*((p.rows, p.stray, p.size) for p in parts), strict=True)
+    rows, stray, size = (torch.cat(column, -1) for column in columns)
+    return replace(parts[0], rows=rows, stray=stray, size=size)
 
 
 def sine(inputs: Expansion, degree: int) -> Expansion:

@@ -70,9 +70,9 @@ def siren(
         weights: from level to level weight and bias of the modulator's layer and of
             the synthesis', then those of the last layer.
     """
-    given = points, values, *weights
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    return _siren(keep, omegas, frequencies, *given)
+    inputs = points, values, *weights
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    return _siren(keep, omegas, frequencies, *inputs)
 
 
 class _Siren(torch.autograd.Function):
@@ -153,7 +153,7 @@ class _Siren(torch.autograd.Function):
         weights, kept = saved[: 4 * levels + 2], saved[4 * levels + 2 :]
         gates, products = [kept[1], *kept[6::6]], [kept[3], *kept[9::6]]
         needed, first = ctx.needs_input_grad[3:], kept[1]
-        found: list[Tensor | None] = [None] * len(weights)
+        of_weights: list[Tensor | None] = [None] * len(weights)
         jet = _cut(5, first.shape, first)
         of_first, of_gate, of_inner, of_product, of_outer = (jet() for _ in range(5))
         total = _cut(1, first[0].shape, first)()
@@ -161,9 +161,9 @@ class _Siren(torch.autograd.Function):
         def derive(at: int, of: Tensor, inputs: Tensor, factor: float) -> None:
             """By a layer's weight and bias, from the derivatives by its outputs."""
             if needed[2 + at]:
-                found[at] = (_flat(of).T @ _flat(inputs)).mul_(factor)
+                of_weights[at] = (_flat(of).T @ _flat(inputs)).mul_(factor)
             if needed[3 + at]:
-                found[at + 1] = of[0].sum(0).mul_(factor)
+                of_weights[at + 1] = of[0].sum(0).mul_(factor)
 
         derive(4 * levels, grad, products[-1], 0.5)
         torch.mm(_flat(grad), 0.5 * weights[-2], out=_flat(of_product))
@@ -196,16 +196,16 @@ class _Siren(torch.autograd.Function):
                 by = _turned_back(by, frequencies)
                 if at == 0:
                     by = torch.cat([_flat(of).T @ _flat(values), by], 1)
-                found[at] = by.mul_(factor)
+                of_weights[at] = by.mul_(factor)
             if needed[3 + at]:
-                found[at + 1] = of[0].sum(0).mul_(factor)
+                of_weights[at + 1] = of[0].sum(0).mul_(factor)
         of_points = of_values = None
         if needed[0]:
             parts = zip((*of_first, *of_product), (*turned[0], *turned[1]), strict=True)
             of_points = _points_grad(features, frequencies, parts)
         if needed[1]:
             of_values = of_first @ (omega * weights[0][:, : values.shape[2]])
-        return None, None, None, of_points, of_values, *found
+        return None, None, None, of_points, of_values, *of_weights
 
 
 _siren = cast(Callable[..., Tensor], _Siren.apply)
@@ -307,13 +307,8 @@ def _sine_grad(
 ) -> None:
     """out, which may be grad, by z, from grad by the jet of its sine (see `_Siren`).
 
-    Args:
-        grad: ``[R, M, C]``.
-        cosine: of z's values ``[M, C]``.
-        slopes: of z ``[R - 1, M, C]``.
-        sine: of z's values ``[M, C]``.
-        out: ``[R, M, C]``, overwritten.
-        total: ``[M, C]``, overwritten.
+    Cosine and sine are of z's values ``[M, C]``, slopes of z ``[R - 1, M, C]``; total
+    ``[M, C]`` is overwritten.
     """
     if len(grad) > 1:
         _dot(grad[1:], slopes, out=total)

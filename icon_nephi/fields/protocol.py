@@ -21,10 +21,8 @@ def displacement_and_jacobian(
 ) -> tuple[Tensor, Tensor]:
     """``u [B, N, d]`` and ``du/dx [B, N, d, d]`` (last axis: by which coordinate).
 
-    Args:
-        field: with a ``jet``, or any callable (then by `torch.func.jvp`).
-        points: rows ``[B, N, d]`` in the unit box.
-        values: code values and their derivatives ``[1 + d, B, N, C]``.
+    At rows ``[B, N, d]`` in the unit box with code values and their derivatives
+    ``[1 + d, B, N, C]``; of a field without a ``jet`` by `torch.func.jvp`.
     """
     if knows_its_jet(field):
         rows = cast(Any, field).jet(points, values)
@@ -46,11 +44,8 @@ def displacement_on_lines(
 ) -> Tensor:
     """Displacement ``[n, L, d]`` (unit box) on lines of a lattice.
 
-    Args:
-        field: with ``on_lines``, or any callable (then point by point).
-        weights: ``[n, K]``, as of `LatentCode.on_lines`.
-        nodes: ``[K, L, d + C]``, as of `LatentCode.on_lines`.
-        dimension: d.
+    Of weights and nodes as of `LatentCode.on_lines`; of a field without ``on_lines``
+    point by point.
     """
     on_lines = getattr(field, "on_lines", None)
     if on_lines is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import chain
 
 import torch
@@ -71,22 +72,17 @@ class ModulatedSiren(nn.Module):
         self.register_buffer("frequencies", frequency_scale * drawn)
         features = 2 * frequencies
 
-        def layer(inputs: int, bound: float) -> nn.Linear:
-            return linear_layer(inputs, width, bound, generator)
-
+        layer = partial(linear_layer, outputs=width, generator=generator)
         hidden = math.sqrt(6 / width) / omega
-        self.synthesis = nn.ModuleList(
-            [
-                layer(features, 1 / features),
-                *(layer(width, hidden) for _ in range(hidden_layers)),
-            ]
-        )
-        inputs = code_size + features
-        self.modulator = nn.ModuleList(
-            [
-                layer(inputs, 1 / inputs),
-                *(layer(width, hidden) for _ in range(hidden_layers)),
-            ]
+        # The synthesis' layers are drawn before the modulator's.
+        self.synthesis, self.modulator = (
+            nn.ModuleList(
+                [
+                    layer(inputs, bound=1 / inputs),
+                    *(layer(width, bound=hidden) for _ in range(hidden_layers)),
+                ]
+            )
+            for inputs in (features, code_size + features)
         )
         self.last = zero_layer(width, dimension)
 

@@ -14,18 +14,14 @@ import torch
 from torch import Tensor
 
 from icon_nephi.core import arrays
-from icon_nephi.fit.content import Images
+from icon_nephi.fit.content import ImagePair
+from icon_nephi.fit.optimize import FitOptions
 from icon_nephi.losses import compiled
 from icon_nephi.losses.gradient_icon import compare
 from icon_nephi.losses.patches import patch_maps
 from icon_nephi.losses.similarities import Comparison, MutualInformation, PatchNCC
 from icon_nephi.maps.transforms import MatrixTransform
-from icon_nephi.space.frames import (
-    Geometry,
-    apply_affine,
-    inside,
-    points_as_grid,
-)
+from icon_nephi.space.frames import Geometry, apply_affine, inside, points_as_grid
 from icon_nephi.space.images import sample_image
 from icon_nephi.space.sampling import Patches, draw_points
 
@@ -61,25 +57,17 @@ def search(
     count: int = 3000,
     score: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     generator: torch.Generator | None = None,
+    options: FitOptions | None = None,
 ) -> Tensor:
-    """The best of many rigid maps by correlation at random points.
+    """The best of many rigid maps of smooth images, by correlation at random points.
 
-    Tries every rotation about every start's centre with translations on a lattice,
-    refined twice around the best; samples outside the moving image count against a
-    map by the share that is missing.
+    Tries rotations by the angles (degrees, about every axis) about every start's centre
+    with translations on a lattice, refined twice around the best; samples outside the
+    moving image count against a map by the share that is missing. Once the time of the
+    options is over it is the best of the starts and of what was tried.
 
-    Args:
-        image_A: moving ``[1, C, *grid]``, smooth.
-        image_B: fixed, smooth.
-        geometry_A: of image_A.
-        geometry_B: of image_B.
-        starts: matrices to start from.
-        angles: degrees, tried about every axis of rotation.
-        mask_B: where the fixed points may lie.
-        count: points.
-        score: in place of correlation: of moved values ``[C, K, N]`` under K maps,
-            fixed values ``[C, 1, N]`` and in-bounds tags ``[K, N]``; ``[C, K]``.
-        generator: source of the points.
+    In place of correlation a ``score`` may be taken of moved values ``[C, K, N]`` under
+    K maps, fixed values ``[C, 1, N]`` and in-bounds tags ``[K, N]``: ``[C, K]``.
     """
     d = geometry_B.dimension
     rows = draw_points(
@@ -94,9 +82,9 @@ def search(
 
     def rate(matrices: Tensor) -> Tensor:
         if on_core:
-            around = identity(d)
-            around[:d, d] = centre
-            maps = (to_unit @ matrices @ around)[:, :d]
+            to_centre = identity(d)
+            to_centre[:d, d] = centre
+            maps = (to_unit @ matrices @ to_centre)[:, :d]
             return arrays.rate(maps, points - centre, target, image_A)
         linear = matrices[:, :d, :d]
         moved = points @ linear.mT + matrices[:, None, :d, d]
@@ -106,26 +94,32 @@ def search(
             image_A.shape[1], len(matrices), -1
         )
         weight = inside(at)[0, 0].reshape(len(matrices), -1).to(values.dtype)
-        found = agreement(values, target[:, None], weight).mean(0)
-        return found * weight.mean(1).sqrt()
+        return agreement(values, target[:, None], weight).mean(0) * (
+            weight.mean(1).sqrt()
+        )
 
-    extent = max(geometry_B.extent)
-    best = None
+    extent, around = max(geometry_B.extent), [*starts]
     for reach, steps, turns in (
         (0.25, 3, angles),
         (0.06, 2, (-6.0, 0.0, 6.0)),
         (0.02, 2, (-2.0, 0.0, 2.0)),
     ):
         candidates = []
-        for start in starts if best is None else [best]:
+        for start in around:
             for rotation in _rotations(d, turns, centre):
                 candidates += _shifted(start @ rotation, reach * extent, steps)
-        matrices = torch.stack(candidates)
-        parts = [matrices] if on_core else matrices.split(50)
-        scores = torch.cat([rate(m) for m in parts])
-        best = matrices[scores.argmax()]
-    assert best is not None
-    return best
+        tried = torch.stack(candidates).split(50)
+        scores: list[Tensor] = []
+        for matrices in tried:
+            if (
+                options is not None and options.late
+            ):  # the starts are rated all the same
+                tried = (*tried[: len(scores)], torch.stack(around))
+                scores.append(rate(tried[-1]))
+                break
+            scores.append(rate(matrices))
+        around = [torch.cat(tried)[torch.cat(scores).argmax()]]
+    return around[0]
 
 
 def _weighted_ncc(values: Tensor, target: Tensor, weight: Tensor) -> Tensor:
@@ -141,12 +135,12 @@ def _weighted_ncc(values: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 def _rotations(d: int, angles: Sequence[float], centre: Tensor) -> list[Tensor]:
     """Rotations about a centre: one angle in 2D, about one of three axes in 3D."""
     planes = [(0, 1)] if d == 2 else [(0, 1), (0, 2), (1, 2)]
-    result = [torch.eye(d + 1, dtype=torch.float64)]
+    result = [identity(d)]
     for (i, j), degrees in itertools.product(planes, angles):
         if degrees == 0:
             continue
         c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-        matrix = torch.eye(d + 1, dtype=torch.float64)
+        matrix = identity(d)
         matrix[i, i] = matrix[j, j] = c
         matrix[i, j], matrix[j, i] = -s, s
         matrix[:d, d] = centre - matrix[:d, :d] @ centre
@@ -183,32 +177,19 @@ def refine(
     size: int = 3,
     learning_rate: float = 0.01,
     generator: torch.Generator | None = None,
+    options: FitOptions | None = None,
 ) -> Tensor:
     """The affine matrix that aligns blocks best, both directions, from a start.
 
-    Args:
-        image_A: moving ``[1, C, *grid]``.
-        image_B: fixed.
-        geometry_A: of image_A.
-        geometry_B: of image_B.
-        start: matrix to start from.
-        strides: millimetres between the samples of a block, coarse to fine.
-        steps: Adam steps at each stride.
-        similarity: on blocks; default `PatchNCC`.
-        mask_A: where the moving samples may lie.
-        mask_B: where the fixed samples may lie.
-        count: blocks a step and direction.
-        size: samples a side of a block.
-        learning_rate: a step of 0.01 shears by 0.01 and shifts by 0.01 half extents.
-        generator: source of the samples.
+    Adam takes so many steps at each stride (millimetres between the samples of a block,
+    coarse to fine); one of 0.01 shears by 0.01 and shifts by 0.01 half extents. Once
+    the time of the options is over it is what was reached.
     """
     d = geometry_B.dimension
     similarity = similarity or PatchNCC()
     half = max(geometry_B.extent) / 2
-    centre = torch.eye(d + 1, dtype=torch.float64)
-    centre[:d, d] = apply_affine(
-        geometry_B.unit_to_physical(), torch.full((1, d), 0.5, dtype=torch.float64)
-    )[0]
+    centre = identity(d)
+    centre[:d, d] = _middle(geometry_B)
     change = torch.zeros(d, d + 1, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([change], lr=learning_rate, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
@@ -217,15 +198,15 @@ def refine(
 
     def current() -> Tensor:
         scaled = torch.cat([change[:, :d], change[:, d:] * half], 1)
-        delta = torch.cat([scaled, scaled.new_zeros(1, d + 1)]) + torch.eye(
-            d + 1, dtype=torch.float64
-        )
+        delta = torch.cat([scaled, scaled.new_zeros(1, d + 1)]) + identity(d)
         moved: Tensor = start @ centre @ delta @ torch.linalg.inv(centre)
         return moved
 
     on_core = compiled.agreement_of(similarity, image_A, image_B)
     for stride in strides:
         for _ in range(steps):
+            if options is not None and options.late:
+                return current().detach()
             matrix = in_unit_boxes(current(), geometry_B, geometry_A).to(image_B.dtype)
             loss = torch.zeros((), dtype=image_B.dtype)
             for fixed, moving, geometry, mask, m in (
@@ -277,22 +258,26 @@ def _between(
     weights_B: Tensor | None,
 ) -> Tensor:
     """The translation between the centres of mass (or of the boxes)."""
-    d = geometry_B.dimension
     centres = [
-        apply_affine(
-            g.unit_to_physical(), torch.full((1, d), 0.5, dtype=torch.float64)
-        )[0]
-        if w is None
-        else centre_of_mass(w.float(), g)
-        for g, w in ((geometry_A, weights_A), (geometry_B, weights_B))
+        _middle(place) if weights is None else centre_of_mass(weights.float(), place)
+        for place, weights in ((geometry_A, weights_A), (geometry_B, weights_B))
     ]
-    matrix = identity(d)
-    matrix[:d, d] = centres[0] - centres[1]
+    matrix = identity(geometry_B.dimension)
+    matrix[:-1, -1] = centres[0] - centres[1]
     return matrix
 
 
+def _middle(place: Geometry) -> Tensor:
+    """``[d]``: the millimetres of the middle of a box."""
+    half = torch.full((1, place.dimension), 0.5, dtype=torch.float64)
+    return apply_affine(place.unit_to_physical(), half)[0]
+
+
 def find_affine(
-    images: Images, choice: Comparison, generator: torch.Generator
+    images: ImagePair,
+    choice: Comparison,
+    generator: torch.Generator,
+    options: FitOptions | None = None,
 ) -> Tensor:
     """The affine map in the physical frame, by search and then by refinement."""
     d = images.geometry_B.dimension
@@ -306,10 +291,11 @@ def find_affine(
         *images.geometries,
         starts,
         angles=range(-180, 180, 15) if d == 2 else (),
-        mask_B=None if images.masks[1] is None else images.where_B.cpu(),
+        mask_B=images.where_B.cpu() if images.masked else None,
         count=2000,
         score=MutualInformation(16).counted if choice.contrast else None,
         generator=generator,
+        options=options,
     )
     return refine(
         *images.blurred(2.0),
@@ -321,4 +307,5 @@ def find_affine(
         mask_A=images.where_A.cpu(),
         mask_B=images.where_B.cpu(),
         generator=generator,
+        options=options,
     )

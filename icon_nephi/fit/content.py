@@ -2,63 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from icon_nephi.losses.features import with_features
-from icon_nephi.space.frames import identity_map
+from icon_nephi.space.frames import identity_map, other_order
 from icon_nephi.space.images import gaussian_blur, sample_image
-from icon_nephi.space.prepared import PreparedImage
+from icon_nephi.space.intensities import PreparedImage
 
 # Local spread of intensities below which there is nothing to match.
 CONTENT = 0.05
+# Images with more voxels are made coarser where they get features: that takes memory.
+FEATURED = 4_000_000
 
 
-class Images:
-    """A pair with its label maps, and where its samples are drawn.
+class ImagePair:
+    """Two images with their label maps, and where samples of them are drawn.
 
     Args:
         image_A: moving.
         image_B: fixed.
-        densities: channels, from the first, whose mass is kept.
+        featured: features will be asked for, so large images are made `coarser`.
+        mass_preserving: intensities are densities, whose mass is kept.
     """
 
     def __init__(
-        self, image_A: PreparedImage, image_B: PreparedImage, densities: int = 0
+        self,
+        image_A: PreparedImage,
+        image_B: PreparedImage,
+        *,
+        featured: bool = False,
+        mass_preserving: bool = False,
     ) -> None:
+        if featured:
+            image_A, image_B = coarser(image_A), coarser(image_B)
         self.image_A, self.image_B = image_A.values, image_B.values
         self.geometries = image_A.place, image_B.place
         self.geometry_A, self.geometry_B = self.geometries
+        #: Millimetres: 1/160 of the fixed image's longest side.
         self.unit = max(self.geometry_B.extent) / 160
-        self.spacing_A = self.geometry_A.tensor_spacing
-        self.spacing_B = self.geometry_B.tensor_spacing
-        self.masks = image_A.mask, image_B.mask
-        self.densities = densities
-        boxes = [i.place.unit_to_physical().det() for i in (image_A, image_B)]
+        self.masked = image_B.mask is not None
+        self.densities = self.image_A.shape[1] if mass_preserving else 0
+        boxes = [place.unit_to_physical().det() for place in self.geometries]
         self.volumes = float(boxes[0] / boxes[1])
-        self.extras = {
+        #: Label maps at the voxels of their images, by the names that losses have.
+        self.segmentations = {
             f"segmentation_{side}": _labels_on(image.values, image.labels)
             for side, image in (("A", image_A), ("B", image_B))
             if image.labels is not None
         }
-        self.where_A = self._where("A", image_A, self.spacing_A)
-        self.where_B = self._where("B", image_B, self.spacing_B)
+        self.where_A = self._where("A", image_A)
+        self.where_B = self._where("B", image_B)
 
-    def _where(
-        self, side: str, prepared: PreparedImage, spacing: Sequence[float]
-    ) -> Tensor:
+    def _where(self, side: str, prepared: PreparedImage) -> Tensor:
         """The mask, or the voxels with something to match around them, or a label."""
         if prepared.mask is not None:
             return prepared.mask > 0
         image = prepared.values
-        sigma = [2 * self.unit / s for s in spacing]
+        sigma = [2 * self.unit / s for s in prepared.place.tensor_spacing]
         spread = gaussian_blur((image - gaussian_blur(image, sigma)).square(), sigma)
         content = (spread.sqrt() > CONTENT).any(dim=1, keepdim=True)
-        if self.extras:
-            content = content | (self.extras[f"segmentation_{side}"] > 0)
+        if self.segmentations:
+            content = content | (self.segmentations[f"segmentation_{side}"] > 0)
         return content if bool(content.any()) else torch.ones_like(content)
 
     @cached_property
@@ -69,10 +78,37 @@ class Images:
     def blurred(self, units: float) -> tuple[Tensor, Tensor]:
         """Both images smoothed by a Gaussian of that many units, on the CPU."""
         size = units * self.unit
-        return (
-            gaussian_blur(self.image_A.cpu(), [size / s for s in self.spacing_A]),
-            gaussian_blur(self.image_B.cpu(), [size / s for s in self.spacing_B]),
+        A, B = (
+            gaussian_blur(image.cpu(), [size / s for s in place.tensor_spacing])
+            for image, place in zip(
+                (self.image_A, self.image_B), self.geometries, strict=True
+            )
         )
+        return A, B
+
+
+def coarser(image: PreparedImage, voxels: int = FEATURED) -> PreparedImage:
+    """The same box with at most about that many voxels, about equally far apart."""
+    size, extent = image.values.shape[2:], image.place.extent
+    if size.numel() <= voxels:
+        return image
+    d = len(size)
+    far = (torch.tensor(extent).prod().item() / voxels) ** (1 / d)
+    fewer = [
+        min(n, max(3, round(length / far)))
+        for n, length in zip(size, extent, strict=True)
+    ]
+
+    def resized(values: Tensor) -> Tensor:
+        mode = "bilinear" if d == 2 else "trilinear"
+        return F.interpolate(values, fewer, mode=mode, align_corners=True)
+
+    mask = image.mask
+    if mask is not None:
+        mask = (resized(mask) > 0).to(mask)
+    spacing = [length / (n - 1) for length, n in zip(extent, fewer, strict=True)]
+    place = replace(image.place, size=tuple(fewer), spacing=other_order(spacing))
+    return replace(image, values=resized(image.values), mask=mask, place=place)
 
 
 def _labels_on(image: Tensor, labels: Tensor) -> Tensor:

@@ -7,13 +7,16 @@ import math
 import torch
 from torch import Tensor
 
+from icon_nephi.fit.affine import voxel_stride
 from icon_nephi.losses.patches import as_blocks, patch_maps
 from icon_nephi.losses.regularity import relative_determinant
+from icon_nephi.losses.similarities import correlations
+from icon_nephi.maps.jacobians import fold_fraction
 from icon_nephi.maps.networks import AffinePair
 from icon_nephi.maps.transforms import Map, MatrixTransform
 from icon_nephi.space.frames import Geometry, inside, points_as_grid
 from icon_nephi.space.images import sample_image
-from icon_nephi.space.prepared import PreparedImage
+from icon_nephi.space.intensities import PreparedImage
 from icon_nephi.space.sampling import Patches, draw_points
 
 # Points looked at; blocks, samples a side of them, and the stride of these in units of
@@ -57,17 +60,9 @@ def evidence(
     the share where the determinant is not positive. ``return``: how far a point is, on
     average, from where it started after both maps, in 1/160 of the box, and
     ``return_most``, exceeded by 5 %. ``uneven``: standard deviation of the logarithm
-    of the determinants. ``alike``: mean correlation of blocks, -1 to 1,
-    ``alike_start`` that of the affine start alone, and ``opposed`` the share of blocks
-    whose correlation is clearly negative.
-
-    Args:
-        pair: what was fitted.
-        image_A: moving ``[1, C, *grid]``, smooth.
-        image_B: fixed, smooth.
-        geometry_B: of image_B.
-        where_B: ``[1, 1, *grid]``, its content.
-        generator: of the points.
+    of the determinants. ``alike``: mean correlation of blocks of the images, which are
+    smooth, -1 to 1, ``alike_start`` that of the affine start alone, and ``opposed`` the
+    share of blocks whose correlation is clearly negative.
     """
     d = geometry_B.dimension
     image_A, image_B = image_A.to(pair.matrix), image_B.to(pair.matrix)
@@ -82,28 +77,27 @@ def evidence(
     distance = missed.norm(dim=0).double()
     determinant = relative_determinant(jacobian).double()
     start = MatrixTransform(pair.matrix)
-    correlations = [
+    alike, alike_start = (
         _correlations(phi, image_A, image_B, geometry_B, rows[:, :BLOCKS])
         for phi in (phi_AB, start)
-    ]
+    )
     return {
         "outside": 1 - float(inside(moved).double().mean()),
-        "folded": float((determinant <= 0).double().mean()),
+        "folded": fold_fraction(determinant),
         "return": float(distance.mean()),
         "return_most": float(distance.quantile(0.95)),
         "uneven": float(determinant.clamp(min=1e-3).log().std()),
-        "alike": float(correlations[0].mean()),
-        "alike_start": float(correlations[1].mean()),
-        "opposed": float((correlations[0] < -0.3).double().mean()),
+        "alike": float(alike.mean()),
+        "alike_start": float(alike_start.mean()),
+        "opposed": float((alike < -0.3).double().mean()),
     }
 
 
 def doubts(numbers: dict[str, float], *, contrast: bool = False) -> list[str]:
     """What a user should know of a result, one sentence each.
 
-    Args:
-        numbers: what `evidence` returns, and `of_images`.
-        contrast: the images may have other contrasts, so correlations say nothing.
+    By the numbers that `evidence` returns, and `of_images`; where the images may have
+    other ``contrast`` than each other, correlations say nothing.
     """
     sentences = []
     if numbers.get("coarse", 0) > COARSE:
@@ -159,15 +153,11 @@ def _correlations(
     phi: Map, image_A: Tensor, image_B: Tensor, geometry: Geometry, rows: Tensor
 ) -> Tensor:
     """``[C, blocks]`` of image_A at where phi takes blocks of image_B."""
-    unit = max(geometry.extent) / 160
-    stride = tuple(max(1.0, STRIDE * unit / s) for s in geometry.tensor_spacing)
+    stride = voxel_stride(STRIDE * max(geometry.extent) / 160, geometry)
     patches = Patches(rows.shape[1], SIZE, stride)
     at, moved = patch_maps(phi, patches, rows, image_B.shape[2:])
     tag = (inside(moved) & inside(at)).to(image_B.dtype)
     images = [sample_image(image_A, moved), sample_image(image_B, at), tag]
     shape = (rows.shape[1], *at.shape[3:])
     a, b, w = (as_blocks(i, shape).flatten(2) for i in images)
-    total = w.sum(2, keepdim=True).clamp(min=1)
-    a, b = ((i - (i * w).sum(2, keepdim=True) / total) * w for i in (a, b))
-    spread = [i.square().sum(2) / total[..., 0] + FLOOR for i in (a, b)]
-    return ((a * b).sum(2) / total[..., 0] * (spread[0] * spread[1]).rsqrt()).T
+    return correlations(a, b, w, FLOOR).T

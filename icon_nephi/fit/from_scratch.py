@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from icon_nephi.fit.affine import (
     in_unit_boxes,
     voxel_stride,
 )
-from icon_nephi.fit.content import Images
+from icon_nephi.fit.content import ImagePair
 from icon_nephi.fit.doubts import doubts, evidence, of_images
 from icon_nephi.fit.levels import fit_levels, levels_of
 from icon_nephi.fit.optimize import Course, FitOptions, Stage, optimize
@@ -30,7 +30,7 @@ from icon_nephi.losses.gradient_icon import GradientICONPoints
 from icon_nephi.losses.regularity import guarded_term
 from icon_nephi.losses.similarities import Comparison, find_similarity
 from icon_nephi.maps.networks import AffinePair
-from icon_nephi.space.prepared import PreparedImage, coarser
+from icon_nephi.space.intensities import PreparedImage
 from icon_nephi.space.sampling import Patches, Points
 
 # Steps of the short fits that choose between starts, and the advantage the first has.
@@ -81,10 +81,10 @@ def fit_pair(
     options = options or FitOptions()
     check_both("segmentation", image_A.labels, image_B.labels)
     modality = image_A.modality if image_A.modality == image_B.modality else None
-    levels = levels_of(image_A, image_B)
-    size = levels[-1][1].shape[2:] if levels else image_B.place.size
-    settings = find_settings(field, size, modality)
-    if levels:  # what the corners of the blocks miss is found on the finer ones
+    finest = image_B.finer[-1].shape[2:] if image_B.finer else image_B.place.size
+    settings = find_settings(field, finest, modality)
+    in_parts = bool(image_A.finer or image_B.finer)
+    if in_parts:  # what the corners of the blocks miss is found on the finer levels
         settings = replace(settings, exact=(False,) * len(settings.exact))
     choice = find_similarity(similarity, settings.floor)
     if mass_preserving and (modality != "ct" or choice.contrast):
@@ -96,47 +96,38 @@ def fit_pair(
         settings = replace(settings, features=0.0)
     if not choice.points:
         settings = _suited(settings, max(image_A.noise, image_B.noise))
-    seen = of_images(image_A, image_B)
-    if settings.features or choice.features == "only":
-        image_A, image_B = coarser(image_A), coarser(image_B)
+    images = ImagePair(
+        image_A,
+        image_B,
+        featured=bool(settings.features) or choice.features == "only",
+        mass_preserving=mass_preserving,
+    )
+    work = _Work(images, choice, settings, options)
     generator = torch.Generator().manual_seed(options.seed)
-    densities = image_A.values.shape[1] if mass_preserving else 0
-    images = Images(image_A, image_B, densities)
     start = identity(image_B.place.dimension)
     if affine:
-        aligned = find_affine(images, choice, generator)
+        aligned = find_affine(images, choice, generator, options)
         starts = [start, aligned] if coincide(*images.geometries) else [aligned]
-        start = _better_start(images, starts, choice, settings, options)
-    pair = _pair_behind(images, start, settings, generator)
-    loss = _loss_of(pair, images, choice, settings, generator)
-    course = _fit(loss, images, choice, settings, options)
-    net: Any = pair.net
+        start = work.better_start(starts)
+    loss = work.loss_from(start, generator)
+    course = work.fit(loss)
+    pair: Any = loss.regis_net
+    net = pair.net
     # Those on disk have no features, and after a warning nothing follows.
-    if levels and not course.warnings and choice.features != "only":
-        last = fit_levels(
-            loss,
-            levels,
-            net.net,
-            settings,
-            (images.where_A, images.where_B),
-            extras=images.extras,
-            points=POINTS if choice.points else None,
-            options=options,
-        )
+    if in_parts and not course.warnings and choice.features != "only":
+        points = POINTS if choice.points else None
+        levels = levels_of(image_A, image_B)
+        last = fit_levels(loss, levels, images, net.net, settings, points, options)
         course = Course(course.losses + last.losses, last.warnings)
     both = images.image_A, images.image_B
     rate = 0.04 * settings.code_rate
     unfold(pair, net.net.parameters(), *both, rate=rate, generator=generator)
     with torch.no_grad():
         code = net.net(*both).detached()
-        numbers = evidence(
-            pair,
-            *images.blurred(2.0),
-            images.geometry_B,
-            images.where_B.cpu(),
-            generator,
-        )
-        numbers |= seen
+        where = images.where_B.cpu()
+        smooth = images.blurred(2.0)
+        numbers = evidence(pair, *smooth, images.geometry_B, where, generator)
+    numbers |= of_images(image_A, image_B)
     return Fit(
         matrix=in_unit_boxes(start, images.geometry_B, images.geometry_A),
         code=code,
@@ -158,136 +149,124 @@ def _suited(settings: Settings, level: float) -> Settings:
     return settings
 
 
-def _better_start(
-    images: Images,
-    starts: Sequence[Tensor],
-    choice: Comparison,
-    settings: Settings,
-    options: FitOptions,
-) -> Tensor:
-    """The start from which a short coarse fit gets furthest; or the first, if near.
+@dataclass(frozen=True)
+class _Work:
+    """The deformable part of one pair, and by what it is done."""
 
-    An affine map fitted to a body of which only a part moves can be a worse start
-    than none, and its own similarity does not show it.
-    """
-    if len(starts) == 1:
-        return starts[0]
-    trial = replace(
-        settings,
-        steps=TRIAL_STEPS,
-        strides=settings.strides[:1],
-        shares=(1.0,),
-        exact=settings.exact[:1],
-        features=0.0,
-        consistency=settings.consistency / 10,  # free to go far in few steps
-        patches=settings.patches // 3,
-        regularity_points=settings.regularity_points // 3,
-    )
-    options = replace(options, progress=False, keep_on_interrupt=False)
-    results = []
-    for start in starts:
-        generator = torch.Generator().manual_seed(options.seed)
-        pair = _pair_behind(images, start, trial, generator)
-        loss = _loss_of(pair, images, choice, trial, generator)
-        last = _fit(loss, images, choice, trial, options).losses[-10:]
-        results.append(2 - sum(x["similarity_loss"] for x in last) / len(last))
-    # Of losses 1 - correlation in both directions, these are the correlations.
-    if results[0] >= (1 - DRAW) * max(results):
-        return starts[0]
-    return starts[results.index(max(results))]
+    images: ImagePair
+    choice: Comparison
+    settings: Settings
+    options: FitOptions
 
+    def better_start(self, starts: Sequence[Tensor]) -> Tensor:
+        """The start from which a short coarse fit gets furthest; the first, if near.
 
-def _pair_behind(
-    images: Images, start: Tensor, settings: Settings, generator: torch.Generator
-) -> AffinePair:
-    """An untrained pair behind an affine start."""
-    net = make_pair(settings, images.geometry_B.extent, generator)
-    matrix = in_unit_boxes(start, images.geometry_B, images.geometry_A)
-    pair = AffinePair(net, matrix.to(images.image_B.dtype))
-    pair.to(images.image_B.device)
-    return pair
+        An affine map fitted to a body of which only a part moves can be a worse start
+        than none, and its own similarity does not show it. Where the time is over, one
+        step of each decides.
+        """
+        if len(starts) == 1:
+            return starts[0]
+        settings = self.settings
+        settings = replace(
+            settings,
+            steps=TRIAL_STEPS,
+            strides=settings.strides[:1],
+            shares=(1.0,),
+            exact=settings.exact[:1],
+            features=0.0,
+            consistency=settings.consistency / 10,  # free to go far in few steps
+            patches=settings.patches // 3,
+            regularity_points=settings.regularity_points // 3,
+        )
+        options = replace(self.options, progress=False, keep_on_interrupt=False)
+        trial = replace(self, settings=settings, options=options)
+        courses = []
+        for start in starts:
+            generator = torch.Generator().manual_seed(options.seed)
+            courses.append(trial.fit(trial.loss_from(start, generator)).losses)
+        # Of those cut short as many steps are compared.
+        steps = min(map(len, courses)) if options.late else None
+        ends = [losses[:steps][-10:] for losses in courses]
+        # Of losses 1 - correlation in both directions, these are the correlations.
+        results = [2 - sum(x["similarity_loss"] for x in e) / len(e) for e in ends]
+        if results[0] >= (1 - DRAW) * max(results):
+            return starts[0]
+        return starts[results.index(max(results))]
 
+    def loss_from(
+        self, start: Tensor, generator: torch.Generator
+    ) -> GradientICONPoints:
+        """What is minimised, of intensities; its pair is untrained, behind a start."""
+        images, settings = self.images, self.settings
+        net = make_pair(settings, images.geometry_B.extent, generator)
+        matrix = in_unit_boxes(start, images.geometry_B, images.geometry_A)
+        pair = AffinePair(net, matrix.to(images.image_B.dtype))
+        device = images.image_B.device
+        return GradientICONPoints(
+            pair.to(device),
+            self.choice.similarity,
+            settings.lmbda,
+            prior_lmbda=settings.prior_lmbda,
+            regularity_sampler=Points(settings.regularity_points),
+            regularity=partial(
+                guarded_term, consistency=settings.consistency, weight=settings.hinge
+            ),
+            extent=torch.tensor(images.geometry_B.extent, device=device),
+            densities=images.densities,
+            volumes=images.volumes,
+            dice_loss_weight=DICE if images.segmentations else 0.0,
+            generator=generator,
+        )
 
-def _loss_of(
-    pair: AffinePair,
-    images: Images,
-    choice: Comparison,
-    settings: Settings,
-    generator: torch.Generator,
-) -> GradientICONPoints:
-    """What is minimised, of intensities."""
-    return GradientICONPoints(
-        pair,
-        choice.similarity,
-        settings.lmbda,
-        prior_lmbda=settings.prior_lmbda,
-        regularity_sampler=Points(settings.regularity_points),
-        regularity=partial(
-            guarded_term, consistency=settings.consistency, weight=settings.hinge
-        ),
-        extent=torch.tensor(images.geometry_B.extent, device=images.image_B.device),
-        densities=images.densities,
-        volumes=images.volumes,
-        dice_loss_weight=DICE if images.extras else 0.0,
-        generator=generator,
-    )
+    def fit(self, loss: GradientICONPoints) -> Course:
+        """Codes and fields moved to where the loss is least, coarse to fine."""
+        images, settings = self.images, self.settings
+        net: Any = loss.regis_net.net
+        fields = [*net.field_AB.parameters(), *net.field_BA.parameters()]
+        featured = settings.features or self.choice.features == "only"
+        both = images.featured if featured else (images.image_A, images.image_B)
+        return optimize(
+            loss,
+            *both,
+            self._stages(),
+            [
+                {"params": list(net.net.parameters()), "lr": settings.code_rate},
+                {"params": fields, "lr": settings.field_rate},
+            ],
+            mask_A=images.where_A,
+            mask_B=images.where_B,
+            extras=images.segmentations,
+            similarity=self._similarity,
+            spacing_A=images.geometry_A.tensor_spacing,
+            spacing_B=images.geometry_B.tensor_spacing,
+            options=self.options,
+        )
 
+    def _similarity(self, step: int) -> Callable[..., Tensor]:
+        """What is compared after so many steps: features fade, or are all there is."""
+        choice, settings = self.choice, self.settings
+        channels = self.images.image_A.shape[1]
+        if choice.features == "only":
+            return FeaturesAlone(choice.similarity, channels)
+        if not settings.features:
+            return choice.similarity
+        faded = (1 - settings.kept) * step / settings.steps
+        weight = settings.features * (1 - faded)
+        return FeatureDifference(choice.similarity, channels, weight)
 
-def _fit(
-    loss: GradientICONPoints,
-    images: Images,
-    choice: Comparison,
-    settings: Settings,
-    options: FitOptions,
-) -> Course:
-    """The deformable part, coarse to fine."""
-    net: Any = loss.regis_net.net
-    fields = [*net.field_AB.parameters(), *net.field_BA.parameters()]
-    featured = settings.features or choice.features == "only"
-    both = images.featured if featured else (images.image_A, images.image_B)
-    return optimize(
-        loss,
-        *both,
-        _stages(images, choice, settings),
-        [
-            {"params": list(net.net.parameters()), "lr": settings.code_rate},
-            {"params": fields, "lr": settings.field_rate},
-        ],
-        mask_A=images.where_A,
-        mask_B=images.where_B,
-        extras=images.extras,
-        similarity=partial(_similarity, choice, settings, images.image_A.shape[1]),
-        spacing_A=images.spacing_A,
-        spacing_B=images.spacing_B,
-        options=options,
-    )
-
-
-def _similarity(
-    choice: Comparison, settings: Settings, channels: int, step: int
-) -> Callable[..., Tensor]:
-    """What is compared after so many steps: features fade, or are all there is."""
-    if choice.features == "only":
-        return FeaturesAlone(choice.similarity, channels)
-    if not settings.features:
-        return choice.similarity
-    faded = (1 - settings.kept) * step / settings.steps
-    weight = settings.features * (1 - faded)
-    return FeatureDifference(choice.similarity, channels, weight)
-
-
-def _stages(images: Images, choice: Comparison, settings: Settings) -> list[Stage]:
-    """Blocks, or single points of smoothed images, coarse to fine."""
-    stages = []
-    for stride, share, exact in zip(
-        settings.strides, settings.shares, settings.exact, strict=True
-    ):
-        steps, apart = round(settings.steps * share), stride * images.unit
-        if choice.points:
-            points = Points(POINTS * settings.patches)
-            stages.append(Stage(steps, points, blur=BLUR * apart))
-            continue
-        strides = voxel_stride(apart, images.geometry_B)
-        patches = Patches(settings.patches, settings.size, strides, corners=not exact)
-        stages.append(Stage(steps, patches))
-    return stages
+    def _stages(self) -> list[Stage]:
+        """Blocks, or single points of smoothed images, coarse to fine."""
+        settings, stages = self.settings, []
+        for stride, share, exact in zip(
+            settings.strides, settings.shares, settings.exact, strict=True
+        ):
+            steps, apart = round(settings.steps * share), stride * self.images.unit
+            if self.choice.points:
+                points = Points(POINTS * settings.patches)
+                stages.append(Stage(steps, points, blur=BLUR * apart))
+                continue
+            strides = voxel_stride(apart, self.images.geometry_B)
+            blocks = settings.patches, settings.size, strides, not exact
+            stages.append(Stage(steps, Patches(*blocks)))
+        return stages

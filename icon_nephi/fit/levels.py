@@ -14,13 +14,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from icon_nephi.fit.content import ImagePair
 from icon_nephi.fit.optimize import Course, FitOptions, Stage, optimize
 from icon_nephi.fit.settings import Settings
 from icon_nephi.losses.gradient_icon import GradientICONPoints
 from icon_nephi.maps.transforms import Map
 from icon_nephi.space.chunks import ChunkedImage
 from icon_nephi.space.frames import points_as_grid, to_rows
-from icon_nephi.space.prepared import PreparedImage
+from icon_nephi.space.intensities import PreparedImage
 from icon_nephi.space.sampling import Patches, Points
 
 # Of the settings' steps and code rate, what each level gets.
@@ -53,27 +54,19 @@ def levels_of(
 def fit_levels(
     loss: GradientICONPoints,
     levels: Sequence[tuple[ChunkedImage, ChunkedImage]],
+    images: ImagePair,
     codes: nn.Module,
     settings: Settings,
-    where: tuple[Tensor, Tensor],
-    *,
-    extras: dict[str, Tensor] | None = None,
-    points: int | None = None,
+    points: int | None,
     options: FitOptions,
 ) -> Course:
     """The `Course` of all; the codes are left at their optimum for the last level.
 
-    After a level with a warning none follows.
-
-    Args:
-        loss: with a network that is near already; its prior is left out.
-        levels: (moving, fixed), coarse to fine, all over the same unit boxes.
-        codes: what moves.
-        settings: see `Settings`.
-        where: masks ``[1, 1, *grid]`` of the two, on any grid over their unit boxes.
-        extras: see `optimize`; label maps are on any grid, as masks.
-        points: single points in place of each block, for a similarity of points.
-        options: see `optimize`.
+    After a level with a warning none follows. Masks and label maps are those of the
+    images, on coarser grids; where ``points`` are told, so many take the place of each
+    block, for a similarity of points.
+    The network of the loss is near already; its prior is left out. Levels are
+    (moving, fixed), coarse to fine, all over the same unit boxes.
     """
     history: list[dict[str, float]] = []
     loss = loss.changed(prior_lmbda=0.0)
@@ -91,7 +84,7 @@ def fit_levels(
     for number, (image_A, image_B) in enumerate(levels, 1):
         if options.late:
             break
-        near = _neighbourhoods(loss, image_A, image_B, where)
+        near = _neighbourhoods(loss, image_A, image_B, images)
         advance = None if near is None else lambda *_, n=near: n.advance(loss.phi_AB)
         try:
             course = optimize(
@@ -100,9 +93,9 @@ def fit_levels(
                 image_B,
                 stages,
                 [{"params": list(codes.parameters()), "lr": RATE * settings.code_rate}],
-                mask_A=where[0],
-                mask_B=where[1],
-                extras=extras,
+                mask_A=images.where_A,
+                mask_B=images.where_B,
+                extras=images.segmentations,
                 callback=advance,
                 options=options,
             )
@@ -120,12 +113,14 @@ def _neighbourhoods(
     loss: GradientICONPoints,
     image_A: ChunkedImage,
     image_B: ChunkedImage,
-    where: tuple[Tensor, Tensor],
+    images: ImagePair,
 ) -> Neighbourhoods | None:
     """None where everything can be held: then samples lie everywhere at once."""
     if image_A.cache.whole and image_B.cache.whole:
         return None
-    near = Neighbourhoods(image_A, image_B, *where, loss.generator)
+    near = Neighbourhoods(
+        image_A, image_B, images.where_A, images.where_B, loss.generator
+    )
     with torch.no_grad():
         phi = loss.regis_net(image_A, image_B)[0]
     for _ in range(-(-near.count // NEW) + 1):
@@ -138,14 +133,8 @@ class Neighbourhoods:
 
     Every box of the fixed image is visited once, in random order, before any again.
     In the moving image samples lie where the map takes the box, so both directions
-    read the same chunks. The next boxes are read ahead.
-
-    Args:
-        image_A: moving.
-        image_B: fixed.
-        where_A: ``[1, 1, *grid]``, content of image_A, over its unit box.
-        where_B: the same of image_B.
-        generator: source of the order.
+    read the same chunks. The next boxes are read ahead. Of the images the content is
+    told, ``[1, 1, *grid]`` over their unit boxes.
     """
 
     def __init__(

@@ -117,22 +117,13 @@ def optimize(
     Adam with a cosine decay to zero over all stages. Where the loss is no longer a
     finite number it ends, at the weights that had the last one that was.
 
-    Args:
-        loss: what is minimised; its network's weights and codes are changed.
-        image_A: moving ``[B, C, *grid]``.
-        image_B: fixed ``[B, C, *grid]``; may have another grid.
-        stages: coarse to fine.
-        parameters: Adam parameter groups, each with its ``lr``.
-        mask_A: see `GradientICONPoints`.
-        mask_B: see `GradientICONPoints`.
-        extras: what else the loss takes by name, such as segmentations.
-        similarity: in place of the loss's own, by the number of steps done.
-        spacing_A: voxel size along each tensor axis, for the blur (default 1).
-        spacing_B: the same of image_B.
-        patience: steps without a new lowest moving average of the loss after which a
-            stage ends early (default: never).
-        callback: called after every step with its number and ICONLoss.
-        options: default: no bar, no limit of time.
+    Images, masks and ``extras`` (segmentations, say) are what the loss takes; the
+    spacings are voxel sizes along each tensor axis, for the blur (default 1). The
+    parameters are Adam's groups, each with its ``lr``. A ``similarity`` is taken in
+    place of the loss's own, by the number of steps done. A stage ends early after
+    ``patience`` steps without a new lowest moving average of the loss (default: never).
+    The callback is called after every step with its number and ICONLoss. The default
+    options have no bar and no limit of time.
 
     Raises:
         ValueError: the loss was not finite at once.
@@ -143,10 +134,9 @@ def optimize(
     masks = [None if m is None else m > 0 for m in (mask_A, mask_B)]
     warnings: list[str] = []
     steps: Steps | None = None
-    bar = tqdm(
-        total=total, disable=not options.progress, desc="registering", leave=False
-    )
     lending = ExitStack()
+    silent = not options.progress
+    bar = tqdm(total=total, disable=silent, desc="registering", leave=False)
     try:
         for stage in stages:
             images = [

@@ -92,8 +92,8 @@ def refine_pair(
         )
     # Shared parts stay shared: by identity, while the originals keep theirs taken.
     originals = [(t.code, t.field) for t in transforms]
-    codes = {id(code): code for code, _ in originals}
-    codes = {key: _trainable(code) for key, code in codes.items()}
+    unique = {id(code): code for code, _ in originals}
+    codes = {key: _trainable(code) for key, code in unique.items()}
     fields: dict[int, Any] = {id(field): field for _, field in originals}
     fields = {key: copy.deepcopy(field) for key, field in fields.items()}
     for transform, (code, field) in zip(transforms, originals, strict=True):
@@ -104,19 +104,13 @@ def refine_pair(
     ]
     parts = [f for f in fields.values() if isinstance(f, nn.Module)]
     weights = [p.requires_grad_() for f in parts for p in f.parameters()]
-    rates = [
-        learning_rate * _reach(t) if code_learning_rate is None else code_learning_rate
+    rates = code_learning_rate
+    groups: list[dict[str, object]] = [
+        {"params": [t], "lr": learning_rate * _reach(t) if rates is None else rates}
         for t in code_tensors
     ]
-    groups: list[dict[str, object]] = [
-        {"params": [t], "lr": rate} for t, rate in zip(code_tensors, rates, strict=True)
-    ]
     groups += [{"params": weights, "lr": learning_rate}] if weights else []
-    segmentations = {
-        "segmentation_A": segmentation_A,
-        "segmentation_B": segmentation_B,
-    }
-    extras = {k: v for k, v in segmentations.items() if v is not None}
+    labels = {"segmentation_A": segmentation_A, "segmentation_B": segmentation_B}
     with torch.enable_grad():
         course = optimize(
             loss,
@@ -126,7 +120,7 @@ def refine_pair(
             groups,
             mask_A=mask_A,
             mask_B=mask_B,
-            extras=extras,
+            extras={k: v for k, v in labels.items() if v is not None},
             patience=patience,
             callback=callback,
             options=FitOptions(progress=progress),
@@ -199,14 +193,10 @@ def _stages(steps: int, sampler: Points | Patches, side: int) -> list[Stage]:
         return [Stage(steps, sampler)]
     own, first = sampler.stride, min(WIDE[1], max(WIDE[0], side / 16))
     shape = [s / min(own) for s in own] if isinstance(own, tuple) else None
-    wide, fine = (
-        replace(
-            sampler,
-            stride=tuple(stride * s for s in shape) if shape else stride,
-            corners=True,
-        )
-        for stride in (first, min(FINE, first / 2))
-    )
+    strides: list[Any] = [first, min(FINE, first / 2)]
+    if shape:
+        strides = [tuple(stride * s for s in shape) for stride in strides]
+    wide, fine = (replace(sampler, stride=s, corners=True) for s in strides)
     return [Stage(steps // 2, wide), Stage(steps - steps // 2, fine)]
 
 

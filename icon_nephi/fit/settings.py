@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -193,25 +194,15 @@ def make_pair(
     """An untrained `NePhi` with a learned code, for a box of that extent.
 
     Nodes are spread so that their distance in millimetres is about the same on every
-    axis: a flat box has fewer along its short side.
-
-    Args:
-        settings: see `Settings`.
-        extent: millimetres of the box along each tensor axis.
-        generator: source of the initial numbers.
+    tensor axis: a flat box has fewer along its short side.
     """
     mean = sum(extent) / len(extent)
     grids = [
         tuple(max(4, round(nodes * length / mean)) for length in extent)
         for nodes in settings.grids
     ]
-    table = LatentCodeTable(
-        1,
-        grids=grids,
-        channels=settings.channels,
-        global_size=0,
-        generator=generator,
-    )
+    known: dict[str, Any] = {"channels": settings.channels, "generator": generator}
+    table = LatentCodeTable(1, grids=grids, global_size=0, **known)
     arguments = {
         "dimension": len(extent),
         "code_size": sum(settings.channels),

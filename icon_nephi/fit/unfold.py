@@ -28,13 +28,7 @@ def unfold(
 ) -> None:
     """Look for folds at many points, and push up the determinants found.
 
-    Args:
-        pair: returns (phi_AB, phi_BA).
-        codes: its codes; only they move, and only around the folds.
-        image_A: what the pair is called with.
-        image_B: the same.
-        rate: Adam's learning rate.
-        generator: source of the points.
+    Only the codes of the pair move, by Adam at that rate, and only around the folds.
     """
     optimizer = torch.optim.Adam(codes, lr=rate)
     d = image_B.dim() - 2

@@ -19,7 +19,7 @@ _HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
 
 @contextmanager
 def written_whole(*paths: str | os.PathLike[str]) -> Iterator[list[Path]]:
-    """Paths to write to, in the same folders; they replace the real ones at the end.
+    """Give paths to write to, in the same folders; in the end they replace the real.
 
     After an error nothing is left and earlier files are as they were; whenever the
     process or the machine stops, each path holds its old or its new file, whole. The
@@ -55,7 +55,7 @@ def write_csv(
 
 
 def part_of(path: Path, number: int = 0, kind: str = "part") -> Path:
-    """A name beside a path, of this process; those of dead processes are removed.
+    """Return a name beside a path, of this process; remove those of dead processes.
 
     Args:
         path: what is to be written.
@@ -75,7 +75,7 @@ def part_of(path: Path, number: int = 0, kind: str = "part") -> Path:
 
 
 def _lives(process: int) -> bool:
-    """Whether a process of this machine may still be there."""
+    """Return whether a process of this machine may still be there."""
     if os.name != "posix":  # where asking would end it
         return True
     try:

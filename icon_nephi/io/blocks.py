@@ -14,8 +14,8 @@ import numpy as np
 from icon_nephi.io.atomic import part_of, written_whole
 from icon_nephi.io.ome_zarr import zarr_writer
 from icon_nephi.io.raw import write_meta_header
-from icon_nephi.space.chunks import Array, Box
-from icon_nephi.space.frames import Geometry
+from icon_nephi.space.chunks import Box
+from icon_nephi.space.frames import Array, Geometry
 
 #: Voxels a side of a block, and of a chunk of Zarr.
 BLOCK = 64
@@ -25,7 +25,7 @@ BLOCK = 64
 def written_blocks(
     path: Path, place: Geometry, channels: tuple[int, ...], dtype: np.dtype[Any]
 ) -> Iterator[Callable[[Box, Array], None]]:
-    """A function that writes a block; the path appears when all is written.
+    """Give a function that writes a block; the path appears when all is written.
 
     Args:
         path: folder ending in .zarr (OME-Zarr 0.4), or file ending in .mha; new or old.

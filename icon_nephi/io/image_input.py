@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from icon_nephi._check import check_dimension, check_image, check_labels, check_mask
+from icon_nephi._check import check_dimension, check_labels, check_mask, check_shape
 from icon_nephi.io.resampling import reader
-from icon_nephi.maps.framed import Array, over_grid
-from icon_nephi.space.frames import Geometry
+from icon_nephi.maps.framed import over_grid
+from icon_nephi.space.frames import Array, Geometry
 
 
 def is_itk(image: Any) -> bool:
-    """Whether this is an ITK image, asked without importing ITK."""
+    """Return whether this is an ITK image, asked without importing ITK."""
     return hasattr(image, "GetLargestPossibleRegion")
 
 
@@ -35,7 +35,7 @@ def check_kind(name: str, image: Any, other: str, expected: Any) -> None:
 def choose_device(
     device: torch.device | str | None, tensor: Tensor | None
 ) -> torch.device:
-    """The device asked for, else the tensor's, else a GPU if there is one.
+    """Return the device asked for, else the tensor's, else a GPU if there is one.
 
     Raises:
         ValueError: a device that is not here.
@@ -55,7 +55,7 @@ def choose_device(
 
 
 def place_of(name: str, image: Any, *, itk: bool, dimension: int) -> Geometry:
-    """Where a checked image lies: an ITK image (``itk``) or a tensor.
+    """Return where a checked image lies: an ITK image (``itk``) or a tensor.
 
     Raises:
         TypeError: the other kind of image.
@@ -74,7 +74,7 @@ def place_of(name: str, image: Any, *, itk: bool, dimension: int) -> Geometry:
 
 
 def voxels_of(image: Any) -> Array:
-    """The values ``[*grid, C]`` of a checked image, in their own type."""
+    """Return the values ``[*grid, C]`` of a checked image, in their own type."""
     if is_itk(image):
         from icon_nephi.io.itk_images import array_of
 
@@ -84,13 +84,13 @@ def voxels_of(image: Any) -> Array:
 
 
 def voxel_geometry(size: Sequence[int]) -> Geometry:
-    """Tensors have no millimetres: a voxel is one long on every axis."""
+    """Return the place of a tensor, whose voxels are one long on every axis."""
     unit = Geometry.unit(size)
     return Geometry(unit.size, (1.0,) * len(unit.size), unit.origin, unit.direction)
 
 
 def check_tensor(name: str, image: Any) -> Tensor:
-    """The tensor, if it is one image ``[1, C, *grid]`` of any number type.
+    """Return the tensor, if it is one image ``[1, C, *grid]`` of any number type.
 
     Raises:
         TypeError: not a tensor.
@@ -104,7 +104,7 @@ def check_tensor(name: str, image: Any) -> Tensor:
         )
     if image.is_complex():
         raise TypeError(f"{name} is complex; pass its magnitude, image.abs()")
-    check_image(name, image if image.is_floating_point() else image.float())
+    check_shape(name, image.shape)
     if image.shape[0] != 1 or not image.numel():
         raise ValueError(
             f"{name} must hold one image [1, C, *grid], got {tuple(image.shape)}; "
@@ -116,7 +116,7 @@ def check_tensor(name: str, image: Any) -> Tensor:
 def read_input(
     letter: str, image: Any, mask: Any
 ) -> tuple[Tensor, Tensor | None, Geometry]:
-    """Image ``[1, C, *grid]`` and mask ``[1, 1, *grid]`` (0 or 1), float32; its place.
+    """Return image ``[1, C, *grid]``, mask ``[1, 1, *grid]`` (0 or 1), float32; place.
 
     Args:
         letter: A or B, for the errors.
@@ -130,18 +130,41 @@ def read_input(
     name, mask_name = f"image_{letter}", f"mask_{letter}"
     if mask is not None:
         check_kind(mask_name, mask, name, image)
-    if is_itk(image):
-        return _from_itk(name, image, mask_name, mask)
-    values = check_tensor(name, image).detach().float()
-    if mask is not None:
-        mask = check_tensor(mask_name, mask).detach()
-        check_mask(mask_name, mask, values.shape[2:])
-        mask = (mask > 0).any(1, keepdim=True).float()
-    return values, mask, voxel_geometry(values.shape[2:])
+    if not is_itk(image):
+        values = check_tensor(name, image).detach().float()
+        if mask is not None:
+            mask = check_tensor(mask_name, mask).detach()
+            check_mask(mask_name, mask, values.shape[2:])
+            mask = (mask > 0).any(1, keepdim=True).float()
+        return values, mask, voxel_geometry(values.shape[2:])
+
+    from icon_nephi.io.itk_images import (
+        check_itk_image,
+        geometry_of,
+        resample_to,
+        tensor_of,
+    )
+
+    check_itk_image(name, image)
+    place = geometry_of(image)
+    if mask is None:
+        return tensor_of(image), None, place
+    check_itk_image(mask_name, mask)
+    own, inside = geometry_of(mask), tensor_of(mask)
+    check_dimension(mask_name, own.dimension, f"{name} is", place.dimension)
+    check_mask(mask_name, inside, inside.shape[2:])
+    if not _same_place(own, place):
+        inside = tensor_of(resample_to(mask, image))
+        if not bool((inside > 0).any()):
+            raise ValueError(
+                f"{mask_name} and {name} do not overlap: no voxel above zero lies in "
+                "the image; check that they belong together"
+            )
+    return tensor_of(image), (inside > 0).float(), place
 
 
 def read_label_map(name: str, labels: Any, place: Geometry, *, itk: bool) -> Tensor:
-    """A label map at the voxels of a place, ``[1, 1, *grid]`` int64: 0 beyond it.
+    """Return a label map at the voxels of a place, ``[1, 1, *grid]`` int64, else 0.
 
     Args:
         name: for the errors.
@@ -165,13 +188,14 @@ def read_label_map(name: str, labels: Any, place: Geometry, *, itk: bool) -> Ten
         raise ValueError(f"{name} has {values.shape[-1]} channels, expected one")
     values = check_labels(name, values, least=0)
     if not _same_place(own, place):
-        read = reader(values, own.physical_to_unit(), "nearest", 0)
-        values = over_grid(read, place.size, place.unit_to_physical(), 1, values.dtype)
+        label_at = reader(values, own.physical_to_unit(), "nearest", 0)
+        grid = place.size, place.unit_to_physical()
+        values = over_grid(label_at, *grid, 1, values.dtype)
     return torch.from_numpy(values[..., 0].astype(np.int64))[None, None]
 
 
 def check_points(name: str, points: Any, dimension: int) -> Array:
-    """The points as ``[N, d]`` float64.
+    """Return the points as ``[N, d]`` float64.
 
     Raises:
         ValueError: another shape, or numbers that are not finite.
@@ -187,33 +211,8 @@ def check_points(name: str, points: Any, dimension: int) -> Array:
     return rows.astype(np.float64)
 
 
-def _from_itk(
-    name: str, image: Any, mask_name: str, mask: Any
-) -> tuple[Tensor, Tensor | None, Geometry]:
-    from icon_nephi.io import itk_images
-
-    itk_images.check_itk_image(name, image)
-    geometry, inside = itk_images.geometry_of(image), None
-    if mask is not None:
-        itk_images.check_itk_image(mask_name, mask)
-        check_dimension(
-            mask_name, mask.GetImageDimension(), f"{name} is", geometry.dimension
-        )
-        own = itk_images.tensor_of(mask)
-        check_mask(mask_name, own, own.shape[2:])
-        if not _same_place(itk_images.geometry_of(mask), geometry):
-            own = itk_images.tensor_of(itk_images.resample_to(mask, image))
-            if not bool((own > 0).any()):
-                raise ValueError(
-                    f"{mask_name} and {name} do not overlap: no voxel above zero lies "
-                    "in the image; check that they belong together"
-                )
-        inside = (own > 0).float()
-    return itk_images.tensor_of(image), inside, geometry
-
-
 def _same_place(first: Geometry, second: Geometry) -> bool:
-    """Equal up to the rounding of file headers."""
+    """Return whether they are equal up to the rounding of file headers."""
     return first.size == second.size and np.allclose(
         first.unit_to_physical(), second.unit_to_physical(), rtol=0, atol=1e-4
     )

@@ -17,14 +17,13 @@ from torch import Tensor
 
 from icon_nephi._check import check_labels
 from icon_nephi._memory import machine_memory
-from icon_nephi.maps.framed import Array
-from icon_nephi.space.frames import Geometry, other_order
+from icon_nephi.space.frames import Array, Geometry, other_order
 
 _HEADER = 348  # bytes of the smallest NIfTI header
 
 
 def check_itk_image(name: str, image: Any) -> None:
-    """Nothing, or an error: a scalar 2D or 3D image with an extent on every axis.
+    """Raise unless it is a scalar 2D or 3D image with an extent on every axis.
 
     Raises:
         TypeError: not an ITK image.
@@ -62,34 +61,32 @@ def check_itk_image(name: str, image: Any) -> None:
 
 
 def geometry_of(image: Any) -> Geometry:
-    """Where a 2D or 3D ITK image lies; size in tensor order, the rest in ITK's."""
+    """Return where a 2D or 3D ITK image lies."""
     region = image.GetLargestPossibleRegion()
+    # Of the first voxel there is: after cropping its index need not be zero.
+    origin = image.TransformIndexToPhysicalPoint(region.GetIndex())
+    direction = itk.array_from_matrix(image.GetDirection())
     return Geometry(
         size=other_order(int(n) for n in region.GetSize()),
         spacing=tuple(float(s) for s in image.GetSpacing()),
-        # The first voxel there is: after cropping its index need not be zero.
-        origin=tuple(
-            float(x) for x in image.TransformIndexToPhysicalPoint(region.GetIndex())
-        ),
-        direction=tuple(
-            map(tuple, itk.array_from_matrix(image.GetDirection()).tolist())
-        ),
+        origin=tuple(float(x) for x in origin),
+        direction=tuple(map(tuple, direction.tolist())),
     )
 
 
 def array_of(image: Any) -> Array:
-    """A copy of the voxels ``[*grid]``, tensor order, the image's own pixel type."""
+    """Return a copy of the voxels ``[*grid]``, tensor order, their own pixel type."""
     values: Array = itk.array_from_image(image)
     return values
 
 
 def tensor_of(image: Any) -> Tensor:
-    """The voxels as ``[1, 1, *grid]`` float32."""
+    """Return the voxels as ``[1, 1, *grid]`` float32."""
     return torch.from_numpy(array_of(image).astype(np.float32))[None, None]
 
 
 def image_of(array: Array, geometry: Geometry) -> Any:
-    """An ITK image of ``[*grid]``, or of numbers ``[*grid, c]`` (float32), placed."""
+    """Return an ITK image of ``[*grid]``, or of ``[*grid, c]`` (float32), placed."""
     d = geometry.dimension
     if array.ndim == d:
         kinds = {"bool": np.uint8, "float16": np.float32}
@@ -97,11 +94,9 @@ def image_of(array: Array, geometry: Geometry) -> Any:
         image = itk.image_from_array(np.ascontiguousarray(values))
     else:
         values = np.ascontiguousarray(array, dtype=np.float32)
-        kind = (
-            {"ttype": (itk.Image[itk.Vector[itk.F, d], d],)}
-            if values.shape[-1] == d  # what readers of displacements expect
-            else {"is_vector": True}
-        )
+        kind: dict[str, Any] = {"is_vector": True}
+        if values.shape[-1] == d:  # what readers of displacements expect
+            kind = {"ttype": (itk.Image[itk.Vector[itk.F, d], d],)}
         image = itk.image_from_array(values, **kind)
     image.SetSpacing(geometry.spacing)
     image.SetOrigin(geometry.origin)
@@ -141,19 +136,15 @@ def read_image(
         what = "is a folder, not a file" if path.is_dir() else "does not exist"
         raise ValueError(f"{name}: {path} {what}")
     try:
-        with _no_stderr():
-            mode = itk.CommonEnums.IOFileMode_ReadMode
-            header = itk.ImageIOFactory.CreateImageIO(str(path), mode)
-            header.SetFileName(str(path))
-            header.ReadImageInformation()
+        with no_stderr():
+            header = read_header(path)
             least = int(header.GetImageSizeInBytes())
             whole = least <= machine_memory() and _is_whole(path, least)
             parts = header.GetNumberOfComponents()
             if parts > 1 and not (header.GetNumberOfDimensions() == 2 < parts < 5):
                 as_float = False  # of vectors ITK would read nonsense
-            image = (
-                itk.imread(str(path), itk.F if as_float else None) if whole else None
-            )
+            kind = itk.F if as_float else None
+            image = itk.imread(str(path), kind) if whole else None
     except Exception as error:  # ITK raises RuntimeError, AttributeError, KeyError...
         raise ValueError(f"{name}: {path} cannot be read as an image") from error
     if image is None:
@@ -168,26 +159,35 @@ def read_image(
     return image
 
 
+def read_header(path: Path) -> Any:
+    """Return ITK's reader of an image file, which has read its header."""
+    mode = itk.CommonEnums.IOFileMode_ReadMode
+    header = itk.ImageIOFactory.CreateImageIO(str(path), mode)
+    header.SetFileName(str(path))
+    header.ReadImageInformation()
+    return header
+
+
 def _is_whole(path: Path, least: int) -> bool:
-    """Whether a NIfTI file holds its voxels: ITK reads the missing ones as zeros."""
+    """Return whether a NIfTI file holds its voxels: ITK reads missing ones as zeros."""
     lower = path.name.lower()
     if lower.endswith(".nii"):
         return path.stat().st_size >= least + _HEADER
-    if lower.endswith(".nii.gz"):
-        count = 0
-        try:
-            with gzip.open(path) as file:
-                while count < least + _HEADER and (part := file.read(2**20)):
-                    count += len(part)
-        except (EOFError, OSError, zlib.error):
-            return False
-        return count >= least + _HEADER
-    return True
+    if not lower.endswith(".nii.gz"):
+        return True
+    count = 0
+    try:
+        with gzip.open(path) as file:
+            while count < least + _HEADER and (part := file.read(2**20)):
+                count += len(part)
+    except (EOFError, OSError, zlib.error):
+        return False
+    return count >= least + _HEADER
 
 
 @contextmanager
-def _no_stderr() -> Iterator[None]:
-    """ITK's readers write complaints to the process's stderr; the error says enough."""
+def no_stderr() -> Iterator[None]:
+    """Silence ITK's readers, which complain on stderr; the error says enough."""
     saved = os.dup(2)
     sink = os.open(os.devnull, os.O_WRONLY)
     try:
@@ -200,14 +200,14 @@ def _no_stderr() -> Iterator[None]:
 
 
 def resample_to(image: Any, reference: Any) -> Any:
-    """A mask or label map on another image's grid, by nearest neighbour, else 0."""
+    """Return a mask or label map on another image's grid, nearest, 0 outside."""
     return resample(image, reference, None, "nearest")
 
 
 def resample(
     image: Any, reference: Any, transform: Any, mode: str, outside: float = 0
 ) -> Any:
-    """An image through an ITK transform on a reference grid, by ITK.
+    """Return an image through an ITK transform on a reference grid, by ITK.
 
     Args:
         image: of the space that the transform maps to.
@@ -219,9 +219,9 @@ def resample(
     Raises:
         ValueError: image, reference and transform of different dimensions.
     """
-    d = image.GetImageDimension()
-    others = [reference.GetImageDimension()]
-    others += [] if transform is None else [transform.GetInputSpaceDimension()]
+    d, *others = image.GetImageDimension(), reference.GetImageDimension()
+    if transform is not None:
+        others.append(transform.GetInputSpaceDimension())
     if set(others) != {d}:
         raise ValueError(
             f"the image is {d}D but the reference or the transform is not; pass those "
@@ -231,11 +231,8 @@ def resample(
     kind = np.float32 if mode == "linear" else np.float64
     values = array_of(image)
     moving = image_of(values.astype(kind), geometry_of(image))
-    interpolate = (
-        itk.LinearInterpolateImageFunction
-        if mode == "linear"
-        else itk.NearestNeighborInterpolateImageFunction
-    )
+    way = "Linear" if mode == "linear" else "NearestNeighbor"
+    interpolate = getattr(itk, f"{way}InterpolateImageFunction")
     result = itk.resample_image_filter(
         moving,
         interpolator=interpolate.New(moving),

@@ -12,21 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from icon_nephi.io.itk_images import (
-    _no_stderr,
-)
+from icon_nephi.io.itk_images import no_stderr
 from icon_nephi.io.splines import spline_nodes, spline_solver
-from icon_nephi.maps.framed import Array, FramedMap, linear_part, over_grid
+from icon_nephi.maps.framed import FramedMap, linear_part, over_grid
 from icon_nephi.maps.transforms import Map
-from icon_nephi.space.frames import Geometry, apply_affine, other_order
+from icon_nephi.space.frames import Array, Geometry, apply_affine, other_order
 
 #: Nodes of an exported field, each three doubles: where an axis has steps finer than
 #: the voxels at most the first number (70 MB as a file), else the second (200 MB).
 FINE_NODES, MOST_NODES = 6_000_000, 2**24
+#: Of an exported field: of points in millimetres, and of Jacobian determinants.
+TOLERANCES = 1e-3, 1e-3
+_MARGIN = 0.05  # share of the image that the field has on every side of it
 
 
 def read_transform(name: str, path: str | os.PathLike[str]) -> Any:
-    """The one transform in an ITK transform file.
+    """Return the one transform in an ITK transform file.
 
     Raises:
         ValueError: missing or unreadable file, or not exactly one transform.
@@ -34,7 +35,7 @@ def read_transform(name: str, path: str | os.PathLike[str]) -> Any:
     if not Path(path).is_file():
         raise ValueError(f"{name}: {path} does not exist")
     try:
-        with _no_stderr():
+        with no_stderr():
             transforms = list(itk.transformread(str(path)))
     except Exception as error:
         raise ValueError(f"{name}: {path} cannot be read as a transform") from error
@@ -51,28 +52,25 @@ def composite_transform(
     target: Geometry,
     matrix: Tensor | None = None,
     *,
-    tolerance: float = 1e-3,
-    volume_tolerance: float = 1e-3,
-    margin: float = 0.05,
     device: torch.device | str = "cpu",
     said: list[str] | None = None,
 ) -> Any:
-    """``TransformPoint(source point)`` is the target point, LPS millimetres.
+    """Return a map as an ``itk.CompositeTransform`` of LPS millimetres.
 
-    An ``itk.CompositeTransform``: a cubic B-spline field along the source image's
-    axes, then the exact affine map. On each axis the steps are as long as the errors of
-    points and of Jacobian determinants allow (`icon_nephi.io.splines.spline_nodes`): up
-    to 8 voxels, or a voxel or a part of one, and then the field is the map at voxel
-    centres. Points take at most `FINE_NODES`; determinants twice what points took, or a
-    quarter of a million. A rough map of a large image misses the tolerances then: of a
-    CT with fine codes 99 in 100 determinants lie within 0.01. (A displacement field is
-    read linearly: at 2 mm steps and 12 mm of motion 0.03 mm off between voxels.)
+    ``TransformPoint(source point)`` is the target point: a cubic B-spline field along
+    the source image's axes, then the exact affine map. On each axis the steps are as
+    long as the errors of points and of Jacobian determinants allow
+    (`icon_nephi.io.splines.spline_nodes`): up to 8 voxels, or a voxel or a part of one,
+    and then the field is the map at voxel centres. Points take at most `FINE_NODES`;
+    determinants twice what points took, or a quarter of a million. A rough map of a
+    large image misses the tolerances then: of a CT with fine codes 99 in 100
+    determinants lie within 0.01. (A displacement field is read linearly: at 2 mm steps
+    and 12 mm of motion 0.03 mm off between voxels.)
 
     The map has a kink where the fixed image ends. Where that lies inside the moving
     image, the backward transform is up to a few hundredths of a millimetre off between
     voxels. In the margin around the image the field continues the displacement, within
-    two steps of the border up to a few tenths off; beyond the margin only the affine
-    map is left.
+    two steps of the border up to a few tenths off; beyond it only the affine is left.
 
     Args:
         phi: from the source's unit box to the target's.
@@ -80,11 +78,8 @@ def composite_transform(
         target: the image whose points come out.
         matrix: the affine part, homogeneous ``[d + 1, d + 1]`` between the unit boxes.
             Default: both images lie where their headers say.
-        tolerance: millimetres.
-        volume_tolerance: of Jacobian determinants.
-        margin: share of the image added on every side.
         device: where phi is evaluated.
-        said: takes a sentence if the nodes do not suffice for the tolerances.
+        said: takes a sentence if the nodes do not suffice for `TOLERANCES`.
     """
     d = source.dimension
     into, out = source.unit_to_physical(), target.unit_to_physical()
@@ -105,20 +100,20 @@ def composite_transform(
 
     finest = min(FINE_NODES, max(10**6, 4**d * int(np.prod(source.size))))
     limits = max(MOST_NODES, finest), finest
-    asked = tolerance, volume_tolerance
-    nodes, *off = spline_nodes(mapped, into, source.size, smooth, asked, limits)
-    if said is not None and any(x > most for x, most in zip(off, asked, strict=True)):
+    nodes, *off = spline_nodes(mapped, into, source.size, smooth, TOLERANCES, limits)
+    missed = any(x > most for x, most in zip(off, TOLERANCES, strict=True))
+    if said is not None and missed:
         said.append(
             f"the ITK transform has no room for more nodes: between voxels it is up to "
             f"{off[0]:.1g} mm off, and its Jacobian determinants up to {off[1]:.1g} "
             "(those of the saved registration are exact)"
         )
-    pads = [int(np.ceil(margin * n)) + 2 for n in nodes]  # 2: a cubic's reach
+    pads = [int(np.ceil(_MARGIN * n)) + 2 for n in nodes]  # 2: a cubic's reach
     grid = _padded(source, nodes, pads)
     frame = grid.unit_to_physical()
     field = over_grid(beside, grid.size, frame, d, np.float64, mapped=mapped)
     solvers = [_coefficients(n, p) for n, p in zip(nodes, pads, strict=True)]
-    quantum = 2.0 ** np.floor(np.log2(tolerance / 200))  # so that files compress
+    quantum = 2.0 ** np.floor(np.log2(TOLERANCES[0] / 200))  # so that files compress
     for component in range(d):
         values = field[..., component]
         for axis, solve in enumerate(solvers):
@@ -133,17 +128,27 @@ def composite_transform(
     # Copied as a block: from a sequence, ITK makes a Python object of every number.
     values.update(itk.vnl_vector_from_array(np.moveaxis(field, -1, 0).ravel()), 0)
     spline.SetParameters(values)
-    affine = itk.AffineTransform[itk.D, d].New()
-    affine.SetMatrix(itk.matrix_from_array(linear))
+    return composed(spline, affine_transform(linear, shift))
+
+
+def affine_transform(matrix: Array, shift: Array) -> Any:
+    """Return the ``itk.AffineTransform`` of a matrix ``[d, d]`` and a shift ``[d]``."""
+    affine = itk.AffineTransform[itk.D, len(shift)].New()
+    affine.SetMatrix(itk.matrix_from_array(matrix))
     affine.SetTranslation(shift.tolist())
-    composite = itk.CompositeTransform[itk.D, d].New()
-    composite.AddTransform(affine)  # ITK applies the one added last first
-    composite.AddTransform(spline)
-    return composite
+    return affine
+
+
+def composed(first: Any, second: Any) -> Any:
+    """Return the ``itk.CompositeTransform`` of one transform, then another."""
+    both = itk.CompositeTransform[itk.D, first.GetInputSpaceDimension()].New()
+    both.AddTransform(second)  # ITK applies the one added last first
+    both.AddTransform(first)
+    return both
 
 
 def _padded(source: Geometry, nodes: Sequence[int], pads: list[int]) -> Geometry:
-    """The grid of nodes: over the image's box and ``pads`` steps beyond each end."""
+    """Return the grid of nodes: over the image's box, ``pads`` more at each end."""
     steps = other_order(e / (n - 1) for e, n in zip(source.extent, nodes, strict=True))
     direction = np.array(source.direction)
     beyond = np.array(steps) * np.array(other_order(pads))
@@ -156,7 +161,7 @@ def _padded(source: Geometry, nodes: Sequence[int], pads: list[int]) -> Geometry
 
 
 def _coefficients(nodes: int, pad: int) -> Array:
-    """``[nodes + 2 pad, nodes + 2 pad]``: values at nodes -> B-spline coefficients.
+    """Return ``[nodes + 2 pad] * 2``: values at nodes -> B-spline coefficients.
 
     Inside the box the spline interpolates and its ends are free (not-a-knot), because
     the map has a kink at the border that would ring inwards; outside a coefficient is

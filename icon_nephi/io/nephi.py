@@ -51,7 +51,7 @@ def save_fit(
     *,
     itk: bool,
 ) -> None:
-    """Nothing; the file is complete when this returns, else as it was.
+    """Write a fit, whole or not at all.
 
     Raises:
         OSError: the file cannot be written.
@@ -70,8 +70,7 @@ def save_fit(
     for name in _FIELDS:
         field: nn.Module = getattr(fit, name)
         fields[name] = {"kind": name_of_field(field), "arguments": _arguments(field)}
-        for key, value in field.state_dict().items():
-            tensors[f"{name}.{key}"] = value
+        tensors |= {f"{name}.{k}": value for k, value in field.state_dict().items()}
     header = {
         "format": FORMAT,
         "itk": itk,
@@ -94,7 +93,7 @@ def save_fit(
 
 
 def _arguments(field: nn.Module) -> dict[str, float]:
-    """What a field is made again from; see `icon_nephi.fields`."""
+    """Return what a field is made again from; see `icon_nephi.fields`."""
     arguments = getattr(field, "arguments", None)
     if not isinstance(arguments, dict):
         raise ValueError(
@@ -105,7 +104,7 @@ def _arguments(field: nn.Module) -> dict[str, float]:
 
 
 def load_fit(path: str | os.PathLike[str]) -> Saved:
-    """The fit of a file written by `save_fit`, on the CPU.
+    """Return the fit of a file written by `save_fit`, on the CPU.
 
     Raises:
         ValueError: missing, not such a file, truncated, of a newer format, or with a
@@ -147,28 +146,24 @@ def load_fit(path: str | os.PathLike[str]) -> Saved:
 
 
 def _checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """Of all that a file holds."""
-    found = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    """Return the sum of all that a file holds."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):
-        found.update(name.encode())
-        found.update(tensors[name].contiguous().numpy().tobytes())
-    return found.hexdigest()
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _assemble(header: dict[str, Any], tensors: dict[str, Tensor]) -> Saved:
-    code = LatentCode(
-        tensors["code.global"],
-        tuple(tensors[f"code.local.{i}"] for i in range(header["local_codes"])),
-        header["interpolation"],
-    )
+    local = tuple(tensors[f"code.local.{i}"] for i in range(header["local_codes"]))
+    code = LatentCode(tensors["code.global"], local, header["interpolation"])
     places = [_geometry(header[name]) for name in ("geometry_A", "geometry_B")]
     fields = {name: _field(name, header["fields"][name], tensors) for name in _FIELDS}
     _check_parts(code, tensors["matrix"], places, fields)
     fit = Fit(
         matrix=tensors["matrix"],
         code=code,
-        field_AB=fields["field_AB"],
-        field_BA=fields["field_BA"],
+        **fields,
         losses=[
             dict(zip(header["losses"], step, strict=True))
             for step in tensors["losses"].tolist()
@@ -180,13 +175,10 @@ def _assemble(header: dict[str, Any], tensors: dict[str, Tensor]) -> Saved:
 
 
 def _field(name: str, told: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
-    """A field with its weights; nothing of a size that only the header says is made."""
+    """Return a field with its weights; what only the header sizes is not made."""
     start = f"{name}."
-    state = {
-        key.removeprefix(start): value
-        for key, value in tensors.items()
-        if key.startswith(start)
-    }
+    own = [key for key in tensors if key.startswith(start)]
+    state = {key.removeprefix(start): tensors[key] for key in own}
     if not all(isinstance(v, int | float) for v in told["arguments"].values()):
         raise ValueError(f"{name} is made of {told['arguments']}")
     if told["arguments"].get("hidden_layers", 1) > len(state):
@@ -202,7 +194,7 @@ def _field(name: str, told: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Mo
 def _check_parts(
     code: LatentCode, matrix: Tensor, places: list[Geometry], fields: dict[str, Any]
 ) -> None:
-    """Nothing, or a ValueError: parts that do not belong together."""
+    """Raise a ValueError if parts do not belong together."""
     d = places[1].dimension
     parts = [code.global_code, *code.local_codes, matrix]
     if not all(p.is_floating_point() and p.isfinite().all() for p in parts):

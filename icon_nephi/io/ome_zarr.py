@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from icon_nephi.space.chunks import Array, Box, Level
-from icon_nephi.space.frames import Geometry, other_order
+from icon_nephi.space.chunks import Box, Level
+from icon_nephi.space.frames import Array, Geometry, other_order
 
 _UNITS: dict[str | None, float] = {
     **dict.fromkeys(("nanometer", "nm"), 1e-6),
@@ -21,7 +21,7 @@ _UNITS: dict[str | None, float] = {
 
 
 def zarr_levels(path: Path) -> list[Level]:
-    """The levels of a folder: see `icon_nephi.io.volumes.open_volume`."""
+    """Return the levels of a folder: see `icon_nephi.io.volumes.open_volume`."""
     try:
         import zarr
     except ImportError as error:
@@ -36,37 +36,35 @@ def zarr_levels(path: Path) -> list[Level]:
         names = [*"zyx"][3 - node.ndim :] if node.ndim < 3 else [*"tczyx"][-node.ndim :]
         return [_level(path, node, names, [1.0] * node.ndim, [0.0] * node.ndim)]
     attributes = dict(node.attrs)
-    found = attributes.get("ome", attributes).get("multiscales")
-    if not found:
+    scales = attributes.get("ome", attributes).get("multiscales")
+    if not scales:
         raise ValueError(
             f"{path} is a Zarr group without multiscales metadata; give one of its "
             f"arrays: {sorted(key for key, _ in node.arrays())[:8]}"
         )
-    axes = [a if isinstance(a, dict) else {"name": a} for a in found[0]["axes"]]
+    axes = [a if isinstance(a, dict) else {"name": a} for a in scales[0]["axes"]]
     names = [axis["name"] for axis in axes]
-    units = []
-    for axis in axes:
+    units = np.ones(len(axes))
+    for i, axis in enumerate(axes):
         unit = axis.get("unit")
         if axis["name"] in "zyx" and unit not in _UNITS:
             raise ValueError(
                 f"{path} has the unit {unit!r} on axis {axis['name']}, expected one of "
                 f"{[u for u in _UNITS if u]}; correct its metadata"
             )
-        units.append(_UNITS.get(unit, 1.0))
+        units[i] = _UNITS.get(unit, 1.0)
     levels = []
-    for dataset in found[0]["datasets"]:
+    for dataset in scales[0]["datasets"]:
         scale, shift = np.ones(len(names)), np.zeros(len(names))
-        for source in (dataset, found[0]):
+        for source in (dataset, scales[0]):
             for step in source.get("coordinateTransformations", ()):
                 numbers = np.array(step.get(step["type"], 1.0), float)
                 if step["type"] == "scale":
                     scale, shift = scale * numbers, shift * numbers
                 elif step["type"] == "translation":
                     shift = shift + numbers
-        array = node[dataset["path"]]
-        levels.append(
-            _level(path, array, names, scale * units, shift * np.array(units))
-        )
+        array, ends = node[dataset["path"]], (scale * units, shift * units)
+        levels.append(_level(path, array, names, *ends))
     return levels
 
 
@@ -100,12 +98,8 @@ def _level(path: Path, array: Any, names: list[str], scale: Any, shift: Any) -> 
     )
     if not min(geometry.spacing) > 0:
         raise ValueError(f"{path} has the scale {list(scale)}; it must be positive")
-    return Level(
-        geometry,
-        tuple(int(array.chunks[i]) for i in spatial),
-        np.dtype(array.dtype),
-        read,
-    )
+    chunk = tuple(int(array.chunks[i]) for i in spatial)
+    return Level(geometry, chunk, np.dtype(array.dtype), read)
 
 
 def zarr_writer(
@@ -115,26 +109,21 @@ def zarr_writer(
     dtype: np.dtype[Any],
     block: int,
 ) -> Callable[[Box, Array], None]:
-    """A function that writes a block; a new folder of OME-Zarr 0.4, channels first."""
+    """Make a folder of OME-Zarr 0.4, channels first; return what writes a block."""
     import zarr
 
     group = zarr.open_group(str(folder), mode="w", zarr_format=2)
-    array = group.create_array(
-        "0",
-        shape=(*channels, *place.size),
-        chunks=(*channels, *(min(block, n) for n in place.size)),
-        dtype=dtype,
-    )
+    shape = (*channels, *place.size)
+    chunks = (*channels, *(min(block, n) for n in place.size))
+    array = group.create_array("0", shape=shape, chunks=chunks, dtype=dtype)
     names = "zyx"[3 - place.dimension :]
     axes: list[Any] = [{"name": "c", "type": "channel"}] * len(channels)
     axes += [{"name": n, "type": "space", "unit": "millimeter"} for n in names]
-    ones = [1.0] * len(channels)
+    scale = [1.0] * len(channels) + [*place.tensor_spacing]
+    shift = [0.0] * len(channels) + [*other_order(place.origin)]
     steps: list[Any] = [
-        {"type": "scale", "scale": [*ones, *place.tensor_spacing]},
-        {
-            "type": "translation",
-            "translation": [*(0.0 for _ in channels), *other_order(place.origin)],
-        },
+        {"type": "scale", "scale": scale},
+        {"type": "translation", "translation": shift},
     ]
     datasets = [{"path": "0", "coordinateTransformations": steps}]
     scales: Any = {"version": "0.4", "name": "0", "axes": axes, "datasets": datasets}

@@ -15,7 +15,6 @@ from icon_nephi._check import (
     check_both,
     check_dimension,
     check_grid,
-    check_intensities,
     check_mask,
 )
 from icon_nephi._memory import plan, to_bytes
@@ -38,8 +37,12 @@ from icon_nephi.space.frames import (
     to_rows,
 )
 from icon_nephi.space.images import sample_image
-from icon_nephi.space.intensities import find_scale, prepare
-from icon_nephi.space.prepared import PreparedImage
+from icon_nephi.space.intensities import (
+    PreparedImage,
+    check_intensities,
+    find_scale,
+    prepare,
+)
 
 #: Voxels from which an image in memory is fitted on coarser levels first, as those on
 #: disk are: nothing of its size is then made beside it.
@@ -57,7 +60,7 @@ def read_pair(
     progress: bool = False,
     segmentations: Sequence[Any] = (None, None),
 ) -> tuple[PreparedImage, PreparedImage]:
-    """Both images on one device, None chosen as by `choose_device`.
+    """Return both images on one device, None chosen as by `choose_device`.
 
     Images of `LARGE` size and more, on the CPU, are taken as `Volume`s.
 
@@ -76,12 +79,8 @@ def read_pair(
     if any(is_volume(i) or (where.type == "cpu" and _is_large(i)) for i in images):
         A, B = _read_volumes(images, masks, modalities, where, memory_limit, progress)
     else:
-        A, B = (
-            _read_whole(letter, image, mask, kind, where)
-            for letter, image, mask, kind in zip(
-                "AB", images, masks, modalities, strict=True
-            )
-        )
+        A = _read_whole("A", image_A, mask_A, modalities[0], where)
+        B = _read_whole("B", image_B, mask_B, modalities[1], where)
     check_dimension("image_A", A.place.dimension, "image_B is", B.place.dimension)
     if A.values.shape[1] != B.values.shape[1]:
         raise ValueError(
@@ -89,10 +88,8 @@ def read_pair(
             f"{B.values.shape[1]}; pass the same channels of both"
         )
     if segmentations[0] is not None:
-        first, second = (
-            _label_map(f"segmentation_{k}", labels, i).to(where)
-            for k, labels, i in zip("AB", segmentations, (A, B), strict=True)
-        )
+        first = _label_map("segmentation_A", segmentations[0], A)
+        second = _label_map("segmentation_B", segmentations[1], B)
         shared_labels(first, second)
         A, B = replace(A, labels=first), replace(B, labels=second)
     return A, B
@@ -101,31 +98,32 @@ def read_pair(
 def _read_whole(
     letter: str, image: Any, mask: Any, modality: str | None, where: torch.device
 ) -> PreparedImage:
-    values, inside, place = read_input(letter, image, mask)
+    placed, (values, inside, place) = is_itk(image), read_input(letter, image, mask)
     check_intensities(f"image_{letter}", values)
     return PreparedImage.of(
         prepare(values.to(where), modality),
         place,
         mask=None if inside is None else inside.to(where),
         modality=modality,
-        placed=is_itk(image),
+        placed=placed,
     )
 
 
 def _label_map(name: str, labels: Any, image: PreparedImage) -> Tensor:
     if isinstance(labels, Tensor):
         check_grid(name, labels, image.whole.size)
-    return read_label_map(name, labels, image.place, itk=image.placed)
+    on_cpu = read_label_map(name, labels, image.place, itk=image.placed)
+    return on_cpu.to(image.values.device)
 
 
 def is_volume(image: Any) -> bool:
-    """Whether this is a `Volume`, or the path of a Zarr folder."""
+    """Return whether this is a `Volume`, or the path of a Zarr folder."""
     path = str(image) if isinstance(image, str | os.PathLike) else ""
     return isinstance(image, Volume) or path.rstrip("/").lower().endswith(".zarr")
 
 
 def in_millimetres(image: Any) -> bool:
-    """Whether points of an image are LPS millimetres: all but tensors' are."""
+    """Return whether points of an image are LPS millimetres: all but tensors' are."""
     return is_itk(image) or is_volume(image)
 
 
@@ -140,7 +138,7 @@ def _is_large(image: Any) -> bool:
 
 
 def as_volume(name: str, image: Any, memory_limit: int | str | None = None) -> Volume:
-    """A `Volume`, a path's, or one over the voxels of an image in memory.
+    """Return a `Volume`, a path's, or one over the voxels of an image in memory.
 
     Raises:
         TypeError: another kind of image.
@@ -172,42 +170,38 @@ def _read_volumes(
     memory_limit: int | str | None,
     progress: bool,
 ) -> list[PreparedImage]:
-    """Working levels of two images that are read in parts, and their finer ones."""
-    volumes = [
-        as_volume(f"image_{letter}", image, memory_limit)
-        for letter, image in zip("AB", images, strict=True)
-    ]
+    """Return working levels of two images read in parts, and their finer ones."""
+    named = zip(("image_A", "image_B"), images, strict=True)
+    volumes = [as_volume(name, image, memory_limit) for name, image in named]
     voxels, cache = WORKING, 0
     if memory_limit is not None or any(v.levels[0].array is None for v in volumes):
         limit = min(v.memory_limit for v in volumes)
         limit = limit if memory_limit is None else to_bytes(memory_limit)
         voxels, cache = plan(limit, WORKING)
-    results = []
-    for letter, image, volume, mask, kind in zip(
-        "AB", images, volumes, masks, modalities, strict=True
-    ):
+    levels = []
+    both = zip("AB", images, volumes, masks, modalities, strict=True)
+    for letter, image, volume, mask, kind in both:
         values, place = volume.whole(volume.working(voxels, progress))
         check_intensities(f"image_{letter}", values)
         inside = None
         if mask is not None:
             inside = _mask_on(f"mask_{letter}", mask, place, voxels).to(where)
         scale = find_scale(values.to(where), kind)
-        results.append(
-            PreparedImage.of(
-                scale(values.to(where)),
-                place,
-                whole=volume.geometry,
-                finer=volume.finer(voxels, cache, scale, where),
-                mask=inside,
-                modality=kind,
-                placed=in_millimetres(image),
-            )
+        level = PreparedImage.of(
+            scale(values.to(where)),
+            place,
+            whole=volume.geometry,
+            finer=volume.finer(voxels, cache, scale, where),
+            mask=inside,
+            modality=kind,
+            placed=in_millimetres(image),
         )
-    return results
+        levels.append(level)
+    return levels
 
 
 def _mask_on(name: str, mask: Any, place: Geometry, voxels: int) -> Tensor:
-    """A mask, read in parts, on the grid of a working level: 0 or 1."""
+    """Return a mask, read in parts, on the grid of a working level: 0 or 1."""
     volume = as_volume(name, mask)
     values, own = volume.whole(volume.working(voxels))
     check_dimension(name, own.dimension, "its image is", place.dimension)

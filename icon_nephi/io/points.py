@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from icon_nephi.maps.framed import Array
+from icon_nephi.space.frames import Array
 
-Bytes = Callable[[Array], bytes]
 _RAS = np.array([-1.0, -1.0, 1.0])
 
 
@@ -33,7 +32,7 @@ class PointFile(NamedTuple):
     """
 
     points: Array
-    content: Bytes
+    content: Callable[[Array], bytes]
     frame: str = "LPS"
 
 
@@ -42,7 +41,7 @@ class _Bad(ValueError):
 
 
 def read_points(name: str, path: Path) -> PointFile:
-    """The points of a CSV, FCSV, Slicer JSON, VTK, PLY, STL or GIFTI file.
+    """Return the points of a CSV, FCSV, Slicer JSON, VTK, PLY, STL or GIFTI file.
 
     Args:
         name: of the argument, for errors.
@@ -52,16 +51,17 @@ def read_points(name: str, path: Path) -> PointFile:
         ValueError: missing or broken file, unknown ending, points that are not finite,
             or GIFTI without nibabel.
     """
-    read = next((r for e, r in FORMATS.items() if path.name.lower().endswith(e)), None)
-    if read is None:
+    name_in_lower = path.name.lower()
+    parse = next((p for end, p in FORMATS.items() if name_in_lower.endswith(end)), None)
+    if parse is None:
         raise ValueError(f"{name}: {path} must end in {', '.join(FORMATS)}")
     if not path.is_file():
         raise ValueError(f"{name}: {path} does not exist or is not a file")
     try:
-        found = read(path.read_bytes())
-        if found.points.ndim != 2 or found.points.shape[1] not in (2, 3):
+        file = parse(path.read_bytes())
+        if file.points.ndim != 2 or file.points.shape[1] not in (2, 3):
             raise _Bad("holds no points")
-        if not np.isfinite(found.points).all():
+        if not np.isfinite(file.points).all():
             raise _Bad("must hold finite numbers")
     except _Bad as error:
         raise ValueError(f"{name}: {path} {error}") from error
@@ -69,7 +69,7 @@ def read_points(name: str, path: Path) -> PointFile:
         raise ValueError(
             f"{name}: {path} is not a complete {path.suffix} file; write it again"
         ) from error
-    return found
+    return file
 
 
 def _text(data: bytes) -> str:
@@ -94,7 +94,7 @@ def _coordinates(rows: list[list[str]], columns: list[int]) -> Array:
 
 
 def _table(rows: list[list[str]], columns: list[int], moved: Array) -> str:
-    """The table as CSV text with other coordinates."""
+    """Return the table as CSV text with other coordinates."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     for row, point in zip(rows, moved.tolist(), strict=True):
@@ -106,7 +106,7 @@ def _table(rows: list[list[str]], columns: list[int], moved: Array) -> str:
 
 
 def with_column(table: bytes, name: str, values: Array) -> bytes:
-    """CSV with one more column, a number ``[N]`` a row."""
+    """Return CSV with one more column, a number ``[N]`` a row."""
     head, *rows = table.decode().splitlines()
     cells = [name, *map(_number, values.tolist())]
     lines = zip((head, *rows), cells, strict=True)
@@ -114,7 +114,7 @@ def with_column(table: bytes, name: str, values: Array) -> bytes:
 
 
 def _read_csv(data: bytes) -> PointFile:
-    """Columns x, y(, z), whatever else there is beside them."""
+    """Read columns x, y(, z), whatever else there is beside them."""
     try:
         lines = [row for row in csv.reader(_text(data).splitlines()) if "".join(row)]
     except csv.Error as error:
@@ -126,16 +126,12 @@ def _read_csv(data: bytes) -> PointFile:
     columns = [names.index(axis) for axis in "xyz" if axis in names]
     rows = lines[1:]
     if any(len(row) != len(names) for row in rows):
-        raise _Bad(
-            f"must hold rows of {len(names)} cells, of them {len(columns)} finite "
-            "numbers"
-            if len(names) > len(columns)
-            else f"must hold rows of {len(names)} finite numbers"
-        )
+        cells = f"{len(names)} cells, of them " if len(names) > len(columns) else ""
+        raise _Bad(f"must hold rows of {cells}{len(columns)} finite numbers")
     head = ",".join(lines[0]) + "\n"
+    points = _coordinates(rows, columns)
     return PointFile(
-        _coordinates(rows, columns),
-        lambda moved: (head + _table(rows, columns, moved)).encode(),
+        points, lambda moved: (head + _table(rows, columns, moved)).encode()
     )
 
 
@@ -146,12 +142,12 @@ def _sign(frame: str) -> Array:
 
 
 def _read_fcsv(data: bytes) -> PointFile:
-    """Fiducials of 3D Slicer; the header says LPS or RAS (in old ones 1 or 0)."""
+    """Read fiducials of 3D Slicer; the header says LPS or RAS (in old ones 1 or 0)."""
     text = _text(data)
     header = [line for line in text.splitlines() if line.startswith("#")]
     body = [line for line in text.splitlines() if line and not line.startswith("#")]
-    given = re.search(r"CoordinateSystem\s*=\s*(\w+)", "\n".join(header))
-    frame = given[1].upper() if given else "0"
+    noted = re.search(r"CoordinateSystem\s*=\s*(\w+)", "\n".join(header))
+    frame = noted[1].upper() if noted else "0"
     frame = {"0": "RAS", "1": "LPS", "2": "IJK"}.get(frame, frame)
     sign, columns, rows = _sign(frame), [1, 2, 3], list(csv.reader(body))
     head = "".join(f"{line}\n" for line in header)
@@ -163,7 +159,7 @@ def _read_fcsv(data: bytes) -> PointFile:
 
 
 def _read_markups(data: bytes) -> PointFile:
-    """Markups of 3D Slicer, JSON: the control points of all lists in the file."""
+    """Read markups of 3D Slicer, JSON: the control points of all lists in the file."""
     whole = json.loads(_text(data))
     owners: list[tuple[dict[str, Any], Array]] = []
     frames = []
@@ -171,19 +167,18 @@ def _read_markups(data: bytes) -> PointFile:
         frames.append(markup.get("coordinateSystem", "LPS").upper())
         owners += [(p, _sign(frames[-1])) for p in markup["controlPoints"]]
     points = [np.array(p["position"], dtype=float) * sign for p, sign in owners]
+    frame = frames[0] if frames else "LPS"
 
     def content(moved: Array) -> bytes:
         for (point, sign), place in zip(owners, moved, strict=True):
             point["position"] = (place * sign).tolist()
         return (json.dumps(whole, indent=2) + "\n").encode()
 
-    return PointFile(
-        np.array(points).reshape(-1, 3), content, frames[0] if frames else "LPS"
-    )
+    return PointFile(np.array(points).reshape(-1, 3), content, frame)
 
 
 def _read_vtk(data: bytes) -> PointFile:
-    """Legacy VTK, ASCII or binary; Slicer notes its frame in the second line."""
+    """Read legacy VTK, ASCII or binary; Slicer notes its frame in the second line."""
     start = re.search(rb"^POINTS\s+(\d+)\s+(float|double)[^\n]*\n", data, re.M | re.I)
     top = data[:400].split(b"\n", 4)
     if not data.startswith(b"# vtk DataFile") or start is None or len(top) < 4:
@@ -223,7 +218,7 @@ _PLY_TYPES = {
 
 
 def _read_ply(data: bytes) -> PointFile:
-    """PLY, ASCII or binary: x, y, z of its vertices, which come first."""
+    """Read PLY, ASCII or binary: x, y, z of its vertices, which come first."""
     end = re.search(rb"^end_header\r?\n", data, re.M)
     if not data.startswith(b"ply") or end is None:
         raise _Bad("is not a .ply file")
@@ -269,7 +264,7 @@ _FACET = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("rest", "<
 
 
 def _read_stl(data: bytes) -> PointFile:
-    """STL, binary or ASCII: three corners a triangle, so N is a multiple of three."""
+    """Read STL, binary or ASCII: three corners a triangle: N is a multiple of three."""
     count = int.from_bytes(data[80:84], "little")
     if len(data) == 84 + _FACET.itemsize * count:
         facets = np.frombuffer(data, _FACET, count, 84)
@@ -292,17 +287,15 @@ def _read_stl(data: bytes) -> PointFile:
         rows = iter(moved.tolist())
         normals = iter(_normals(moved.reshape(-1, 3, 3)).tolist())
         new = vertex.sub(lambda _: " " + " ".join(map(_number, next(rows))), text)
-        pattern = r"(?<=facet normal)\s+\S+\s+\S+\s+\S+"
-        new = re.sub(
-            pattern, lambda _: " " + " ".join(map(_number, next(normals))), new
-        )
+        normal = re.compile(r"(?<=facet normal)\s+\S+\s+\S+\s+\S+")
+        new = normal.sub(lambda _: " " + " ".join(map(_number, next(normals))), new)
         return new.encode()
 
     return PointFile(points, rewritten)
 
 
 def _normals(corners: Array) -> Array:
-    """Unit normals ``[N, 3]`` of triangles ``[N, 3, 3]``; zero where they have none."""
+    """Return unit normals ``[N, 3]`` of triangles ``[N, 3, 3]``, or zeros."""
     normal = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     length = np.linalg.norm(normal, axis=1, keepdims=True)
     unit: Array = normal / np.where(length > 0, length, 1)
@@ -310,7 +303,7 @@ def _normals(corners: Array) -> Array:
 
 
 def _read_gifti(data: bytes) -> PointFile:
-    """GIFTI surface: RAS mm in the file."""
+    """Read a GIFTI surface: RAS mm in the file."""
     try:
         import nibabel as nib
     except ImportError as error:
@@ -319,16 +312,16 @@ def _read_gifti(data: bytes) -> PointFile:
         image: Any = nib.GiftiImage.from_bytes(data)
     except Exception as error:  # of the XML parser, of base64, of zlib
         raise _Bad("is not a complete GIFTI file; write it again") from error
-    found = image.get_arrays_from_intent("NIFTI_INTENT_POINTSET")
-    if not found:
+    arrays = image.get_arrays_from_intent("NIFTI_INTENT_POINTSET")
+    if not arrays:
         raise _Bad("holds no points (a surface has an array POINTSET)")
 
     def content(moved: Array) -> bytes:
-        found[0].data = (moved * _RAS).astype(found[0].data.dtype)
+        arrays[0].data = (moved * _RAS).astype(arrays[0].data.dtype)
         whole: bytes = image.to_bytes()
         return whole
 
-    return PointFile(found[0].data.astype(np.float64) * _RAS, content, "RAS")
+    return PointFile(arrays[0].data.astype(np.float64) * _RAS, content, "RAS")
 
 
 #: Endings, and who reads such a file.

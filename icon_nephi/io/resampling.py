@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from icon_nephi.maps.framed import Array
-from icon_nephi.space.frames import apply_affine, outside_grid, points_as_grid
+from icon_nephi.space.frames import Array, apply_affine, outside_grid, points_as_grid
 from icon_nephi.space.images import sample_image
 
 #: The ways; the last two give the image's own values, the others float32.
@@ -20,7 +19,7 @@ MODES = ("linear", "cubic", "nearest", "onehot")
 def reader(
     voxels: Array, into: Tensor, mode: str = "linear", outside: float | None = None
 ) -> Callable[[Array], Array]:
-    """A function of rows ``[N, d]`` in a frame: the image's values there, ``[N, C]``.
+    """Return rows ``[N, d]`` of a frame -> the image's values there, ``[N, C]``.
 
     Args:
         voxels: ``[*grid, C]``.
@@ -53,7 +52,7 @@ def reader(
 
 
 def _linear(voxels: Array) -> Callable[[Array], Array]:
-    """Positions ``[N, d]`` in the image's unit box -> values ``[N, C]`` float32."""
+    """Return places ``[N, d]`` in the unit box -> values ``[N, C]`` float32."""
     image = torch.from_numpy(voxels.astype(np.float32)).movedim(-1, 0)[None]
 
     def read(unit: Array) -> Array:
@@ -65,13 +64,8 @@ def _linear(voxels: Array) -> Callable[[Array], Array]:
 
 
 def _nearest(voxels: Array) -> Callable[[Array], Array]:
-    """Voxel positions ``[N, d]`` -> the closest voxel's values ``[N, C]``."""
-
-    def read(at: Array) -> Array:
-        values: Array = voxels[tuple(np.floor(at + 0.5).astype(np.int64).T)]
-        return values
-
-    return read
+    """Return voxel positions ``[N, d]`` -> the closest voxel's values ``[N, C]``."""
+    return lambda at: voxels[tuple(np.floor(at + 0.5).astype(np.int64).T)]
 
 
 def least_value(voxels: Array) -> float:
@@ -85,24 +79,22 @@ def least_value(voxels: Array) -> float:
 
 
 def _cubic(voxels: Array) -> Callable[[Array], Array]:
-    """Voxel positions ``[N, d]`` in the grid -> values ``[N, C]`` float32."""
+    """Return voxel positions ``[N, d]`` -> values ``[N, C]`` float32."""
     from scipy.ndimage import map_coordinates, spline_filter
 
     channels = np.moveaxis(voxels, -1, 0).astype(np.float64)
     splines = [spline_filter(c, mode="mirror") for c in channels]
 
     def read(at: Array) -> Array:
-        values = [
-            map_coordinates(c, at.T, order=3, mode="mirror", prefilter=False)
-            for c in splines
-        ]
+        how = {"order": 3, "mode": "mirror", "prefilter": False}
+        values = [map_coordinates(spline, at.T, **how) for spline in splines]
         return np.stack(values, 1).astype(np.float32)
 
     return read
 
 
 def _largest_share(voxels: Array) -> Callable[[Array], Array]:
-    """Voxel positions ``[N, d]`` -> of the 2^d neighbours' labels the weightiest."""
+    """Return voxel positions ``[N, d]`` -> of 2^d neighbours' labels the weightiest."""
     last = np.array(voxels.shape[:-1]) - 2
 
     def read(at: Array) -> Array:
@@ -120,9 +112,4 @@ def _largest_share(voxels: Array) -> Callable[[Array], Array]:
     return read
 
 
-_KINDS = {
-    "linear": _linear,
-    "cubic": _cubic,
-    "nearest": _nearest,
-    "onehot": _largest_share,
-}
+_KINDS = dict(zip(MODES, (_linear, _cubic, _nearest, _largest_share), strict=True))

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from icon_nephi.maps.framed import Array, FramedMap
+from icon_nephi.maps.framed import FramedMap
+from icon_nephi.space.frames import Array
 
 # Steps of a spline to a voxel, from the coarsest on.
 _RUNGS = (1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 1, 2, 3, 4, 5, 6, 8, 12, 16)
@@ -44,7 +45,7 @@ def spline_nodes(
     tolerance: tuple[float, float],
     limits: tuple[int, int],
 ) -> Nodes:
-    """The fewest nodes with which an interpolating cubic spline is the map.
+    """Return the fewest nodes with which an interpolating cubic spline is the map.
 
     Whichever axis misses most is refined, first for the places, then for the
     determinants. What an axis misses is found at random places from splines through the
@@ -108,7 +109,7 @@ def _missed(
     unit: Array,
     smooth: Callable[[Array], Array],
 ) -> tuple[float, float]:
-    """About the most that places and determinants are off by the steps of one axis."""
+    """Return about the most that places and determinants are off, by one axis."""
     d, unit = unit.shape[1], unit.copy()
     # Half of them at nodes, where the voxels are; none where the map has its border.
     unit[::2, axis] = np.round(unit[::2, axis] * (count - 1)) / (count - 1)
@@ -128,7 +129,7 @@ def _missed(
     points = around.reshape(-1, d) @ matrix[:d, :d].T + matrix[:d, d]
     moved = mapped(points).reshape(-1, nodes + 1, d)
     values = moved[:, :nodes] - moved[:, nodes:]
-    weights, slopes = _read(at - first, nodes)
+    weights, slopes = _weights(at - first, nodes)
     place = np.linalg.norm(np.einsum("nk,nkd->nd", weights, values), axis=1)
     jacobians = mapped.jacobians(points[nodes :: nodes + 1])
     slope = np.einsum("nk,nkd->nd", slopes, values) * (count - 1)
@@ -139,8 +140,8 @@ def _missed(
     return _WORSE * float(place.max()), _WORSE * float(volume.max())
 
 
-def _read(at: Array, nodes: int) -> tuple[Array, Array]:
-    """``[N, nodes]`` twice: values at nodes 0, 1, ... -> value and slope at places."""
+def _weights(at: Array, nodes: int) -> tuple[Array, Array]:
+    """Return ``[N, nodes]`` twice: values at nodes -> value and slope at places."""
     cell = np.clip(np.floor(at), 0, nodes - 2)
     t = (at - cell)[:, np.newaxis]
     u = 1 - t
@@ -155,7 +156,7 @@ def _read(at: Array, nodes: int) -> tuple[Array, Array]:
 
 
 def spline_solver(nodes: int) -> Array:
-    """``[nodes + 2, nodes]``: values at nodes -> cubic B-spline coefficients.
+    """Return ``[nodes + 2, nodes]``: values at nodes -> cubic B-spline coefficients.
 
     One coefficient before the first node and one after the last. The ends are free
     (not-a-knot), so that cubics are kept.

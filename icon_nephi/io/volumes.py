@@ -17,8 +17,9 @@ from tqdm import tqdm
 from icon_nephi._memory import MEMORY_LIMIT, to_bytes
 from icon_nephi.io.ome_zarr import zarr_levels
 from icon_nephi.io.raw import SUFFIXES, find_voxels, geometry_in
-from icon_nephi.space.chunks import CHUNK, ChunkedImage, Level
+from icon_nephi.space.chunks import CHUNK, Box, ChunkedImage, Level
 from icon_nephi.space.frames import (
+    Array,
     Geometry,
     identity_map,
     other_components,
@@ -74,13 +75,9 @@ class Volume:
         intensities: Callable[[Tensor], Tensor] = lambda values: values,
         device: torch.device | str = "cpu",
     ) -> ChunkedImage:
-        """A level, read at points of the unit box of the finest one.
+        """Return a level as a `ChunkedImage` over the unit box of the finest one.
 
-        Args:
-            level: one of ``levels``.
-            limit: bytes of chunks held.
-            intensities: see `ChunkedImage`.
-            device: see `ChunkedImage`.
+        It holds at most ``limit`` bytes of chunks.
         """
         ours, its = self.geometry, level.geometry
         steps = np.array(its.tensor_spacing)
@@ -92,7 +89,7 @@ class Volume:
         return ChunkedImage(cache, scale.tolist(), shift.tolist(), intensities, device)
 
     def pyramid(self, voxels: int = WORKING, progress: bool = False) -> Sequence[Level]:
-        """The levels down to the finest with at most that many voxels, fine to coarse.
+        """Return levels down to the finest of at most that many voxels, fine to coarse.
 
         Where there is none it is made, and kept in memory: means of blocks, read once
         from the coarsest level there is, and one level between if the way is far.
@@ -110,7 +107,7 @@ class Volume:
         return self._pyramids[voxels]
 
     def working(self, voxels: int = WORKING, progress: bool = False) -> Level:
-        """The coarsest level of the `pyramid`."""
+        """Return the coarsest level of the `pyramid`."""
         return self.pyramid(voxels, progress)[-1]
 
     def finer(
@@ -120,13 +117,10 @@ class Volume:
         scale: Callable[[Tensor], Tensor],
         device: torch.device | str = "cpu",
     ) -> list[ChunkedImage]:
-        """The levels of the `pyramid` finer than the working one, coarse to fine.
+        """Return the levels of the `pyramid` finer than the working, coarse to fine.
 
-        Args:
-            voxels: of the working level, at most.
-            limit: bytes of chunks held of each, one after the other.
-            scale: intensities of tensors ``[1, 1, *any]``, see `find_scale`.
-            device: where intensities are given.
+        Each holds at most ``limit`` bytes of chunks; ``scale`` is of intensities
+        ``[1, 1, *any]``, see `find_scale`.
         """
         ones = (1,) * (self.geometry.dimension + 1)
 
@@ -137,7 +131,7 @@ class Volume:
         return [self.image(level, limit, seen, device) for level in levels]
 
     def whole(self, level: Level) -> tuple[Tensor, Geometry]:
-        """A level as ``[1, 1, *grid]`` float32 over the unit box of the finest one.
+        """Return a level as ``[1, 1, *grid]`` float32 over the finest one's unit box.
 
         Its first and last voxels are moved onto those of the finest level, so that all
         levels have the same unit box.
@@ -145,10 +139,8 @@ class Volume:
         size = level.geometry.size
         values = np.asarray(level.read(tuple(slice(0, n) for n in size)))
         held = Level.of(values.astype(np.float32, copy=False), level.geometry)
-        read = self.image(held, 0)
-        parts = []
-        for rows in identity_map(size).split(8, dim=2):
-            parts.append(read.sample(rows.contiguous()))
+        image, slabs = self.image(held, 0), identity_map(size).split(8, dim=2)
+        parts = [image.sample(slab.contiguous()) for slab in slabs]
         steps = [e / (n - 1) for e, n in zip(self.geometry.extent, size, strict=True)]
         place = replace(self.geometry, size=size, spacing=other_order(steps))
         return torch.cat(parts, 2), place
@@ -157,7 +149,7 @@ class Volume:
 def open_volume(
     path: str | os.PathLike[str], memory_limit: int | str | None = None
 ) -> Volume:
-    """The image of an OME-Zarr or Zarr folder, or of an uncompressed file.
+    """Return the image of an OME-Zarr or Zarr folder, or of an uncompressed file.
 
     Only headers are read. OME-Zarr 0.4 and 0.5: all levels, spatial axes z, y, x, their
     scales, translations and units (to millimetres); a plain Zarr array has voxels of
@@ -190,7 +182,7 @@ def open_volume(
 
 
 def _averaged(level: Level, goal: int, name: str, progress: bool) -> Level:
-    """Means of blocks of a level, at most ``goal`` of them, about equally wide."""
+    """Return means of blocks of a level, at most ``goal``, about equally wide."""
     place = level.geometry
     factors = np.ones(place.dimension, np.int64)
     while np.prod(np.array(place.size) // factors) > goal:
@@ -198,24 +190,16 @@ def _averaged(level: Level, goal: int, name: str, progress: bool) -> Level:
         factors[width <= 1.5 * width.min()] *= 2
     size = [n // int(f) for n, f in zip(place.size, factors, strict=True)]
     # Of whole chunks, in voxels of the result.
-    steps = [
-        -(-max(c, 32) // int(f)) for c, f in zip(level.chunk, factors, strict=True)
-    ]
-    result = np.empty(size, np.float32)
+    steps = -(-np.maximum(level.chunk, 32) // factors)
+    means = np.empty(size, np.float32)
     starts = list(product(*(range(0, n, s) for n, s in zip(size, steps, strict=True))))
-    for start in tqdm(
-        starts, desc=f"averaging {name}", disable=not progress, leave=False
-    ):
+    for start in tqdm(starts, f"averaging {name}", disable=not progress, leave=False):
         first = np.array(start, np.int64)
         last = np.minimum(first + steps, size)
-        box = [
-            slice(int(a), int(b))
-            for a, b in zip(first * factors, last * factors, strict=True)
-        ]
         shape = np.stack([last - first, factors], 1).ravel()
-        values = level.read(tuple(box)).astype(np.float32).reshape(shape)
-        into = tuple(slice(int(a), int(b)) for a, b in zip(first, last, strict=True))
-        result[into] = values.mean(axis=tuple(range(1, 2 * len(size), 2)))
+        values = level.read(_box(first * factors, last * factors)).astype(np.float32)
+        axes = tuple(range(1, 2 * len(size), 2))
+        means[_box(first, last)] = values.reshape(shape).mean(axis=axes)
     spacing, stretch = np.array(place.spacing), other_components(factors)
     shift = np.array(place.direction) @ (spacing * (stretch - 1) / 2)
     coarse = Geometry(
@@ -224,4 +208,8 @@ def _averaged(level: Level, goal: int, name: str, progress: bool) -> Level:
         origin=tuple((np.array(place.origin) + shift).tolist()),
         direction=place.direction,
     )
-    return Level.of(result, coarse)
+    return Level.of(means, coarse)
+
+
+def _box(first: Array, last: Array) -> Box:
+    return tuple(map(slice, first.tolist(), last.tolist()))

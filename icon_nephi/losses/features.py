@@ -46,10 +46,8 @@ def with_features(image: Tensor) -> Tensor:
 class FeatureDifference:
     """A similarity of intensities, and the mean squared difference of features.
 
-    Args:
-        similarity: of the first channels; with ``isInterpolated`` it gets the tag.
-        channels: how many are intensities; the rest are features.
-        weight: of the features.
+    Of so many first channels, which are intensities; the rest, which are features, have
+    the weight. With ``isInterpolated`` the similarity gets the tag.
     """
 
     isInterpolated = True
@@ -75,9 +73,8 @@ class FeatureDifference:
 class FeaturesAlone:
     """A similarity of the features, whatever the intensities: for other modalities.
 
-    Args:
-        similarity: of the features and the in-bounds tag, `PatchNCC` for example.
-        channels: how many are intensities, before the features.
+    So many first channels are intensities. `PatchNCC` is such a similarity: it gets the
+    features and the in-bounds tag.
     """
 
     isInterpolated = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -51,8 +52,8 @@ class GradientICONPoints(RegistrationModule):
     twice, images swapped). In ``train()`` no dense grid is made;
     ``phi_AB_vectorfield``, ``warped_image_A`` etc. are computed when asked for.
     ``transform_magnitude`` and ``flips`` of the returned ICONLoss are estimates from
-    the regularity points,
-    scaled to ICON's meaning (mean squared displacement, folded voxels an image).
+    the regularity points, scaled to ICON's meaning (mean squared displacement, folded
+    voxels an image).
 
     Differs from the paper: similarity is ICON's (the text has 1 - NCC^2), both orders
     of the composition are averaged, and the prior is Eq. 7, squared.
@@ -119,6 +120,7 @@ class GradientICONPoints(RegistrationModule):
         segmentation_B: Tensor | None = None,
         sampler: Points | Patches | None = None,
         similarity: Callable[..., Tensor] | None = None,
+        generator: torch.Generator | None = None,
     ) -> ICONLoss:
         """The loss of a batch of pairs ``[B, C, *grid]``, A moving, B fixed.
 
@@ -127,10 +129,12 @@ class GradientICONPoints(RegistrationModule):
         modality, say) that the similarity compares in the place of ``image_*``, which
         the network sees; segmentations are label maps for the Dice term. An image may
         be a `Readable` as well: then only what the samples need is read, and masks are
-        on any grid. ``sampler`` and ``similarity`` take the place of the loss's own.
+        on any grid. ``sampler``, ``similarity`` and ``generator`` take the place of the
+        loss's own.
         """
         sampler = sampler or self.similarity_sampler
         agreement = similarity or self.similarity
+        source = generator or self.generator
         seen_A = image_A if label_A is None else label_A
         seen_B = image_B if label_B is None else label_B
         self._check(image_A, image_B, seen_A, seen_B)
@@ -141,11 +145,12 @@ class GradientICONPoints(RegistrationModule):
         if not isinstance(maps, tuple):
             maps = maps, self.regis_net(image_B, image_A)
         self.phi_AB, self.phi_BA = maps
-        to_A = self._samples(sampler, self.phi_AB, image_B, mask_B, self.volumes)
-        to_B = self._samples(sampler, self.phi_BA, image_A, mask_A, 1 / self.volumes)
+        samples = partial(self._samples, sampler, source)
+        to_A = samples(self.phi_AB, image_B, mask_B, self.volumes)
+        to_B = samples(self.phi_BA, image_A, mask_A, 1 / self.volumes)
         unlike = compare(agreement, *to_A[:2], seen_A, seen_B, *to_A[2:])
         unlike = unlike + compare(agreement, *to_B[:2], seen_B, seen_A, *to_B[2:])
-        regularity, magnitude, flips = self._regularity(image_A, image_B)
+        regularity, magnitude, flips = self._regularity(image_A, image_B, source)
         loss = unlike + self.lmbda * regularity
         if self.dice_loss_weight:
             a, b = cast(tuple[Tensor, Tensor], (segmentation_A, segmentation_B))
@@ -175,10 +180,8 @@ class GradientICONPoints(RegistrationModule):
         for name, image in (("image_A", image_A), ("image_B", image_B)):
             if isinstance(image, Tensor):
                 check_image(name, image)
-        for name, first, second in (
-            ("image", image_A, image_B),
-            ("label", seen_A, seen_B),
-        ):
+        pairs = ("image", image_A, image_B), ("label", seen_A, seen_B)
+        for name, first, second in pairs:
             if first.shape[:2] != second.shape[:2]:
                 raise ValueError(
                     f"{name}_A is {tuple(first.shape)}, {name}_B "
@@ -201,13 +204,14 @@ class GradientICONPoints(RegistrationModule):
     def _samples(
         self,
         sampler: Points | Patches,
+        source: torch.Generator | None,
         phi: Map,
         fixed: Image,
         mask: Tensor | None,
         volumes: float,
     ) -> tuple[Tensor, Tensor, tuple[int, ...] | None, Tensor | None]:
         """Where phi takes fresh samples, they, their blocks, and `compare`'s gain."""
-        rows = readable(fixed).draw(sampler.count, mask, self.generator)
+        rows = readable(fixed).draw(sampler.count, mask, source)
         if isinstance(sampler, Points):
             at = points_as_grid(rows)
             if not self.densities:
@@ -225,7 +229,7 @@ class GradientICONPoints(RegistrationModule):
         return volumes * determinant.expand(-1, self.densities, *determinant.shape[2:])
 
     def _regularity(
-        self, image_A: Image, image_B: Image
+        self, image_A: Image, image_B: Image, source: torch.Generator | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Both orders averaged; mean squared displacement; folded voxels."""
         terms = []
@@ -235,7 +239,7 @@ class GradientICONPoints(RegistrationModule):
             (self.phi_AB, self.phi_BA, image_B),
         ):
             count = self.regularity_sampler.count
-            x = points_as_grid(readable(image).draw(count, None, self.generator))
+            x = points_as_grid(readable(image).draw(count, None, source))
             moved, jacobian = value_and_jacobian(first, x)
             terms.append(self.regularity(then, x, moved, jacobian, self.extent))
         with torch.no_grad():
@@ -247,14 +251,12 @@ class GradientICONPoints(RegistrationModule):
     @property
     def phi_AB_vectorfield(self) -> Tensor:
         """phi_AB on the identity map, ``[B, d, *grid]``; computed when asked for."""
-        field: Tensor = self.phi_AB(self.identity_map)
-        return field
+        return cast(Tensor, self.phi_AB(self.identity_map))
 
     @property
     def phi_BA_vectorfield(self) -> Tensor:
         """phi_BA on the identity map, ``[B, d, *grid]``; computed when asked for."""
-        field: Tensor = self.phi_BA(self.identity_map)
-        return field
+        return cast(Tensor, self.phi_BA(self.identity_map))
 
     @property
     def warped_image_A(self) -> Tensor:
@@ -282,14 +284,10 @@ def compare(
 ) -> Tensor:
     """Similarity of the moving image at moved points and the fixed image at points.
 
-    Args:
-        similarity: as ICON's; with ``isInterpolated`` it gets the in-bounds tag.
-        moved: ``[B, d, *any]``, ICON frame of the moving image.
-        at: the same points in the fixed image's.
-        moving: ``[B, C, *grid]``.
-        fixed: ``[B, C, *grid]``.
-        blocks: shape of the samples as blocks, see `as_blocks`.
-        gain: of the first k channels of the moving image, ``[B or blocks, k, *any]``.
+    Both ``[B, d, *any]``, each in its image's ICON frame. ICON's similarities with
+    ``isInterpolated`` get the in-bounds tag. Of samples of blocks their shape is told,
+    see `as_blocks`; a gain ``[B or blocks, k, *any]`` is that of the first k channels
+    of the moving image.
     """
     warped, target = readable(moving).sample(moved), readable(fixed).sample(at)
     if getattr(similarity, "isInterpolated", False):

@@ -15,11 +15,8 @@ def patch_maps(
 ) -> tuple[Tensor, Tensor]:
     """Samples of blocks and where phi takes them, both ``[B, d, P * s, s(, s)]``.
 
-    Args:
-        phi: the map.
-        patches: size, stride, and whether phi is evaluated at the corners only.
-        centres: rows ``[B, P, d]``, ICON frame.
-        shape: grid the stride counts voxels of.
+    The centres are rows ``[B, P, d]``, ICON frame; the stride of the patches counts
+    voxels of a grid of that shape.
     """
     batch, count, d = centres.shape
     size = patches.size
@@ -52,13 +49,10 @@ def as_blocks(samples: Tensor, blocks: tuple[int, ...]) -> Tensor:
 
 
 def block_determinants(moved: Tensor, at: Tensor) -> Tensor:
-    """det J at the samples of blocks, ``[N, 1, s, s(, s)]``, from differences.
+    """det J at samples ``[N, d, s, s(, s)]`` of blocks: ``[N, 1, s, s(, s)]``.
 
-    Exact where the map is multilinear in a block, as between its corners.
-
-    Args:
-        moved: where a map takes the samples, ``[N, d, s, s(, s)]``.
-        at: the samples.
+    From differences of where a map takes them: exact where it is multilinear in a
+    block, as between its corners.
     """
     columns = [
         torch.gradient(moved, dim=2 + axis)[0]

@@ -17,15 +17,12 @@ def inverse_consistency_term(
     jacobian: Tensor,
     extent: Tensor | None = None,
 ) -> Tensor:
-    """Gradient inverse consistency of a map followed by another, from its values.
+    """Gradient inverse consistency of a map, and ``then`` another.
 
-    Args:
-        then: the second map.
-        points: of the first, ``[B, d, *any]``, ICON frame.
-        moved: where the first took them.
-        jacobian: of the first, ``[B, d, d, *any]``.
-        extent: ``[d]`` millimetres per unit along each axis; with it Jacobians are
-            physical ones, so anisotropic boxes are treated alike on every axis.
+    The first took points ``[B, d, *any]``, ICON frame, to where they moved, with that
+    Jacobian ``[B, d, d, *any]``. With an extent, ``[d]`` millimetres per unit along
+    each axis, Jacobians are physical ones, so anisotropic boxes are treated alike on
+    every axis.
     """
     _, outer = value_and_jacobian(then, moved)
     return from_identity(torch.einsum("bij...,bjk...->bik...", outer, jacobian), extent)
@@ -86,10 +83,7 @@ def guarded_term(
     both = torch.einsum("bij...,bjk...->bik...", outer, jacobian)
     scale = (extent / extent.max()).to(points).reshape(-1, *(1,) * (points.dim() - 2))
     drift = ((values - points) * scale).square().sum(1).mean()
-    total: Tensor = (
-        from_identity(both, extent) + consistency * drift + weight * hinge(jacobian)
-    )
-    return total
+    return from_identity(both, extent) + consistency * drift + weight * hinge(jacobian)
 
 
 def relative_determinant(jacobian: Tensor) -> Tensor:
@@ -99,13 +93,10 @@ def relative_determinant(jacobian: Tensor) -> Tensor:
     """
     determinant = determinants(jacobian).flatten()
     usual = determinant.detach().median()
-    result: Tensor = determinant / torch.where(
-        usual.abs() < 1e-6, torch.ones_like(usual), usual
-    )
-    return result
+    flat = usual.abs() < 1e-6
+    return determinant / torch.where(flat, torch.ones_like(usual), usual)
 
 
 def hinge(jacobian: Tensor, goal: float = GUARD) -> Tensor:
     """Scalar: mean square of what relative determinants lack to a goal."""
-    lacking: Tensor = (goal - relative_determinant(jacobian)).clamp(min=0)
-    return lacking.square().mean()
+    return (goal - relative_determinant(jacobian)).clamp(min=0).square().mean()

@@ -35,19 +35,25 @@ class PatchNCC:
         """Scalar; warped has the in-bounds tag (0 or 1) as its last channel."""
         weight = warped[:, -1:].flatten(2)
         a, b = warped[:, :-1].flatten(2), fixed.flatten(2)
-        total = weight.sum(2, keepdim=True).clamp(min=1)
-        a = (a - (a * weight).sum(2, keepdim=True) / total) * weight
-        b = (b - (b * weight).sum(2, keepdim=True) / total) * weight
-        covariance = (a * b).sum(2) / total[..., 0]
-        variance_a = a.square().sum(2) / total[..., 0] + self.floor
-        variance_b = b.square().sum(2) / total[..., 0] + self.floor
-        correlation = covariance * (variance_a * variance_b).rsqrt()
+        correlation = correlations(a, b, weight, self.floor)
         if self.squared:
             correlation = correlation.square()
         share = weight.mean(2)
         return 1 - (correlation * share).sum() / share.expand_as(
             correlation
         ).sum().clamp(min=1)
+
+
+def correlations(a: Tensor, b: Tensor, weight: Tensor, floor: float) -> Tensor:
+    """``[N, C]``: of samples ``[N, C, S]`` with weights ``[N, 1, S]``.
+
+    The floor is added to both variances.
+    """
+    total = weight.sum(2, keepdim=True).clamp(min=1)
+    a, b = ((i - (i * weight).sum(2, keepdim=True) / total) * weight for i in (a, b))
+    total = total[..., 0]
+    spread = [i.square().sum(2) / total + floor for i in (a, b)]
+    return (a * b).sum(2) / total * (spread[0] * spread[1]).rsqrt()
 
 
 class MutualInformation:
@@ -198,12 +204,8 @@ def dice_loss(
     `read_labels`). Differs from uniGradICON's in the squares, with which equal shares
     score 0 between voxels too. Labels that no sample meets are left out.
 
-    Args:
-        moving: whole numbers ``[B, 1, *grid]``.
-        fixed: whole numbers ``[B, 1, *grid]``.
-        moved: samples in the moving image, ``[B, d, *any]``, ICON frame.
-        at: the same samples in the fixed image.
-        labels: ``[L]``, see `shared_labels`.
+    Both maps hold whole numbers ``[B, 1, *grid]`` and are read at the same samples
+    ``[B, d, *any]``, each in its own ICON frame; labels as of `shared_labels`.
     """
     p = read_labels(moving, moved, labels)
     q = read_labels(fixed, at, labels)
@@ -216,13 +218,9 @@ def dice_loss(
 def read_labels(segmentation: Tensor, coordinates: Tensor, labels: Tensor) -> Tensor:
     """The share of each label at points, ``[B, L, N]``: one-hot, read multilinearly.
 
-    Differentiable by the coordinates; no one-hot image is made. Outside the unit box
-    the nearest border is read.
-
-    Args:
-        segmentation: whole numbers ``[B, 1, *grid]``.
-        coordinates: ``[B, d, *any]`` with N points, ICON frame.
-        labels: ``[L]``.
+    Of whole numbers ``[B, 1, *grid]`` at ICON-frame coordinates ``[B, d, *any]`` with N
+    points, by which it is differentiable; no one-hot image is made. Outside the unit
+    box the nearest border is read.
     """
     shape = segmentation.shape[2:]
     rows = to_rows(coordinates)
@@ -237,8 +235,8 @@ def read_labels(segmentation: Tensor, coordinates: Tensor, labels: Tensor) -> Te
     for corner in product((0.0, 1.0), repeat=len(shape)):
         side = torch.tensor(corner, dtype=rows.dtype, device=rows.device)
         weight = (side * part + (1 - side) * (1 - part)).prod(2)
-        found = flat.gather(1, ((base + side).long() * step).sum(2))
-        here = found[:, None] == labels[:, None].to(found.dtype)
+        numbers = flat.gather(1, ((base + side).long() * step).sum(2))
+        here = numbers[:, None] == labels[:, None].to(numbers.dtype)
         shares = shares + weight[:, None] * here
     return shares
 

@@ -8,7 +8,6 @@ components of the frame (LPS x, y(, z), or the tensor axes of the ICON frame).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,14 +17,9 @@ from torch import Tensor
 from icon_nephi.maps.jacobians import count_folds
 from icon_nephi.maps.lattices import on_lattice
 from icon_nephi.maps.transforms import Map, value_and_jacobian
-from icon_nephi.space.frames import (
-    Geometry,
-    apply_affine,
-    points_as_grid,
-    to_rows,
-)
+from icon_nephi.space.frames import Array as Array
+from icon_nephi.space.frames import Geometry, apply_affine, points_as_grid, to_rows
 
-Array: TypeAlias = npt.NDArray[Any]
 CHUNK = 50_000  # points at once: Jacobians of a wide field take about 100 MB
 # Of a box by which the far end of an axis may be askew and the axis still be straight.
 _STRAIGHT = 1e-9
@@ -91,8 +85,7 @@ class FramedMap:
 
     def jacobians(self, points: Array) -> Array:
         """Analytic d target_i / d source_j at points, ``[N, d, d]`` float64."""
-        d = self.dimension
-        parts = [np.empty((0, d, d))]
+        d, parts = self.dimension, [np.empty((0, self.dimension, self.dimension))]
         with torch.no_grad():
             for part in self._split(points):
                 jacobian = value_and_jacobian(self.phi, self._coordinates(part))[1]
@@ -103,8 +96,7 @@ class FramedMap:
 
     def determinants(self, points: Array) -> Array:
         """Analytic ``det`` of d target / d source at points, ``[N]`` float64."""
-        values: Array = np.linalg.det(self.jacobians(points))
-        return values
+        return np.asarray(np.linalg.det(self.jacobians(points)))
 
     def _split(self, points: Array) -> Iterator[Tensor]:
         rows = torch.from_numpy(np.array(points, dtype=np.float64))
@@ -115,16 +107,13 @@ class FramedMap:
         return points_as_grid(unit.to(dtype=self.dtype).to(self.device))
 
     def _back(self, rows: Tensor) -> Array:
-        moved: Array = apply_affine(self.out, rows.cpu().double()).numpy()
-        return moved
+        return np.asarray(apply_affine(self.out, rows.cpu().double()))
 
 
 def slabs(size: Sequence[int], frame: Tensor) -> Iterator[tuple[slice, Array]]:
     """Slices of flat voxel numbers, and those voxels' centres ``[n, d]`` in a frame.
 
-    Args:
-        size: voxels per tensor axis.
-        frame: homogeneous matrix, the grid's unit box -> the frame.
+    Of a grid of so many voxels per tensor axis; ``frame`` takes its unit box there.
     """
     first, last = _lines(size, frame)
     at_once = max(1, CHUNK // len(last))
@@ -181,11 +170,7 @@ def over_grid(
 
 
 def folded_share(maps: Iterable[tuple[FramedMap, Sequence[int], Tensor]]) -> float:
-    """The share of the voxels of all grids where a determinant is not positive.
-
-    Args:
-        maps: each with the grid it is looked at on, as of `over_grid`.
-    """
+    """The share of the voxels where a determinant is not positive, of maps on grids."""
     folds = total = 0
     for mapped, size, frame in maps:
         for _, rows in slabs(size, frame):

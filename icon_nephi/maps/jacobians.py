@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +22,9 @@ def derived(
 ) -> tuple[Tensor, Tensor]:
     """Values and exact Jacobian ``[B, d, d, *any]`` by autograd, row by row.
 
-    They have a graph if gradients are on. Where this torch cannot derive
-    ``grid_sample`` twice (before 2.13) the Jacobian is exact all the same, and its
-    gradient that of central differences.
-
-    Args:
-        phi: pointwise, ICON frame to ICON frame.
-        coordinates: ``[B, d, *any]``, ICON frame.
+    Of a pointwise map at ICON-frame coordinates ``[B, d, *any]``, with a graph if
+    gradients are on. Where this torch cannot derive ``grid_sample`` twice (before 2.13)
+    the Jacobian is exact all the same, and its gradient that of central differences.
     """
     live = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -72,8 +69,8 @@ def _derives_twice() -> bool:
 
 def determinants(jacobian: Tensor) -> Tensor:
     """det of ``[N, d, d, *any]``, as ``[N, 1, *any]``."""
-    found: Tensor = torch.linalg.det(jacobian.movedim((1, 2), (-2, -1)))
-    return found[:, None]
+    matrices = jacobian.movedim((1, 2), (-2, -1))
+    return cast(Tensor, torch.linalg.det(matrices))[:, None]
 
 
 def count_folds(determinants: Tensor | Array) -> int:

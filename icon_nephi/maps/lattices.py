@@ -27,13 +27,10 @@ _PREPARED = 2**18
 
 @torch.no_grad()
 def on_lattice(phi: Map, axes: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Where a map takes the points of a lattice, in parts of rows ``[N, d]``.
+    """Where a map of a single pair takes a lattice, in parts of rows ``[N, d]``.
 
-    Lines of the last axis follow each other as in a C-contiguous grid. No gradients.
-
-    Args:
-        phi: of a single pair, on ICON-frame coordinates.
-        axes: ICON-frame positions along each axis, ``[n_a]`` each.
+    The axes are ICON-frame positions, ``[n_a]`` each. Lines of the last axis follow
+    each other as in a C-contiguous grid. No gradients.
     """
     if isinstance(phi, Composition):
         inner = _straight(phi.psi, axes)
@@ -73,8 +70,7 @@ def _on_lines(phi: NeuralTransform, axes: Sequence[Tensor]) -> Iterator[Tensor]:
         nodes.split(at_once, 1), starts.split(at_once), strict=True
     ):
         moved = displacement_on_lines(phi.field, weights, lines, len(axes))
-        moved = moved.transpose(0, 1)  # [L, n, d]
-        rows = moved.to(last).contiguous()
+        rows = moved.transpose(0, 1).to(last).contiguous()  # [L, n, d]
         rows[..., :-1] += start[:, None]
         rows[..., -1] += last
         yield rows.flatten(0, 1)

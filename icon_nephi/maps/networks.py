@@ -18,6 +18,8 @@ from icon_nephi.maps.transforms import (
     NeuralTransform,
 )
 
+_Pair = tuple[Composition, Composition]
+
 
 def neural_parts(maps: Sequence[Map]) -> list[NeuralTransform]:
     """The neural transforms that maps are made of, each once, in their order.
@@ -117,9 +119,7 @@ class TwoStepPair(RegistrationModule):
         super().__init__()
         self.netPhi, self.netPsi = netPhi, netPsi
 
-    def forward(
-        self, image_A: Tensor, image_B: Tensor
-    ) -> tuple[Composition, Composition]:
+    def forward(self, image_A: Tensor, image_B: Tensor) -> _Pair:
         """(phi_AB, phi_BA), ICON frame."""
         self.identity_map.isIdentity = True
         phi_AB, phi_BA = self.netPhi(image_A, image_B)
@@ -148,9 +148,7 @@ class AffinePair(RegistrationModule):
         self.register_buffer("matrix", matrix[None].clone())
         self.register_buffer("inverse", torch.linalg.inv(matrix)[None])
 
-    def forward(
-        self, image_A: Tensor, image_B: Tensor
-    ) -> tuple[Composition, Composition]:
+    def forward(self, image_A: Tensor, image_B: Tensor) -> _Pair:
         """(phi_AB, phi_BA); each in its own image's ICON frame."""
         psi_AB, psi_BA = self.net(image_A, image_B)
         there, back = MatrixTransform(self.matrix), MatrixTransform(self.inverse)

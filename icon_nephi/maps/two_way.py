@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from icon_nephi.maps.framed import Array, FramedMap, folded_share
+from icon_nephi.maps.framed import FramedMap, folded_share
 from icon_nephi.maps.jacobians import fold_fraction
 from icon_nephi.maps.transforms import Map
-from icon_nephi.space.frames import Geometry
+from icon_nephi.space.frames import Array, Geometry
 
 FIXED_TO_MOVING, MOVING_TO_FIXED = "fixed_to_moving", "moving_to_fixed"
 DIRECTIONS = (FIXED_TO_MOVING, MOVING_TO_FIXED)
@@ -121,6 +121,8 @@ class Mapping(PointMapping, Protocol):
 class TwoWay:
     """Two maps between the unit boxes of two images, in the frames of their points.
 
+    What takes a direction raises a ValueError where it is none.
+
     Attributes:
         map_AB: fixed unit box -> moving unit box, ICON frames.
         map_BA: its counterpart, moving -> fixed.
@@ -153,40 +155,30 @@ class TwoWay:
     @cached_property
     def forward(self) -> FramedMap:
         """Fixed points to moving points."""
-        source, target = (self.frame_of(g) for g in (self.geometry_B, self.geometry_A))
-        return FramedMap(self.map_AB, source, target, self.device)
+        return self._between(self.map_AB, self.geometry_B, self.geometry_A)
 
     @cached_property
     def backward(self) -> FramedMap:
         """Moving points to fixed points."""
-        source, target = (self.frame_of(g) for g in (self.geometry_A, self.geometry_B))
-        return FramedMap(self.map_BA, source, target, self.device)
+        return self._between(self.map_BA, self.geometry_A, self.geometry_B)
+
+    def _between(self, phi: Map, source: Geometry, target: Geometry) -> FramedMap:
+        frames = self.frame_of(source), self.frame_of(target)
+        return FramedMap(phi, *frames, self.device)
 
     def framed(self, direction: str) -> FramedMap:
-        """Return the map of a direction: rows ``[N, d]`` to rows, in the frame.
-
-        Raises:
-            ValueError: not a direction.
-        """
+        """Return the map of a direction: rows ``[N, d]`` to rows, in the frame."""
         forth = check_direction(direction) == FIXED_TO_MOVING
         return self.forward if forth else self.backward
 
     def transform_points(
         self, points: Array, direction: str = FIXED_TO_MOVING
     ) -> Array:
-        """Return the mapped points ``[N, d]`` float64, unchecked.
-
-        Raises:
-            ValueError: not a direction.
-        """
+        """Return the mapped points ``[N, d]`` float64, unchecked."""
         return self.framed(direction)(points)
 
     def place(self, direction: str) -> Geometry:
-        """Return where the image lies in which a direction starts.
-
-        Raises:
-            ValueError: not a direction.
-        """
+        """Return where the image lies in which a direction starts."""
         forth = check_direction(direction) == FIXED_TO_MOVING
         return self.geometry_B if forth else self.geometry_A
 
@@ -201,9 +193,6 @@ class TwoWay:
 
         By the affine part: the fields are evaluated in the fixed image's unit box,
         a direction starts in its own image's.
-
-        Raises:
-            ValueError: not a direction.
         """
         place = self.place(direction)
         if direction == FIXED_TO_MOVING or self.matrix is None:
@@ -215,12 +204,7 @@ class TwoWay:
     ) -> tuple[tuple[int, ...], Tensor]:
         """Return voxels per tensor axis, and the grid's unit box -> frame of points.
 
-        Args:
-            direction: its start is the default.
-            reference: another grid in the same space.
-
-        Raises:
-            ValueError: not a direction.
+        The grid is the reference's, else that of the image the direction starts in.
         """
         place = self.place(direction) if reference is None else reference
         return place.size, self.frame_of(place)
@@ -229,9 +213,6 @@ class TwoWay:
         """Return ``[d]``: what differences of points are multiplied with for lengths.
 
         Lengths are those of the physical frame, in the image a direction starts in.
-
-        Raises:
-            ValueError: not a direction.
         """
         place = self.place(direction)
         if self.frame == "physical":

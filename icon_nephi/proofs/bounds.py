@@ -22,7 +22,7 @@ WIDER = 1e-12
 
 
 def knots(code: LatentCode, axis: int) -> Tensor:
-    """Sorted places within (0, 1) where an axis's polynomials change, float64."""
+    """Return the sorted places in (0, 1) where an axis's polynomials change."""
     places: set[float] = set()
     for grid in code.local_codes:
         steps = _steps(grid.shape[2 + axis], code.interpolation)
@@ -39,7 +39,7 @@ def expand_displacement(
     degree: int,
     dtype: torch.dtype = torch.float64,
 ) -> Expansion:
-    """The `Expansion` of the displacement a field makes of a code, C = d.
+    """Return the `Expansion` of the displacement a field makes of a code, C = d.
 
     Args:
         field: float64.
@@ -64,7 +64,7 @@ def expand_displacement(
 
 
 def _place(centre: Tensor, half: Tensor) -> Expansion:
-    """x, of degree 1, float64."""
+    """Return x, of degree 1, float64."""
     rows = torch.cat([centre[None], torch.diag_embed(half).transpose(0, 1)])
     return Expansion.of(rows, torch.zeros_like(rows), centre.shape[1], 1)
 
@@ -76,12 +76,11 @@ def _steps(nodes: int, order: str) -> int:
 def _read(
     code: LatentCode, centre: Tensor, half: Tensor, degree: int, dtype: torch.dtype
 ) -> Expansion:
-    """z(x): each grid's polynomial piece around the boxes' centres."""
+    """Return z(x): each grid's polynomial piece around the boxes' centres."""
     count, d = centre.shape
     powers = 2 if code.interpolation == "linear" else 3
     known = monomials(d, degree)
     spot = {p: n for n, p in enumerate(itertools.product(range(powers), repeat=d))}
-    kept = [spot.get(p, -1) for p in known]
     whole = centre.new_zeros(len(known), count, code.global_code.shape[1])
     whole[0] = code.global_code
     stray = whole.new_zeros(1 + d, *whole.shape[1:])
@@ -89,9 +88,9 @@ def _read(
     for grid in code.local_codes:
         polynomial, rounding = _piece(grid, centre, half, code.interpolation)
         rows = polynomial.new_zeros(len(known), *polynomial.shape[1:])
-        for n, place in enumerate(kept):
-            if place >= 0:
-                rows[n] = polynomial[place]
+        for n, powers_of in enumerate(known):
+            if powers_of in spot:
+                rows[n] = polynomial[spot[powers_of]]
         stray = polynomial.new_zeros(1 + d, *polynomial.shape[1:])
         for power, place in spot.items():
             if sum(power) > degree:
@@ -105,7 +104,7 @@ def _read(
 def _piece(
     grid: Tensor, centre: Tensor, half: Tensor, order: str
 ) -> tuple[Tensor, Tensor]:
-    """``[powers^d, N, C]``, in the order of itertools.product; ``[1 + d, N]`` rounding.
+    """Return ``[powers^d, N, C]``, ordered as by product, and ``[1 + d, N]`` rounding.
 
     The same pieces as `icon_nephi.space.interpolation` reads.
     """
@@ -135,17 +134,17 @@ def _piece(
         ]
     )
     number = (base.long() * torch.tensor(strides)).sum(1, keepdim=True) + near
-    read = grid[0].flatten(1).index_select(1, number.flatten())
-    size = float(read.abs().max()) if read.numel() else 0.0
-    read = read.T.contiguous()
+    numbers = grid[0].flatten(1).index_select(1, number.flatten())
+    size = float(numbers.abs().max()) if numbers.numel() else 0.0
+    numbers = numbers.T.contiguous()
     for axis in range(d):
         # The first axis of the nodes becomes the last of the powers.
-        read = weights[:, axis] @ read.view(count, nodes, -1)
-        read = read.view(count, nodes, -1, channels).transpose(1, 2).contiguous()
+        numbers = weights[:, axis] @ numbers.view(count, nodes, -1)
+        numbers = numbers.view(count, nodes, -1, channels).transpose(1, 2).contiguous()
     # Magnitudes: the weights' values add up to 1, their slopes by x to 2 steps, and so
     # do the second ones times half a box. The place in a cell has lost steps * u.
-    lost = 64 * unit(read) * (1 + float(steps.max())) * size
+    lost = 64 * unit(numbers) * (1 + float(steps.max())) * size
     slopes = lost * (1 + 2 * h.T) * 2 * h.T
-    return read.view(count, -1, channels).transpose(0, 1), torch.cat(
+    return numbers.view(count, -1, channels).transpose(0, 1), torch.cat(
         [torch.full_like(slopes[:1], lost), slopes * (1 + 4 * h.T).prod(0)]
     )

@@ -18,12 +18,11 @@ from tqdm import tqdm
 
 from icon_nephi._check import check_mask
 from icon_nephi.io.image_input import is_itk, place_of, voxels_of
-from icon_nephi.maps.framed import Array
 from icon_nephi.maps.two_way import DIRECTIONS, FIXED_TO_MOVING, MOVING_TO_FIXED, TwoWay
 from icon_nephi.proofs.regions import Region
 from icon_nephi.proofs.search import Search
 from icon_nephi.registration.result import Registration
-from icon_nephi.space.frames import apply_affine
+from icon_nephi.space.frames import Array, apply_affine
 
 BOTH = "both"
 
@@ -63,7 +62,7 @@ class Certificate:
         return self.refuted == 0 and self.undecided == 0
 
     def __str__(self) -> str:
-        """One sentence."""
+        """Return what is proven, in one sentence."""
         text = "No folds: proven "
         text += "at every point" if self.holds else f"for {_share(self.proven)}"
         if self.proven:
@@ -79,7 +78,7 @@ class Certificate:
 
 
 def _share(part: float) -> str:
-    """Never 100 % for less than all, nor 0 % for more than nothing."""
+    """Return a share in words: never 100 % for less than all, nor 0 % for some."""
     percent = math.floor(part * 1e4) / 100
     return f"{percent:.2f} % of the volume" if percent else "under 0.01 % of the volume"
 
@@ -92,7 +91,7 @@ def certify(
     time_limit: float | None = 300.0,
     progress: bool = True,
 ) -> Certificate:
-    """The `Certificate` of a registration: det J > 0 on the continuum, or where not.
+    """Prove of a registration that det J > 0 on the continuum, or where not.
 
     The maps are taken as their formulas, in exact arithmetic, with the weights they
     have; evaluating them in float32 adds its own rounding. The neural part's
@@ -139,10 +138,8 @@ def certify(
     if time_limit is not None and not time_limit > 0:
         raise ValueError(f"time_limit must be positive seconds, got {time_limit}")
     chosen = DIRECTIONS if direction == BOTH else (direction,)
-    begin, searches = (
-        time.monotonic(),
-        [_search(registration, d, region) for d in chosen],
-    )
+    begin = time.monotonic()
+    searches = [_search(registration, d, region) for d in chosen]
     with tqdm(
         total=100.0,
         disable=not progress,
@@ -177,7 +174,7 @@ def certify(
 
 
 def _start(two_way: TwoWay, direction: str) -> Tensor:
-    """psi's unit box (the fixed image's) -> the frame that a direction starts in.
+    """Return psi's unit box (the fixed image's) -> the frame a direction starts in.
 
     phi_AB = affine o psi_AB, and phi_BA = psi_BA o affine^-1.
     """
@@ -186,7 +183,7 @@ def _start(two_way: TwoWay, direction: str) -> Tensor:
 
 
 def _scale(two_way: TwoWay, direction: str) -> float:
-    """The determinant of phi over that of psi, in the frames of points."""
+    """Return the determinant of phi over that of psi, in the frames of points."""
     fixed, moving = (two_way.grid(d)[1] for d in DIRECTIONS)
     affine = two_way.from_fixed(MOVING_TO_FIXED)
     volumes = [float(torch.linalg.det(m[:-1, :-1])) for m in (moving, affine, fixed)]
@@ -209,7 +206,7 @@ def _search(registration: Registration, direction: str, region: Any) -> Search:
 
 
 def _region(registration: Registration, direction: str, region: Any) -> Region:
-    """The region in psi's frame; see `certify`."""
+    """Return the region in psi's frame; see `certify`."""
     two_way = registration.two_way
     before = two_way.from_fixed(direction)
     if region is None:

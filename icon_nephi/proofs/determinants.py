@@ -43,7 +43,7 @@ class Bounds(NamedTuple):
 
 
 def degree_for(field: Field) -> int:
-    """The degree of the polynomials that a field is bounded with."""
+    """Return the degree of the polynomials that a field is bounded with."""
     parts = field.modules() if isinstance(field, nn.Module) else ()
     layers = sum(isinstance(part, nn.Linear) for part in parts)
     return SHALLOW_DEGREE if layers <= 2 else DEEP_DEGREE
@@ -56,7 +56,7 @@ def bound_determinant(
     high: Tensor,
     dtype: torch.dtype = torch.float64,
 ) -> Bounds:
-    """The `Bounds` of det J in boxes that no knot crosses, nor the unit box's border.
+    """Bound det J in boxes that no knot crosses, nor the unit box's border.
 
     Args:
         field: with ``expand``, float64.
@@ -102,7 +102,7 @@ def bound_determinant(
 
 
 def _dominant(e: Tensor) -> Tensor:
-    """A lower bound ``[N]`` of det(I + E), |E| <= e ``[N, d, d]``; -inf: none.
+    """Return a lower bound ``[N]`` of det(I + E), |E| <= e ``[N, d, d]``; -inf: none.
 
     Ostrowski's for dominant diagonals: at least the product of 1 - sum_j e_ij where all
     of these are positive.
@@ -119,7 +119,7 @@ class _Polynomials(NamedTuple):
 
 
 def _lowest(entries: Tensor, stray: Tensor, degree: int) -> Tensor:
-    """A lower bound ``[N]`` of the determinant of matrices of polynomials in boxes.
+    """Return a lower bound ``[N]`` of determinants of polynomials in boxes.
 
     Args:
         entries: ``[M, d, d, N]``.
@@ -139,11 +139,11 @@ def _lowest(entries: Tensor, stray: Tensor, degree: int) -> Tensor:
         cofactors = _Polynomials(other.rows * signs, other.stray)
     else:
         # The cross product of the last two rows.
-        one = _times(row(1, -1), row(2, -2), degree)
-        other = _times(row(1, -2), row(2, -1), degree)
-        cofactors = _Polynomials(one.rows - other.rows, one.stray + other.stray)
-    found = _times(row(0), cofactors, degree)
-    rows, off = found.rows.sum(1), found.stray.sum(0)
+        plus = _times(row(1, -1), row(2, -2), degree)
+        minus = _times(row(1, -2), row(2, -1), degree)
+        cofactors = _Polynomials(plus.rows - minus.rows, plus.stray + minus.stray)
+    products = _times(row(0), cofactors, degree)
+    rows, off = products.rows.sum(1), products.stray.sum(0)
     # A monomial of even powers is at least 0, others at least -1.
     even = torch.tensor([all(p % 2 == 0 for p in q) for q in monomials(d, degree)])
     falls = torch.where(even[:, None], (-rows).clamp(min=0), rows.abs())[1:].sum(0)
@@ -151,22 +151,22 @@ def _lowest(entries: Tensor, stray: Tensor, degree: int) -> Tensor:
 
 
 def _times(first: _Polynomials, second: _Polynomials, degree: int) -> _Polynomials:
-    """a b, up to a total degree; what is beyond it strays."""
+    """Return a b, up to a total degree; what is beyond it strays."""
     a, b = first.rows, second.rows
     d = a.shape[1]
     rows = multiplied(a, b, d, degree)
-    one, other = (by_degree(x, d, degree) for x in (a, b))
-    all_one, all_other = one.sum(0), other.sum(0)
-    stray = first.stray * (all_other + second.stray) + second.stray * all_one
-    stray += _ROUNDED * all_one * all_other
+    sizes_a, sizes_b = (by_degree(x, d, degree) for x in (a, b))
+    all_a, all_b = sizes_a.sum(0), sizes_b.sum(0)
+    stray = first.stray * (all_b + second.stray) + second.stray * all_a
+    stray += _ROUNDED * all_a * all_b
     for k in range(1, degree + 1):
-        stray.addcmul_(one[k], other[degree - k + 1 :].sum(0))
+        stray.addcmul_(sizes_a[k], sizes_b[degree - k + 1 :].sum(0))
     return _Polynomials(rows, stray)
 
 
 @cache
 def _slopes(d: int, degree: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tables of which the slopes of a polynomial follow, and who its last terms blame.
+    """Return tables of a polynomial's slopes, and of whom its last terms blame.
 
     Which monomial s_k's slope comes from and the power of s_k there, both ``[M, d]``, M
     monomials of a degree less; powers ``[all, d]`` of the monomials of the degree.

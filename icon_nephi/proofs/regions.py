@@ -29,7 +29,7 @@ class Region:
                 self.below = self.below.cumsum(axis)
 
     def span(self) -> tuple[Tensor, Tensor]:
-        """The lowest and highest coordinates ``[d]`` in psi's frame."""
+        """Return the lowest and highest coordinates ``[d]`` in psi's frame."""
         d = len(self.frame) - 1
         ends = torch.cartesian_prod(*[torch.tensor([0.0, 1.0]).double()] * d)
         placed = apply_affine(torch.linalg.inv(self.frame), ends)
@@ -39,7 +39,7 @@ class Region:
         return placed.amin(0) - slack, placed.amax(0) + slack
 
     def holds(self, points: Tensor) -> Tensor:
-        """Which points ``[N, d]`` lie in the region."""
+        """Return which points ``[N, d]`` lie in the region."""
         places = apply_affine(self.frame, points)
         inside = ((places >= 0) & (places <= 1)).all(1)
         if self.mask is None:
@@ -49,7 +49,7 @@ class Region:
         return inside & self.mask[tuple(voxel.T)]
 
     def meets(self, low: Tensor, high: Tensor) -> Tensor:
-        """Which boxes ``[N]`` may meet the region; never leaves out one that does."""
+        """Return which boxes ``[N]`` may meet the region, all that do among them."""
         d = low.shape[1]
         centre = apply_affine(self.frame, (low + high) / 2)
         half = (high - low) / 2 @ self.frame[:d, :d].abs().T + 1e-9
@@ -62,8 +62,8 @@ class Region:
         ends = (first.clamp(0, 1), final.clamp(0, 1))
         start, stop = ((e * (size - 1) + 0.5).floor().long() for e in ends)
         start, stop = start.minimum(size - 1), (stop + 1).minimum(size)
-        found = torch.zeros(len(low), dtype=torch.int64)
+        voxels = torch.zeros(len(low), dtype=torch.int64)
         for corner in itertools.product((0, 1), repeat=d):
             at = tuple((start, stop)[end][:, a] for a, end in enumerate(corner))
-            found += (-1) ** (d - sum(corner)) * self.below[at]
-        return inside & (found > 0)
+            voxels += (-1) ** (d - sum(corner)) * self.below[at]
+        return inside & (voxels > 0)

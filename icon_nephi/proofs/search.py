@@ -59,11 +59,11 @@ class Boxes(NamedTuple):
     least: Tensor
 
     def at(self, chosen: Tensor | slice) -> Boxes:
-        """Those chosen by a mask, by numbers or in a row."""
+        """Return those chosen by a mask, by numbers or in a row."""
         return Boxes(*(part[chosen] for part in self))
 
     def volume(self) -> float:
-        """Of all together."""
+        """Return that of all together."""
         return float((self.high - self.low).prod(1).sum())
 
 
@@ -107,7 +107,7 @@ class Search:
         self.determinants = torch.empty(0, dtype=torch.float64)
 
     def run(self, ends: float | None, decided: Callable[[float], None]) -> None:
-        """Nothing; works until all is decided, or until a time (`time.monotonic`).
+        """Work until all is decided, or until a time (`time.monotonic`).
 
         Args:
             ends: when to stop.
@@ -127,9 +127,9 @@ class Search:
                     under_way.append((boxes, pool.submit(self._bound, boxes)))
                 if not under_way:
                     break
-                boxes, found = under_way.popleft()
+                boxes, bounds = under_way.popleft()
                 before = self.proven + self.refuted
-                parts = self._decide(boxes, found.result())
+                parts = self._decide(boxes, bounds.result())
                 decided((self.proven + self.refuted - before) / self.total)
                 proven = parts.least > 0
                 waiting.append(parts.at(~proven))
@@ -139,33 +139,29 @@ class Search:
             self._leave(boxes)
 
     def _batch(self) -> int:
-        """How many boxes to expand at once."""
-        widths = [
-            part.out_features
-            for part in self.field.modules()
-            if isinstance(part, nn.Linear)
-        ]
-        dimension = len(self.region.frame) - 1
-        count = len(monomials(dimension, degree_for(self.field)))
-        return max(1, BATCH // count // max(widths, default=self.code.size))
+        """Return how many boxes to expand at once."""
+        layers = [m for m in self.field.modules() if isinstance(m, nn.Linear)]
+        width = max((m.out_features for m in layers), default=self.code.size)
+        d = len(self.region.frame) - 1
+        return max(1, BATCH // len(monomials(d, degree_for(self.field))) // width)
 
     def _bound(self, boxes: Boxes) -> Bounds:
-        """In float32 first; in float64 what that calls a fold, or leaves when small."""
+        """Bound in float32; in float64 what that calls a fold, or leaves when small."""
         low, high, halved = boxes[:3]
         # In a thread of its own, which has its own switch for gradients.
         with torch.no_grad():
-            found = bound_determinant(self.field, self.code, low, high, self.dtype)
-            again = (halved >= FINE) & ~(found.least >= SHARE) | ~(found.centre > 0)
+            bounds = bound_determinant(self.field, self.code, low, high, self.dtype)
+            again = (halved >= FINE) & ~(bounds.least >= SHARE) | ~(bounds.centre > 0)
             if self.dtype != torch.float64 and again.any():
                 finer = bound_determinant(
                     self.field, self.code, low[again], high[again]
                 )
-                for part, better in zip(found, finer, strict=True):
+                for part, better in zip(bounds, finer, strict=True):
                     part[again] = better
-            return found
+            return bounds
 
     def _cover(self) -> Boxes:
-        """Boxes between knots and borders that cover the region."""
+        """Return boxes between knots and borders that cover the region."""
         low, high = self.region.span()
         edges = []
         for axis in range(len(low)):
@@ -176,7 +172,7 @@ class Search:
                 torch.cat([low[axis, None], inner.sort()[0], high[axis, None]])
             )
         counts = tuple(len(e) - 1 for e in edges)
-        kept = []
+        covering = []
         for numbers in torch.arange(math.prod(counts)).split(2**18):
             places = torch.unravel_index(numbers, counts)
             low, high = (
@@ -184,11 +180,11 @@ class Search:
                 for n in (0, 1)
             )
             boxes = Boxes(low, high, torch.zeros_like(numbers), low.new_zeros(len(low)))
-            kept.append(boxes.at(self.region.meets(boxes.low, boxes.high)))
-        return _joined(kept)
+            covering.append(boxes.at(self.region.meets(boxes.low, boxes.high)))
+        return _joined(covering)
 
     def _leave(self, boxes: Boxes) -> None:
-        """Nothing further is to be found out about these."""
+        """Leave boxes as they are, proven or not."""
         proven = boxes.least > 0
         if proven.any():
             self.smallest = min(self.smallest, float(boxes.least[proven].min()))
@@ -196,7 +192,7 @@ class Search:
             self.left.append(boxes.at(~proven))
 
     def _decide(self, boxes: Boxes, bounds: Bounds) -> Boxes:
-        """Count what is decided; the parts of what is to be split."""
+        """Count what is decided; return the parts of what is to be split."""
         least = torch.where(bounds.least > 0, bounds.least * bounds.centre, 0.0)
         self.proven += boxes.at((least > 0) & (boxes.least <= 0)).volume()
         boxes = boxes._replace(least=torch.maximum(boxes.least, least))
@@ -216,7 +212,7 @@ class Search:
         return self._split(boxes.at(more), bounds.far[more], bounds.blame[more])
 
     def _split(self, boxes: Boxes, far: Tensor, blame: Tensor) -> Boxes:
-        """Halves, quarters or eighths of boxes; those off the region are dropped."""
+        """Return halves, quarters or eighths of boxes, without those off the region."""
         sides = boxes.high - boxes.low
         blame = blame.nan_to_num(torch.inf) + 1e-12 * sides
         most = blame.amax(1, keepdim=True)
@@ -241,7 +237,7 @@ class Search:
 
 @contextmanager
 def _workers(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that take boxes of their own: their operations are not split further."""
+    """Make threads that take boxes of their own: no operation is split further."""
     pool = ThreadPoolExecutor(threads, "", torch.set_num_threads, (1,))
     try:
         yield pool
@@ -257,7 +253,7 @@ def _joined(parts: list[Boxes]) -> Boxes:
 def _taken(
     first: deque[Boxes], then: deque[Boxes], most: int, *, whole: bool
 ) -> Boxes | None:
-    """So many boxes from the front of two queues, or all; None where nothing is there.
+    """Return so many boxes from the front of two queues, or all; None: no box.
 
     None also where fewer are there and it must be whole.
     """

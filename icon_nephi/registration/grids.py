@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ def sampling_grid(
     *,
     align_corners: bool = True,
 ) -> Tensor:
-    """``[1, *grid, d]`` float32: where `grid_sample` reads a moving-space image.
+    """Return ``[1, *grid, d]`` float32: where `grid_sample` reads a moving-space image.
 
     The last axis is x, y(, z), the reverse of the tensor axes. With corners aligned -1
     and 1 are the centres of the first and the last voxel of the image that is read,
@@ -43,12 +44,10 @@ def sampling_grid(
     target = _place("image", image, result, opposite(direction))
     edge = [1.0 if align_corners else 1 - 1 / n for n in target.itk_size]
     steps = zip(edge, target.itk_size, strict=True)
-    eye = torch.eye(target.dimension).tolist()
-    square = Geometry(  # grid_sample's frame is a place like any other
-        size=target.size,
+    square = replace(  # grid_sample's frame is a place like any other
+        Geometry.unit(target.size),
         spacing=tuple(2 * e / (n - 1) for e, n in steps),
         origin=tuple(-e for e in edge),
-        direction=tuple(map(tuple, eye)),
     )
     return _mapped(result, target, square.unit_to_physical(), reference, direction)
 
@@ -59,16 +58,11 @@ def monai_ddf(
     reference: Any = None,
     direction: str = FIXED_TO_MOVING,
 ) -> Tensor:
-    """``[1, d, *grid]`` float32: displacements for `monai.networks.blocks.Warp`.
+    """Return ``[1, d, *grid]`` float32 for `monai.networks.blocks.Warp`.
 
-    Channel c belongs to tensor axis c; the unit is a voxel. Voxel i of the result is
-    read from the image at voxel i + ddf.
-
-    Args:
-        result: see `sampling_grid`.
-        image: see `sampling_grid`; MONAI wants it to have the result's shape.
-        reference: see `sampling_grid`.
-        direction: see `sampling_grid`.
+    Displacements: channel c belongs to tensor axis c; the unit is a voxel. Voxel i of
+    the result is read from the image at voxel i + ddf. Arguments as of `sampling_grid`;
+    MONAI wants the image to have the result's shape.
 
     Raises:
         TypeError: as `sampling_grid`.
@@ -90,7 +84,7 @@ def monai_ddf(
 
 
 def _place(name: str, image: Any, result: Registration, direction: str) -> Geometry:
-    """Where an image lies, by default the one in which a direction starts."""
+    """Return where an image lies, by default the one in which a direction starts."""
     own = result.two_way.place(direction)
     if image is None:
         return own
@@ -100,7 +94,7 @@ def _place(name: str, image: Any, result: Registration, direction: str) -> Geome
 def _mapped(
     result: Registration, target: Geometry, out: Tensor, reference: Any, direction: str
 ) -> Tensor:
-    """``[1, *grid, d]``: mapped voxel centres in a frame, ``out`` from the unit box."""
+    """Return ``[1, *grid, d]``: mapped voxel centres, by ``out`` from the unit box."""
     two_way, source = result.two_way, _place("reference", reference, result, direction)
     matrix = out @ torch.linalg.inv(two_way.frame_of(target))
     mapped = two_way.framed(direction)

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import itk
 import numpy as np
 import torch
 
-from icon_nephi.io.itk_images import (
-    array_of,
-    check_itk_image,
-    geometry_of,
-    image_of,
-    resample,
-)
+from icon_nephi._check import check_dimension
+from icon_nephi.io import itk_images
+from icon_nephi.io.itk_images import array_of, geometry_of, image_of
+from icon_nephi.io.itk_transforms import affine_transform, composed
 from icon_nephi.io.resampling import least_value, reader
-from icon_nephi.maps.framed import Array, over_grid
+from icon_nephi.maps.framed import over_grid
 from icon_nephi.maps.jacobians import fold_fraction
 from icon_nephi.maps.two_way import (
     DIRECTIONS,
@@ -26,13 +24,15 @@ from icon_nephi.maps.two_way import (
     check_direction,
     direction_of,
 )
-from icon_nephi.space.frames import Geometry
+from icon_nephi.space.frames import Array, Geometry
 
 STEP = 0.05  # of central differences, in the reference's smallest spacing
 
 
 class ItkPair:
     """ITK transforms between two images, a `Mapping`; points LPS mm ``[N, d]``.
+
+    Methods are those of `icon_nephi.Registration`, except where they say more.
 
     Args:
         phi_AB: fixed points -> moving points.
@@ -86,14 +86,7 @@ class ItkPair:
         inverse: bool = False,
         outside: float | None = None,
     ) -> Any:
-        """Return a moving-space image on the fixed image's grid: ``Registration.warp``.
-
-        Args:
-            image: ITK image.
-            mode: see `icon_nephi.io.resampling`.
-            reference: ITK image whose grid the result has instead.
-            inverse: take a fixed-space image to the moving image's grid.
-            outside: the value where there is no image; default: the image's least.
+        """Return a moving-space image on the fixed image's grid, or the reference's.
 
         Raises:
             ValueError: images of another dimension than the transform's, no transform
@@ -106,15 +99,15 @@ class ItkPair:
         values, place = array_of(image)[..., np.newaxis], geometry_of(image)
         beyond = least_value(values) if outside is None else outside
         if mode in ("linear", "nearest"):
-            return resample(image, reference, transform, mode, beyond)
+            return itk_images.resample(image, reference, transform, mode, beyond)
         into = torch.linalg.inv(place.unit_to_physical())
-        read = reader(values, into, mode, beyond)
+        value_at = reader(values, into, mode, beyond)
         target = geometry_of(reference)
         positions = _displacements(transform, target).astype(np.float64)
         frame = target.unit_to_physical()
         positions += over_grid(lambda p: p, target.size, frame, self.dimension, float)
-        result = read(positions.reshape(-1, self.dimension))
-        return image_of(result.reshape(target.size), target)
+        warped = value_at(positions.reshape(-1, self.dimension))
+        return image_of(warped.reshape(target.size), target)
 
     def warp_labels(
         self, labels: Any, reference: Any = None, *, inverse: bool = False
@@ -125,10 +118,7 @@ class ItkPair:
     def displacement_field(
         self, reference: Any = None, direction: str = FIXED_TO_MOVING
     ) -> Any:
-        """Return mapped minus own place at every voxel: ITK image of vectors, LPS mm.
-
-        On the grid of the image that the direction starts in, or the reference's.
-        """
+        """Return mapped minus own place at every voxel: vectors, LPS mm."""
         place = geometry_of(self._image(reference, direction))
         return image_of(_displacements(self._transform(direction), place), place)
 
@@ -136,8 +126,7 @@ class ItkPair:
         """Return d mapped_i / d place_j at every voxel, number d i + j; LPS, mm by mm.
 
         Central differences of the transform, `STEP` of the smallest spacing apart: at
-        the nodes of a linearly read field the mean of the slopes on both sides. Grids
-        as in `displacement_field`.
+        the nodes of a linearly read field the mean of the slopes on both sides.
         """
         place = geometry_of(self._image(reference, direction))
         matrices = self._jacobians(place, direction)
@@ -158,11 +147,9 @@ class ItkPair:
 
     def inverse_consistency_error(self, reference: Any = None) -> Any:
         """Return |phi_BA(phi_AB(x)) - x| in mm at every voxel of the fixed grid."""
-        both = itk.CompositeTransform[itk.D, self.dimension].New()
-        both.AddTransform(self._transform(MOVING_TO_FIXED))
-        both.AddTransform(self.phi_AB)
+        there_and_back = composed(self.phi_AB, self._transform(MOVING_TO_FIXED))
         place = geometry_of(self._image(reference, FIXED_TO_MOVING))
-        missed = np.linalg.norm(_displacements(both, place), axis=-1)
+        missed = np.linalg.norm(_displacements(there_and_back, place), axis=-1)
         return image_of(missed.astype(np.float32), place)
 
     def _transform(self, direction: str) -> Any:
@@ -186,12 +173,9 @@ class ItkPair:
         return self._check("reference", image)
 
     def _check(self, name: str, image: Any) -> Any:
-        check_itk_image(name, image)
-        if image.GetImageDimension() != self.dimension:
-            raise ValueError(
-                f"the {name} is {image.GetImageDimension()}D but the transform "
-                f"{self.dimension}D; pass those of the same registration"
-            )
+        itk_images.check_itk_image(name, image)
+        own, advice = image.GetImageDimension(), "pass those of the same registration"
+        check_dimension(f"the {name}", own, "the transform", self.dimension, advice)
         return image
 
     def _jacobians(self, place: Geometry, direction: str) -> Array:
@@ -205,42 +189,27 @@ class ItkPair:
         if not abs(np.linalg.det(linear)) > 1e-6:
             linear = np.eye(d)
         # ITK's fields are float32: what is left of the map is small, and so exact.
-        rest = _then_undone(self._transform(direction), linear, moved[-1], middle)
+        back = np.linalg.inv(linear)
+        undo = affine_transform(back, middle - back @ moved[-1])
+        rest = composed(self._transform(direction), undo)
         matrices = np.empty((*place.size, d, d))
         for axis, step in enumerate(h * np.eye(d)):
-            forth, back = (
-                _displacements(rest, _shifted(place, s * step)) for s in (1, -1)
-            )
-            slope = (forth.astype(np.float64) - back) / (2 * h)
+            higher = _displacements(rest, _shifted(place, step)).astype(np.float64)
+            slope = (higher - _displacements(rest, _shifted(place, -step))) / (2 * h)
             slope[..., axis] += 1
             matrices[..., axis] = slope @ linear.T
         return matrices
 
 
 def _shifted(place: Geometry, by: Array) -> Geometry:
-    origin = tuple((np.array(place.origin) + by).tolist())
-    return Geometry(place.size, place.spacing, origin, place.direction)
-
-
-def _then_undone(transform: Any, linear: Array, there: Array, here: Array) -> Any:
-    """The transform followed by the inverse of its linear part around a point."""
-    d = len(here)
-    affine = itk.AffineTransform[itk.D, d].New()
-    back = np.linalg.inv(linear)
-    affine.SetMatrix(itk.matrix_from_array(back))
-    affine.SetTranslation((here - back @ there).tolist())
-    both = itk.CompositeTransform[itk.D, d].New()
-    both.AddTransform(affine)  # ITK applies the one added last first
-    both.AddTransform(transform)
-    return both
+    return replace(place, origin=tuple((np.array(place.origin) + by).tolist()))
 
 
 def _displacements(transform: Any, place: Geometry) -> Array:
-    """``[*grid, d]`` float32: mapped minus own place, LPS mm."""
+    """Return ``[*grid, d]`` float32: mapped minus own place, LPS mm."""
     d = place.dimension
-    field = itk.TransformToDisplacementFieldFilter[
-        itk.Image[itk.Vector[itk.F, d], d], itk.D
-    ].New()
+    kind = itk.Image[itk.Vector[itk.F, d], d]
+    field = itk.TransformToDisplacementFieldFilter[kind, itk.D].New()
     field.SetTransform(transform)
     field.SetSize(place.itk_size)
     field.SetOutputSpacing(place.spacing)

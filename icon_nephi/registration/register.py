@@ -34,7 +34,7 @@ def register(
     memory_limit: int | str | None = None,
     keep_on_interrupt: bool = False,
 ) -> Registration:
-    """The `Registration` that lays image_A on image_B, optimised from scratch.
+    """Return the `Registration` that lays image_A on image_B, optimised from scratch.
 
     Args:
         image_A: moving: an ITK image (2D or 3D, one number per voxel, any pixel type)
@@ -89,5 +89,5 @@ def register(
 def ensemble(
     image_A: Any, image_B: Any, seeds: int = 3, **keywords: Any
 ) -> list[Registration]:
-    """The pair `register`ed once for each seed 0, 1, ...: for `error_estimate`."""
+    """Return the pair `register`ed with seeds 0, 1, ...: for `error_estimate`."""
     return [register(image_A, image_B, seed=s, **keywords) for s in range(seeds)]

@@ -19,7 +19,7 @@ from icon_nephi.fit.settings import Fit
 from icon_nephi.io.image_input import check_points, place_of, voxels_of
 from icon_nephi.io.nephi import load_fit, save_fit
 from icon_nephi.io.resampling import MODES, least_value, reader
-from icon_nephi.maps.framed import Array, FramedMap, over_grid
+from icon_nephi.maps.framed import FramedMap, over_grid
 from icon_nephi.maps.transforms import Composition, MatrixTransform, NeuralTransform
 from icon_nephi.maps.two_way import (
     FIXED_TO_MOVING,
@@ -29,17 +29,17 @@ from icon_nephi.maps.two_way import (
 )
 from icon_nephi.report.expected_error import error_estimate, inverse_consistency
 from icon_nephi.report.page import write_report
-from icon_nephi.space.frames import Geometry
+from icon_nephi.space.frames import Array, Geometry
 
 
 def load(path: str | os.PathLike[str]) -> Registration:
-    """The `Registration` that ``Registration.save`` wrote, on the CPU.
+    """Return the `Registration` that ``Registration.save`` wrote, on the CPU.
 
     Raises:
         ValueError: not such a file, truncated, or of a newer version.
     """
-    saved = load_fit(path)
-    return Registration(saved.fit, saved.geometry_A, saved.geometry_B, itk=saved.itk)
+    fit, geometry_A, geometry_B, itk = load_fit(path)
+    return Registration(fit, geometry_A, geometry_B, itk=itk)
 
 
 class Registration:
@@ -78,9 +78,8 @@ class Registration:
         self.device = fit.code.global_code.device
         self._inverse = torch.linalg.inv(fit.matrix)
         with torch.no_grad():
-            forward, backward = (
-                NeuralTransform(f, fit.code) for f in (fit.field_AB, fit.field_BA)
-            )
+            fields = fit.field_AB, fit.field_BA
+            forward, backward = (NeuralTransform(f, fit.code) for f in fields)
             self.map_AB = Composition(MatrixTransform(fit.matrix[None]), forward)
             self.map_BA = Composition(backward, MatrixTransform(self._inverse[None]))
         ways = (self.map_AB, self.map_BA, geometry_A, geometry_B, self.device)
@@ -115,7 +114,7 @@ class Registration:
         inverse: bool = False,
         outside: float | None = None,
     ) -> Any:
-        """A moving-space image on the fixed image's grid.
+        """Return a moving-space image on the fixed image's grid.
 
         Args:
             image: ITK image on any grid in the moving image's space, or a tensor
@@ -136,9 +135,9 @@ class Registration:
         place, values = self._place_of("image", image), voxels_of(image)
         into = torch.linalg.inv(self.two_way.frame_of(place))
         beyond = least_value(values) if outside is None else outside
-        read = reader(values, into, mode, beyond)
+        value_at = reader(values, into, mode, beyond)
         warped = self._on_grid(
-            lambda _, moved: read(moved)[:, 0] if self.itk else read(moved),
+            lambda _, moved: value_at(moved)[:, 0] if self.itk else value_at(moved),
             reference,
             direction,
             None if self.itk else values.shape[-1],
@@ -150,11 +149,11 @@ class Registration:
     def warp_labels(
         self, labels: Any, reference: Any = None, *, inverse: bool = False
     ) -> Any:
-        """A moving-space label map on the fixed grid: nearest, 0 outside (`warp`)."""
+        """Return a moving-space label map on the fixed grid: nearest, 0 outside."""
         return self.warp(labels, "nearest", reference, inverse=inverse, outside=0)
 
     def transform_points(self, points: Any, direction: str = FIXED_TO_MOVING) -> Array:
-        """The mapped points, numpy ``[N, d]`` float64.
+        """Return the mapped points, numpy ``[N, d]`` float64.
 
         Args:
             points: ``[N, d]``, LPS millimetres for ITK images, else ICON frame.
@@ -166,13 +165,13 @@ class Registration:
         return self.two_way.transform_points(self._points(points), direction)
 
     def lengths(self, direction: str) -> Array:
-        """Lengths of the points' units, ``[d]``: mm (tensors: voxels), see `TwoWay`."""
+        """Return the points' units in mm (tensors: voxels), ``[d]``: see `TwoWay`."""
         return self.two_way.lengths(direction)
 
     def displacement_field(
         self, reference: Any = None, direction: str = FIXED_TO_MOVING
     ) -> Any:
-        """Mapped minus own place at every voxel, from the exact map.
+        """Return mapped minus own place at every voxel, from the exact map.
 
         An ITK image of vectors in LPS millimetres; for tensors ``[1, d, *grid]`` in
         the ICON frame. The grid is the fixed image's (``"moving_to_fixed"``: the
@@ -186,7 +185,7 @@ class Registration:
     def jacobian_determinant(
         self, reference: Any = None, direction: str = FIXED_TO_MOVING
     ) -> Any:
-        """Analytic determinant at every voxel: volume there over volume here.
+        """Return analytic determinants at every voxel: volume there over volume here.
 
         In physical units (mm by mm) for ITK images, whatever their directions; for
         tensors ``[1, 1, *grid]`` by unit boxes. Grids as in `displacement_field`.
@@ -195,7 +194,7 @@ class Registration:
         return self._on_grid(mapped.determinants, reference, direction)
 
     def jacobian(self, reference: Any = None, direction: str = FIXED_TO_MOVING) -> Any:
-        """Analytic d mapped_i / d place_j at every voxel, number d i + j of the voxel.
+        """Return analytic d mapped_i / d place_j at every voxel, as its number d i + j.
 
         For ITK images ``d * d`` numbers a voxel, millimetres by millimetres, LPS axes;
         for tensors ``[1, d, d, *grid]``, ICON frame. Grids as in `displacement_field`.
@@ -207,24 +206,22 @@ class Registration:
         return matrices if self.itk else matrices.unflatten(1, (d, d))
 
     def fold_fraction(self, points: Any = None) -> float:
-        """The share of places, 0 to 1, where an analytic determinant is not positive.
+        """Return the share of places, 0 to 1, where a determinant is not positive.
 
-        Both directions are counted together: at every voxel centre of the fixed image
-        (backward: of the moving image), or at fixed-space points ``[N, d]`` and where
-        they are mapped to.
+        Analytic ones of both directions together: at every voxel centre of the fixed
+        image (backward: of the moving image), or at fixed-space points ``[N, d]`` and
+        where they are mapped to.
         """
         rows = None if points is None else self._points(points)
         return self.two_way.fold_fraction(rows)
 
     def inverse_consistency_error(self, reference: Any = None) -> Any:
-        """``|phi_BA(phi_AB(x)) - x|`` at every voxel of the fixed grid or reference.
+        """Return ``|phi_BA(phi_AB(x)) - x|`` at every voxel, fixed grid or reference.
 
         Millimetres for ITK images; for tensors ``[1, 1, *grid]`` in the fixed image's
         voxels.
         """
-        return self._on_grid(
-            lambda p: inverse_consistency(self.two_way, p), reference, FIXED_TO_MOVING
-        )
+        return self._on_grid(lambda p: inverse_consistency(self.two_way, p), reference)
 
     def error_estimate(
         self,
@@ -232,7 +229,7 @@ class Registration:
         others: Sequence[Registration] = (),
         direction: str = FIXED_TO_MOVING,
     ) -> Array:
-        """About how far off each mapped point is, ``[N]``: see `report.expected_error`.
+        """Return about how far off each mapped point is, ``[N]``: see `estimate`.
 
         Args:
             points: as of `transform_points`.
@@ -244,10 +241,8 @@ class Registration:
     def error_image(
         self, reference: Any = None, others: Sequence[Registration] = ()
     ) -> Any:
-        """`error_estimate` at every voxel of the fixed grid or the reference."""
-        return self._on_grid(
-            lambda p: error_estimate(self, p, others), reference, FIXED_TO_MOVING
-        )
+        """Return `error_estimate` at every voxel of the fixed grid or the reference."""
+        return self._on_grid(lambda p: error_estimate(self, p, others), reference)
 
     def report(self, path: str | os.PathLike[str], **extras: Any) -> None:
         """Write one HTML page that shows and measures this registration.
@@ -285,21 +280,15 @@ class Registration:
         self,
         function: Callable[..., Array],
         reference: Any,
-        direction: str,
+        direction: str = FIXED_TO_MOVING,
         channels: int | None = None,
         *,
         dtype: npt.DTypeLike = np.float32,
         mapped: FramedMap | None = None,
     ) -> Any:
-        """Return a function at every voxel: an ITK image, or ``[1, C, *grid]``.
+        """Return `over_grid` of a function as an ITK image, or ``[1, C, *grid]``.
 
-        Args:
-            function: as of `over_grid`.
-            reference: whose grid it is, default: that of the direction's start.
-            direction: see `displacement_field`.
-            channels: as of `over_grid`.
-            dtype: of the result.
-            mapped: as of `over_grid`.
+        On the grid of the reference, default: of the image the direction starts in.
         """
         place = self.two_way.place(direction)
         if reference is not None:

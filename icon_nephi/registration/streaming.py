@@ -31,8 +31,14 @@ from icon_nephi.io.volumes import WORKING
 from icon_nephi.maps.framed import FramedMap, over_grid
 from icon_nephi.maps.two_way import FIXED_TO_MOVING, direction_of
 from icon_nephi.registration.result import Registration
-from icon_nephi.space.chunks import Array, Box, ChunkCache, Level
-from icon_nephi.space.frames import Geometry, apply_affine, outside_grid, points_as_grid
+from icon_nephi.space.chunks import Box, ChunkCache, Level
+from icon_nephi.space.frames import (
+    Array,
+    Geometry,
+    apply_affine,
+    outside_grid,
+    points_as_grid,
+)
 from icon_nephi.space.images import sample_image
 
 #: Voxels by which a place may be off; determinants: the number itself.
@@ -43,6 +49,7 @@ NEAR, STEP, LEAST = 4, 8, 8
 # Voxels of a block that are compared; how much worse another may be.
 _CHECKS, _SAFETY = 64, 3.0
 _ROUNDING = 1e-9
+_FLOAT = np.dtype(np.float32)
 
 
 def warp_to(
@@ -58,7 +65,7 @@ def warp_to(
     tolerance: float = TOLERANCE,
     progress: bool = True,
 ) -> float:
-    """Largest error found, in voxels; writes a moving-space image on the fixed grid.
+    """Write a moving-space image on the fixed grid; return the worst error, in voxels.
 
     As ``Registration.warp``, with the image's own pixel type.
 
@@ -81,11 +88,9 @@ def warp_to(
     if mode not in ("linear", "nearest"):
         raise ValueError(f"mode must be 'linear' or 'nearest', got {mode!r}")
     volume = as_volume("image", image, memory_limit)
-    direction = direction_of(inverse=inverse)
-    place = _place(registration, reference, direction)
+    place, mapped, box = _way(registration, reference, direction_of(inverse=inverse))
     level, limit = volume.levels[0], to_bytes(memory_limit or volume.memory_limit)
     cache = level.cache(0 if level.array is not None else 2 * plan(limit, WORKING)[1])
-    mapped = _framed(registration, direction)
     into = volume.geometry.physical_to_unit()
     last = np.array(volume.geometry.size) - 1.0
 
@@ -94,12 +99,10 @@ def warp_to(
         voxels: Array = unit * last
         return voxels
 
-    values = _Image(level, cache, mode, outside).read
-
+    read = _Image(level, cache, mode, outside).read
     try:
-        border = _field(registration, direction)
-        task = _Task(place, mapped, index, tolerance, border, 2)
-        return _stream(path, task, values, (), level.dtype, progress, "warping")
+        task = (place, mapped, index, tolerance, box, read, (), level.dtype)
+        return _stream(path, _Output("warping", *task), progress)
     finally:
         cache.close()
 
@@ -113,7 +116,7 @@ def displacement_to(
     tolerance: float = TOLERANCE,
     progress: bool = True,
 ) -> float:
-    """Largest error found, in the grid's voxels; writes mapped minus own place.
+    """Write mapped minus own place; return the largest error, in the grid's voxels.
 
     Float32 vectors in millimetres of the images' frame, components x, y(, z): in Zarr
     the first axis, in .mha beside each other. Arguments as in `warp_to`.
@@ -121,23 +124,19 @@ def displacement_to(
     Raises:
         ValueError: unknown direction, or a path that cannot be used.
     """
-    place = _place(registration, reference, direction)
-    mapped = _framed(registration, direction)
+    place, mapped, box = _way(registration, reference, direction)
     width = min(place.spacing)
-
-    def moves(points: Array, moved: Array) -> Array:
-        by: Array = (moved - points) / width
-        return by
-
-    return _stream(
-        path,
-        _Task(place, mapped, moves, tolerance, _field(registration, direction), 2),
-        lambda found: found * np.float32(width),
-        (place.dimension,),
-        np.dtype(np.float32),
-        progress,
+    output = _Output(
         "displacements",
+        place,
+        mapped,
+        lambda points, moved: (moved - points) / width,
+        tolerance,
+        box,
+        lambda voxels: voxels * np.float32(width),
+        (place.dimension,),
     )
+    return _stream(path, output, progress)
 
 
 def jacobian_to(
@@ -149,191 +148,157 @@ def jacobian_to(
     tolerance: float = TOLERANCE_DETERMINANT,
     progress: bool = True,
 ) -> float:
-    """Largest error found; writes analytic determinants (mm by mm), float32.
+    """Write analytic determinants (mm by mm), float32; return the largest error.
 
     Arguments as in `warp_to`; ``tolerance`` is in units of the determinant.
 
     Raises:
         ValueError: unknown direction, or a path that cannot be used.
     """
-    place = _place(registration, reference, direction)
-    determinants = _framed(registration, direction).determinants
-    return _stream(
-        path,
-        _Task(place, None, determinants, tolerance, _field(registration, direction), 1),
-        lambda found: found[..., 0],
-        (),
-        np.dtype(np.float32),
-        progress,
-        "determinants",
-    )
+    place, mapped, box = _way(registration, reference, direction)
+    function = mapped.determinants
+    output = _Output("determinants", place, None, function, tolerance, box)
+    return _stream(path, output, progress)
 
 
-def _framed(registration: Registration, direction: str) -> FramedMap:
-    """The map between the millimetres (tensors: voxels) of the two images."""
-    return registration.two_way.physical().framed(direction)
+def _way(
+    registration: Registration, reference: Any, direction: str
+) -> tuple[Geometry, FramedMap, Tensor]:
+    """Return the grid that is written, and the map in millimetres (tensors: voxels).
 
-
-def _field(registration: Registration, direction: str) -> Tensor:
-    """Millimetres of the source -> the unit box in which the field is evaluated."""
-    into = registration.two_way.place(direction).physical_to_unit()
-    back: Tensor = torch.linalg.inv(registration.two_way.from_fixed(direction))
-    return back @ into
-
-
-def _place(registration: Registration, reference: Any, direction: str) -> Geometry:
-    if reference is None:
-        return registration.two_way.place(direction)
+    And the matrix from there to the unit box in which the field is evaluated.
+    """
+    two_way = registration.two_way.physical()
+    place = start = two_way.place(direction)
     if isinstance(reference, Geometry):
-        return reference
-    return as_volume("reference", reference).geometry
+        place = reference
+    elif reference is not None:
+        place = as_volume("reference", reference).geometry
+    box = torch.linalg.inv(two_way.from_fixed(direction)) @ start.physical_to_unit()
+    return place, two_way.framed(direction), box
 
 
 @dataclass(frozen=True)
-class _Task:
-    """A function of places that is wanted at every voxel of a grid.
+class _Output:
+    """A function of places that is written at every voxel of a grid.
 
     Attributes:
-        place: the grid.
+        name, place: for the bar; the grid.
         mapped: a map of places, or None.
         function: of rows ``[N, d]`` in millimetres, and of the mapped rows if there is
             a map: ``[N]`` or ``[N, C]``.
         tolerance: of its values.
         into: homogeneous matrix, millimetres -> the unit box of the field, at whose
             border the function has a kink.
-        border: voxels between the nodes of the first lattice of blocks that it cuts.
+        finish: its values ``[*block, C]`` -> what is written, ``[*block, *channels]``.
+        channels, dtype: of what is written.
     """
 
+    name: str
     place: Geometry
     mapped: FramedMap | None
     function: Callable[..., Array]
     tolerance: float
     into: Tensor
-    border: int
+    finish: Callable[[Array], Array] = lambda values: values[..., 0]
+    channels: tuple[int, ...] = ()
+    dtype: np.dtype[Any] = _FLOAT
 
     def at(self, points: Array) -> Array:
-        """The function at rows: ``[N, C]``."""
+        """Return the function at rows: ``[N, C]``."""
         moved = () if self.mapped is None else (self.mapped(points),)
         values: Array = self.function(points, *moved).reshape(len(points), -1)
         return values
 
     def on_grid(self, size: Sequence[int], frame: Tensor) -> Tensor:
-        """The function on a grid with that unit box: ``[*size, C]`` float64."""
+        """Return the function on a grid with that unit box: ``[*size, C]`` float64."""
         channels = self.at(np.zeros((1, len(size)))).shape[1]
-        function = self.function
-        return torch.from_numpy(
-            over_grid(
-                lambda *rows: function(*rows).reshape(len(rows[0]), -1),
-                size,
-                frame,
-                channels,
-                np.float64,
-                mapped=self.mapped,
-            )
-        )
+
+        def rows(*points: Array) -> Array:
+            return self.function(*points).reshape(len(points[0]), -1)
+
+        kind, mapped = np.float64, self.mapped
+        values = over_grid(rows, size, frame, channels, kind, mapped=mapped)
+        return torch.from_numpy(values)
 
 
-def _stream(
-    path: str | os.PathLike[str],
-    task: _Task,
-    finish: Callable[[Array], Array],
-    channels: tuple[int, ...],
-    dtype: np.dtype[Any],
-    progress: bool,
-    name: str,
-) -> float:
-    """Largest error of a function; writes ``finish(function)`` at every voxel.
-
-    Args:
-        path: see `warp_to`.
-        task: the function and the grid.
-        finish: of its values ``[*block, C]``: ``[*block, *channels]``.
-        channels: of the result.
-        dtype: of the result.
-        progress: show a bar.
-        name: for the bar.
-    """
-    worst, place, width = 0.0, task.place, block_files.BLOCK
-    starts = list(product(*(range(0, n, width) for n in place.size)))
+def _stream(path: str | os.PathLike[str], output: _Output, progress: bool) -> float:
+    """Write an output by blocks; return the largest error of its function."""
+    worst, width, dtype = 0.0, block_files.BLOCK, output.dtype
+    size = output.place.size
+    starts = list(product(*(range(0, n, width) for n in size)))
     # Neighbours follow each other, so that what one read the next finds.
     starts.sort(key=lambda s: (*(i // (NEAR * width) for i in s), *s))
     generator = np.random.default_rng(0)
-    with block_files.written_blocks(Path(path), place, channels, dtype) as write:
+    where = (Path(path), output.place, output.channels, dtype)
+    with block_files.written_blocks(*where) as write:
 
         def work(block: Box, side: int) -> float:
-            error = 0.0
+            worst_part = 0.0
             for box in _parts(block, [side] * len(block)):
-                found, missed = _in_block(task, box, generator)
-                error, values = max(error, missed), finish(found)
+                values, error = _in_block(output, box, generator)
+                worst_part, values = max(worst_part, error), output.finish(values)
                 if dtype.kind in "iu":
                     ends = np.iinfo(dtype)
                     values = np.rint(values).clip(ends.min, ends.max)
                 write(box, values.astype(dtype))
-            return error
+            return worst_part
 
-        for start in tqdm(starts, desc=name, disable=not progress, leave=False):
-            ends = (min(s + width, n) for s, n in zip(start, place.size, strict=True))
+        for start in tqdm(starts, output.name, disable=not progress, leave=False):
+            ends = (min(s + width, n) for s, n in zip(start, size, strict=True))
             block = tuple(map(slice, start, ends))
-            error = in_smaller_parts(partial(work, block), width, LEAST, f"the {name}")
+            what = f"the {output.name}"
+            error = in_smaller_parts(partial(work, block), width, LEAST, what)
             worst = max(worst, error)
     return worst
 
 
 def _parts(block: Box, sides: Sequence[int]) -> Iterator[Box]:
-    """A box in boxes of at most so many voxels along each axis."""
+    """Yield a box in boxes of at most so many voxels along each axis."""
     axes = [range(b.start, b.stop, n) for b, n in zip(block, sides, strict=True)]
     for starts in product(*axes):
-        yield tuple(
-            slice(s, min(s + n, b.stop))
-            for s, n, b in zip(starts, sides, block, strict=True)
-        )
-
-
-def _least(level: Level) -> float:
-    """The least voxel of a level, see `least_value`."""
-    whole = tuple(slice(0, n) for n in level.geometry.size)
-    parts = _parts(whole, [-(-block_files.BLOCK // c) * c for c in level.chunk])
-    return least_value(np.array([least_value(level.read(part)) for part in parts]))
+        each = zip(starts, sides, block, strict=True)
+        yield tuple(slice(s, min(s + n, b.stop)) for s, n, b in each)
 
 
 def _in_block(
-    task: _Task, box: Box, generator: np.random.Generator
+    output: _Output, box: Box, generator: np.random.Generator
 ) -> tuple[Array, float]:
-    """The function at the voxels of a block ``[*block, C]``, and the error found."""
-    d, whole = len(box), task.place.size
+    """Return the function at the voxels of a block ``[*block, C]``, and the error."""
+    d, whole = len(box), output.place.size
     size = [b.stop - b.start for b in box]
     inner = torch.eye(d + 1, dtype=torch.float64)
     for axis, (b, n) in enumerate(zip(box, whole, strict=True)):
         inner[axis, axis] = (size[axis] - 1) / (n - 1)
         inner[axis, d] = b.start / (n - 1)
-    frame = task.place.unit_to_physical() @ inner  # of the unit box of the block
+    frame = output.place.unit_to_physical() @ inner  # of the unit box of the block
     checks = generator.integers(0, size, (_CHECKS, d))
     unit = torch.from_numpy(checks / np.maximum(np.array(size) - 1, 1))
-    exact = task.at(apply_affine(frame, unit).numpy())
+    exact = output.at(apply_affine(frame, unit).numpy())
     ends = torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=torch.float64)] * d)
-    ends = apply_affine(task.into @ frame, ends)
+    ends = apply_affine(output.into @ frame, ends)
     low, high = ends.amin(0) + _ROUNDING, ends.amax(0) - _ROUNDING
     cut = [((low < edge) & (high > edge)).any() for edge in (0.0, 1.0)]
-    step = task.border if any(cut) else STEP
+    step = (1 if output.mapped is None else 2) if any(cut) else STEP
     while True:
         nodes = [min(n, max(4, -(-(n - 1) // step) + 1)) for n in size]
-        found = task.on_grid(nodes, frame)
+        values = output.on_grid(nodes, frame)
         if step == 1:
-            return found.float().numpy(), 0.0
+            return values.float().numpy(), 0.0
         for axis, (n, k) in enumerate(zip(size, nodes, strict=True)):
             weights = torch.from_numpy(_cubic(n, k))
-            found = torch.tensordot(weights, found, ([1], [axis])).movedim(0, axis)
-            found = found.contiguous()
-        dense = found.float().numpy()
+            values = torch.tensordot(weights, values, ([1], [axis])).movedim(0, axis)
+            values = values.contiguous()
+        dense = values.float().numpy()
         missed = dense[tuple(checks.T)] - exact
         error = float(np.linalg.norm(missed, axis=1).max())
-        if _SAFETY * error <= task.tolerance:
+        if _SAFETY * error <= output.tolerance:
             return dense, error
         step //= 2
 
 
 def _cubic(count: int, nodes: int) -> Array:
-    """``[count, nodes]``: from nodes spread over as many voxels, by local cubics."""
+    """Return ``[count, nodes]``: from nodes over as many voxels, by local cubics."""
     if nodes == count:
         return np.eye(count)
     x = np.arange(count) * (nodes - 1) / (count - 1)
@@ -360,30 +325,32 @@ class _Image:
     @cached_property
     def beyond(self) -> float:
         """The value where there is no image: all of it may be read for that, once."""
-        return _least(self.level) if self.outside is None else self.outside
+        if self.outside is not None:
+            return self.outside
+        whole = tuple(slice(0, n) for n in self.level.geometry.size)
+        sides = [-(-block_files.BLOCK // c) * c for c in self.level.chunk]
+        parts = _parts(whole, sides)
+        return least_value(np.array([least_value(self.level.read(p)) for p in parts]))
 
     def read(self, at: Array) -> Array:
-        """Values ``[*block]`` at voxel indices ``[*block, d]`` float32."""
-        rows = torch.from_numpy(at).flatten(0, -2)
+        """Return values ``[*block]`` at voxel indices ``[*block, d]`` float32."""
+        rows, size = torch.from_numpy(at).flatten(0, -2), self.cache.shape
         box = []
-        ends = zip(
-            rows.amin(0).tolist(), rows.amax(0).tolist(), self.cache.shape, strict=True
-        )
+        ends = zip(rows.amin(0).tolist(), rows.amax(0).tolist(), size, strict=True)
         for low, high, n in ends:
             start = min(max(math.floor(low) - 1, 0), n - 2)
             box.append(slice(start, min(max(math.ceil(high) + 2, start + 2), n)))
-        values = self.cache.box(tuple(box))
+        voxels = self.cache.box(tuple(box))
         index = rows - rows.new_tensor([b.start for b in box])
-        last = rows.new_tensor(values.shape) - 1
+        last = rows.new_tensor(voxels.shape) - 1
         if self.mode == "nearest":
             near = (index + 0.5).floor().clamp(min=0).minimum(last).long()
-            read: Array = values[tuple(near.T.numpy())]
+            values: Array = voxels[tuple(near.T.numpy())]
         else:
-            tensor = torch.from_numpy(values.astype(np.float32))[None, None]
+            tensor = torch.from_numpy(voxels.astype(np.float32))[None, None]
             unit = points_as_grid((index / last)[None])
-            read = sample_image(tensor, unit).flatten().numpy()
-        far = outside_grid(rows.numpy(), self.cache.shape)
+            values = sample_image(tensor, unit).flatten().numpy()
+        far = outside_grid(rows.numpy(), size)
         if far.any():
-            read = np.where(far, np.asarray(self.beyond, read.dtype), read)
-        result: Array = read.reshape(at.shape[:-1])
-        return result
+            values = np.where(far, np.asarray(self.beyond, values.dtype), values)
+        return values.reshape(at.shape[:-1])

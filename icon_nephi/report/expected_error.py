@@ -2,7 +2,8 @@
 
 Where the way there and back does not return, or where registrations with other random
 numbers go elsewhere, the images did not say where to go. Lengths are millimetres for
-ITK images and voxels for tensors.
+ITK images and voxels for tensors. Points ``[N, d]`` and directions are as of
+``Registration.transform_points``, and so are errors for bad ones.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from icon_nephi.maps.framed import Array
 from icon_nephi.maps.two_way import FIXED_TO_MOVING, PointMapping, opposite
-from icon_nephi.space.frames import Geometry
+from icon_nephi.space.frames import Array, Geometry
 
 #: What `estimate` weighs the voxel, the inverse consistency and the spread with;
 #: measured on five real pairs (`python -m evaluation.accuracy.trust`).
@@ -25,17 +25,9 @@ ENSEMBLE = (0.35, 0.5, 1.0)
 def inverse_consistency(
     mapping: PointMapping, points: Any, direction: str = FIXED_TO_MOVING
 ) -> Array:
-    """How far each point comes back from where it started, ``[N]``.
+    """Return how far each point comes back from where it started, ``[N]``.
 
-    Tensors: in voxels of the image the points lie in.
-
-    Args:
-        mapping: an `icon_nephi.Registration`, or another map in both directions.
-        points: ``[N, d]``, as of ``Registration.transform_points``.
-        direction: where they go first, ``"fixed_to_moving"`` or ``"moving_to_fixed"``.
-
-    Raises:
-        ValueError: points or a direction that ``transform_points`` refuses.
+    In the direction and back; of tensors in voxels of the image the points lie in.
     """
     moved = mapping.transform_points(points, direction)
     back = mapping.transform_points(moved, opposite(direction))
@@ -49,17 +41,12 @@ def spread(
     points: Any,
     direction: str = FIXED_TO_MOVING,
 ) -> Array:
-    """How far registrations of one pair lie apart at points, ``[N]``.
+    """Return how far registrations of one pair lie apart at points, ``[N]``.
 
     Tensors: in voxels of the image the points are mapped to.
 
-    Args:
-        registrations: two or more, such as `icon_nephi.ensemble` makes.
-        points: ``[N, d]``, as of ``Registration.transform_points``.
-        direction: where they go.
-
     Raises:
-        ValueError: fewer than two, or points that ``transform_points`` refuses.
+        ValueError: fewer than two; `icon_nephi.ensemble` makes them.
     """
     moved = [r.transform_points(points, direction) for r in registrations]
     if len(moved) < 2:
@@ -71,7 +58,7 @@ def spread(
 
 
 def scatter(moved: Array) -> Array:
-    """Root mean square distances ``[N]`` of ``[n, N, d]`` from their mean over n.
+    """Return the RMS distances ``[N]`` of ``[n, N, d]`` from their mean over n.
 
     With n - 1 in the denominator: the same for any number of registrations.
     """
@@ -81,7 +68,7 @@ def scatter(moved: Array) -> Array:
 
 
 def estimate(voxel: float, missed: Array, apart: Array | None = None) -> Array:
-    """A typical error of each point: about half of the true ones are smaller.
+    """Return a typical error of each point: about half of the true ones are smaller.
 
     With weights fitted to four pairs, on the fifth 75 % of the landmark errors were
     below twice the estimate and 89 % below three times it (with an ensemble 85 % and
@@ -105,16 +92,9 @@ def error_estimate(
     others: Sequence[PointMapping] = (),
     direction: str = FIXED_TO_MOVING,
 ) -> Array:
-    """About how far off each mapped point is, ``[N]``; see `estimate`.
+    """Return about how far off each mapped point is, ``[N]``; see `estimate`.
 
-    Args:
-        registration: the one in question.
-        points: ``[N, d]``, as of ``Registration.transform_points``.
-        others: registrations of the same pair with other seeds: they help.
-        direction: where the points go.
-
-    Raises:
-        ValueError: points or a direction that ``transform_points`` refuses.
+    Others are registrations of the same pair with other seeds: they help.
     """
     missed = inverse_consistency(registration, points, direction)
     together = [registration, *others]
@@ -123,5 +103,5 @@ def error_estimate(
 
 
 def voxel_side(geometry: Geometry) -> float:
-    """The side of a cube (square) of a voxel's volume."""
+    """Return the side of a cube (square) of a voxel's volume."""
     return float(np.prod(geometry.spacing) ** (1 / geometry.dimension))

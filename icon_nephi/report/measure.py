@@ -1,6 +1,6 @@
-"""How good a registration is: the one measurement of commands, pages and scripts.
+"""The one measurement: of a summary, of a page, of a method beside others.
 
-They differ in where they look, which is said by the functions that they call.
+They differ in where they look, which each function says.
 """
 
 from __future__ import annotations
@@ -15,114 +15,26 @@ import torch
 from icon_nephi._check import check_labels
 from icon_nephi.io.image_input import check_points, voxels_of
 from icon_nephi.io.resampling import reader
-from icon_nephi.maps.framed import Array
-from icon_nephi.maps.jacobians import count_folds
-from icon_nephi.maps.two_way import MOVING_TO_FIXED, Mapping, TwoWay
-from icon_nephi.report.metrics import (
-    dice,
-    flips_percentage,
-    landmark_summary,
-    mean_dice,
-    summarize,
-    target_registration_error,
-)
+from icon_nephi.maps.jacobians import fold_fraction
+from icon_nephi.maps.two_way import MOVING_TO_FIXED, Mapping
+from icon_nephi.report import metrics
+from icon_nephi.report.metrics import dice, mean_dice, summarize
 from icon_nephi.report.scene import Scene, spread_out
-from icon_nephi.space.frames import Geometry, apply_affine, other_order
+from icon_nephi.space.frames import Array, Geometry, apply_affine, other_order
 
-VOXELS = 200_000  # at most, at which the commands measure, in each image
-SAMPLES = 60_000  # voxel centres at which the page measures, in each image
+VOXELS = 200_000  # at most, that a summary looks at, in each image
+SAMPLES = 60_000  # voxel centres that a page looks at, in each image
 LABEL_SAMPLES = 1_000_000
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Numbers of two maps at places of the fixed image.
-
-    Attributes:
-        determinants: of the fixed -> moving map, ``[N]``.
-        displacement: lengths ``[N]``.
-        inverse_consistency: how far each place comes back from itself, ``[N]``.
-        expected_error: ``[N]``, None where it is not known.
-        folds: how many determinants of both directions are not positive.
-        count: of how many.
-    """
-
-    determinants: Array
-    displacement: Array
-    inverse_consistency: Array
-    expected_error: Array | None
-    folds: int
-    count: int
-
-    @property
-    def fold_fraction(self) -> float:
-        """The share of determinants that are not positive, 0 to 1."""
-        return self.folds / self.count
-
-
-def measure_points(maps: TwoWay, points: Array) -> Measured:
-    """Return the numbers of maps at fixed points ``[N, d]`` and where they go."""
-    moved = maps.forward(points)
-    forth = maps.forward.determinants(points)
-    back = maps.backward.determinants(moved)
-    return Measured(
-        determinants=forth,
-        displacement=np.linalg.norm(moved - points, axis=1),
-        inverse_consistency=np.linalg.norm(maps.backward(moved) - points, axis=1),
-        expected_error=None,
-        folds=count_folds(forth) + count_folds(back),
-        count=forth.size + back.size,
-    )
-
-
-@dataclass(frozen=True)
-class SceneMeasured(Measured):
-    """Numbers of a `Scene`, at evenly spread voxel centres.
-
-    Attributes:
-        where: in words, where the fixed places are.
-        outside: the share of them that is mapped outside the moving image.
-    """
-
-    expected_error: Array
-    where: str
-    outside: float
-
-
-def measure_scene(scene: Scene) -> SceneMeasured:
-    """Return the numbers of the page, in its lengths.
-
-    At about `SAMPLES` voxel centres of each image; but for folds only inside the mask,
-    if it holds any. Displacements are from where the scene begins.
-    """
-    fixed = spread_out(scene.B.size, scene.B.unit_to_physical(), SAMPLES)
-    moving = spread_out(scene.A.size, scene.A.unit_to_physical(), SAMPLES)
-    moved, forth = scene.forward(fixed), scene.forward.determinants(fixed)
-    back = scene.backward.determinants(moving)
-    folds, count = count_folds(forth) + count_folds(back), forth.size + back.size
-    inside = None if scene.mask is None else scene.mask(fixed) > 0
-    masked = inside is not None and bool(inside.any())
-    if masked:
-        fixed, moved, forth = fixed[inside], moved[inside], forth[inside]
-    missed, expected = scene.errors(fixed, moved)
-    return SceneMeasured(
-        determinants=forth,
-        displacement=np.linalg.norm(moved - scene.before(fixed), axis=1),
-        inverse_consistency=missed,
-        expected_error=expected,
-        folds=folds,
-        count=count,
-        where="in the mask" if masked else "in the fixed image",
-        outside=float(scene.outside(moved).mean()),
-    )
-
-
-def measure_voxels(
+def summarize_result(
     result: Mapping, others: Sequence[Any] = (), most: int = VOXELS
-) -> Measured:
-    """Return the numbers of a result at the voxels of its images, in millimetres.
+) -> dict[str, Any]:
+    """Return what nephi-register says of a result, at the voxels of its images.
 
-    Displacements have their affine part.
+    Folds in percent; mean, median, 95th percentile and maximum of inverse consistency,
+    displacement (with its affine part) and expected error in mm; the determinant fixed
+    -> moving; warnings, and how the optimisation ended.
 
     Args:
         result: a `Registration`, or an `ItkPair`: that expects no error.
@@ -135,24 +47,28 @@ def measure_voxels(
     moving = sparse_image(result.geometry_A, most)
     forth = array_of(result.jacobian_determinant(fixed)).ravel()
     back = array_of(result.jacobian_determinant(moving, MOVING_TO_FIXED)).ravel()
-    lengths = np.linalg.norm(array_of(result.displacement_field(fixed)), axis=-1)
-    expected = getattr(result, "error_image", None)
-    return Measured(
-        determinants=forth,
-        displacement=lengths.ravel(),
-        inverse_consistency=array_of(result.inverse_consistency_error(fixed)).ravel(),
-        expected_error=expected and array_of(expected(fixed, others)).ravel(),
-        folds=count_folds(forth) + count_folds(back),
-        count=forth.size + back.size,
-    )
+    moves = np.linalg.norm(array_of(result.displacement_field(fixed)), axis=-1)
+    missed = array_of(result.inverse_consistency_error(fixed))
+    both = np.concatenate([forth, back])
+    numbers: dict[str, Any] = {
+        "voxels_measured": both.size,
+        "folds_percent": 100 * fold_fraction(both),
+        "inverse_consistency_mm": summarize(missed),
+        "displacement_mm": summarize(moves),
+        "determinant": determinant_range(forth),
+        "warnings": list(result.warnings),
+    }
+    if error_image := getattr(result, "error_image", None):
+        numbers["expected_error_mm"] = summarize(array_of(error_image(fixed, others)))
+    if losses := getattr(result, "losses", None):
+        numbers |= {"steps": len(losses), "last_losses": losses[-1]}
+    return numbers
 
 
 def sparse_image(place: Geometry, most: int) -> Any:
     """Return an ITK image without contents on every nth voxel of a grid.
 
-    Args:
-        place: the grid.
-        most: voxels, about; an axis keeps two at least.
+    It has about ``most`` voxels, and two at least on each axis.
     """
     from icon_nephi.io.itk_images import image_of
 
@@ -170,47 +86,7 @@ def sparse_image(place: Geometry, most: int) -> Any:
     return image_of(np.zeros(sparse.size, np.uint8), sparse)
 
 
-def summary(
-    result: Mapping, others: Sequence[Any] = (), most: int = VOXELS
-) -> dict[str, Any]:
-    """Return what nephi-register says of a result: see `measure_voxels`.
-
-    Folds in percent, and mean, median, 95th percentile and maximum of inverse
-    consistency, displacement and expected error in mm; the determinant fixed -> moving;
-    warnings, and how the optimisation ended.
-    """
-    measured = measure_voxels(result, others, most)
-    numbers: dict[str, Any] = {
-        "voxels_measured": measured.count,
-        "folds_percent": 100 * measured.fold_fraction,
-        "inverse_consistency_mm": summarize(measured.inverse_consistency),
-        "displacement_mm": summarize(measured.displacement),
-        "determinant": spread_of(measured.determinants),
-        "warnings": list(result.warnings),
-    }
-    if measured.expected_error is not None:
-        numbers["expected_error_mm"] = summarize(measured.expected_error)
-    losses = getattr(result, "losses", None)
-    if losses:
-        numbers |= {"steps": len(losses), "last_losses": losses[-1]}
-    return numbers
-
-
-def flips_on_grid(moved: Array, place: Geometry) -> float:
-    """Return ICON's percentage of flips of a map known at the voxels of a grid.
-
-    Args:
-        moved: ``[*grid, d]``, where they go, LPS mm.
-        place: the grid.
-    """
-    d = place.dimension
-    rows = torch.from_numpy(moved).double().reshape(-1, d)
-    voxels = torch.tensor(place.size) - 1
-    index = apply_affine(place.physical_to_unit(), rows) * voxels
-    return flips_percentage(index.reshape(*place.size, d).movedim(-1, 0)[None])
-
-
-def spread_of(determinants: Array) -> dict[str, float]:
+def determinant_range(determinants: Array) -> dict[str, float]:
     """Return the least, the median and the largest determinant."""
     return {
         "min": float(determinants.min()),
@@ -219,64 +95,23 @@ def spread_of(determinants: Array) -> dict[str, float]:
     }
 
 
-# --- ground truth -------------------------------------------------------------------
-
-
-def landmark_scores(result: Mapping, fixed: Array, moving: Array) -> dict[str, Any]:
+def score_landmarks(result: Mapping, fixed: Array, moving: Array) -> dict[str, Any]:
     """Return the target registration error in mm before and after; see `summarize`.
 
-    Args:
-        result: what maps the points.
-        fixed: ``[N, d]``, LPS mm.
-        moving: the same landmarks in the moving image, same order.
+    Landmarks are ``[N, d]``, LPS mm, in the same order.
     """
     moved = result.transform_points(fixed)
     return {
         "count": len(fixed),
-        "before": landmark_summary(fixed, moving),
-        "after": landmark_summary(moved, moving),
+        "before": metrics.landmark_summary(fixed, moving),
+        "after": metrics.landmark_summary(moved, moving),
     }
 
 
-def scene_landmarks(
-    scene: Scene, fixed: Any, moving: Any
-) -> tuple[Array, Array, Array] | None:
-    """Return errors before and after, and those expected, of each landmark, ``[N]``.
-
-    Args:
-        scene: what maps them.
-        fixed: ``[N, d]`` as the user gives them, or None.
-        moving: the same landmarks in the moving image, row by row, or None.
-
-    Raises:
-        ValueError: one of them only, or points that do not correspond.
-    """
-    if not _both("landmarks", "landmarks", fixed, moving):
-        return None
-    d = scene.B.dimension
-    rows = check_points("landmarks_fixed", fixed, d)
-    goals = check_points("landmarks_moving", moving, d)
-    if rows.shape != goals.shape or not len(rows):
-        raise ValueError(
-            f"landmarks_fixed has {len(rows)} points and landmarks_moving "
-            f"{len(goals)}; row n of one must be row n of the other, one or more"
-        )
-    rows, goals = scene.lengths(rows, scene.B), scene.lengths(goals, scene.A)
-    moved = scene.forward(rows)
-    return (
-        target_registration_error(scene.before(rows), goals),
-        target_registration_error(moved, goals),
-        scene.errors(rows, moved)[1],
-    )
-
-
-def label_scores(result: Mapping, fixed: Any, moving: Any) -> dict[str, Any]:
+def score_labels(result: Mapping, fixed: Any, moving: Any) -> dict[str, Any]:
     """Return the Dice of each label in both maps, and its mean, before and after.
 
-    Args:
-        result: what warps the labels.
-        fixed: label map in the fixed image's space; overlap is counted on its grid.
-        moving: label map in the moving image's space.
+    Of ITK label maps, in the spaces of their images; counted on the fixed one's grid.
 
     Raises:
         ValueError: no common label.
@@ -297,29 +132,112 @@ def label_scores(result: Mapping, fixed: Any, moving: Any) -> dict[str, Any]:
         ("after", result.warp_labels(moving, fixed)),
     ):
         warped = array_of(image).astype(np.int64)
-        scores[when] = {
-            "mean": mean_dice(truth, warped, labels),
-            "labels": {str(k): v for k, v in dice(truth, warped, labels).items()},
-        }
+        each = {str(k): v for k, v in dice(truth, warped, labels).items()}
+        scores[when] = {"mean": mean_dice(truth, warped, labels), "labels": each}
     return scores
 
 
-def scene_overlap(
-    scene: Scene, fixed: Any, moving: Any
-) -> list[tuple[int, float, float]]:
-    """Return each label, its Dice before and after; at voxels of the fixed labels.
+# --- of a page ----------------------------------------------------------------------
 
-    At about `LABEL_SAMPLES` of them, evenly spread.
+
+@dataclass(frozen=True)
+class Measured:
+    """Numbers of a `Scene` at evenly spread voxel centres, in its lengths.
+
+    Attributes:
+        determinants: of the fixed -> moving map, ``[N]``.
+        displacement: from where the scene begins, ``[N]``.
+        inverse_consistency: how far each place comes back from itself, ``[N]``.
+        expected_error: ``[N]``.
+        folds_percent: of determinants, both directions, that are not positive.
+        count: how many were looked at for that.
+        where: in words, where the fixed places are.
+        outside: the share of them that is mapped outside the moving image.
+        landmarks: None, or errors before and after, and those expected, ``[n]`` each.
+        overlap: of each label the number, and its Dice before and after.
+    """
+
+    determinants: Array
+    displacement: Array
+    inverse_consistency: Array
+    expected_error: Array
+    folds_percent: float
+    count: int
+    where: str
+    outside: float
+    landmarks: tuple[Array, Array, Array] | None
+    overlap: list[tuple[int, float, float]]
+
+
+def measure_scene(
+    scene: Scene,
+    landmarks: tuple[Any, Any] = (None, None),
+    labels: tuple[Any, Any] = (None, None),
+) -> Measured:
+    """Return the numbers of a page.
+
+    At about `SAMPLES` voxel centres of each image; but for folds only inside the mask,
+    if it holds any. Overlap at about `LABEL_SAMPLES` voxels of the fixed labels.
 
     Args:
-        scene: what maps them.
-        fixed: label map of the registered images' kind, or None.
-        moving: likewise.
+        scene: what maps.
+        landmarks: fixed and moving ones, as the user gives them, row by row, or None.
+        labels: fixed and moving maps of the registered images' kind, or None.
 
     Raises:
-        TypeError: another kind of image.
-        ValueError: one of them only, or other numbers than whole ones.
+        TypeError: label maps of another kind.
+        ValueError: one of two only, points that do not correspond, or labels that are
+            not whole numbers.
     """
+    errors, overlap = _landmark_errors(scene, *landmarks), _overlap(scene, *labels)
+    fixed = spread_out(scene.B.size, scene.B.unit_to_physical(), SAMPLES)
+    moving = spread_out(scene.A.size, scene.A.unit_to_physical(), SAMPLES)
+    moved, forth = scene.forward(fixed), scene.forward.determinants(fixed)
+    back = scene.backward.determinants(moving)
+    both = np.concatenate([forth, back])
+    folds_percent = 100 * fold_fraction(both)
+    inside = None if scene.mask is None else scene.mask(fixed) > 0
+    masked = inside is not None and bool(inside.any())
+    if masked:
+        fixed, moved, forth = fixed[inside], moved[inside], forth[inside]
+    missed, expected = scene.errors(fixed, moved)
+    return Measured(
+        determinants=forth,
+        displacement=np.linalg.norm(moved - scene.before(fixed), axis=1),
+        inverse_consistency=missed,
+        expected_error=expected,
+        folds_percent=folds_percent,
+        count=both.size,
+        where="in the mask" if masked else "in the fixed image",
+        outside=float(scene.A.outside(moved).mean()),
+        landmarks=errors,
+        overlap=overlap,
+    )
+
+
+def _landmark_errors(
+    scene: Scene, fixed: Any, moving: Any
+) -> tuple[Array, Array, Array] | None:
+    if not _both("landmarks", "landmarks", fixed, moving):
+        return None
+    d = scene.B.dimension
+    rows = check_points("landmarks_fixed", fixed, d)
+    goals = check_points("landmarks_moving", moving, d)
+    if rows.shape != goals.shape or not len(rows):
+        raise ValueError(
+            f"landmarks_fixed has {len(rows)} points and landmarks_moving "
+            f"{len(goals)}; row n of one must be row n of the other, one or more"
+        )
+    rows, goals = scene.lengths(rows, scene.B), scene.lengths(goals, scene.A)
+    moved = scene.forward(rows)
+    return (
+        metrics.target_registration_error(scene.before(rows), goals),
+        metrics.target_registration_error(moved, goals),
+        scene.errors(rows, moved)[1],
+    )
+
+
+def _overlap(scene: Scene, fixed: Any, moving: Any) -> list[tuple[int, float, float]]:
     if not _both("labels", "label maps", fixed, moving):
         return []
     for name, image in (("labels_fixed", fixed), ("labels_moving", moving)):
@@ -329,32 +247,10 @@ def scene_overlap(
     own, frame = scene.box("labels_fixed", fixed, scene.B)
     points = spread_out(own.size, frame, LABEL_SAMPLES)
     truth = scene.labels("labels_fixed", fixed, scene.B)(points).astype(np.int64)
-    read = scene.labels("labels_moving", moving, scene.A)
-    before, after = (
-        dice(truth, read(at).astype(np.int64))
-        for at in (scene.before(points), scene.forward(points))
-    )
+    label_at = scene.labels("labels_moving", moving, scene.A)
+    places = scene.before(points), scene.forward(points)
+    before, after = (dice(truth, label_at(at).astype(np.int64)) for at in places)
     return [(k, before.get(k, 0.0), after[k]) for k in sorted(after)]
-
-
-def mean_dice_at(
-    fixed: Any, moving: Any, points: Array, labels: Sequence[int]
-) -> float:
-    """Return the mean Dice of labels where a map takes the voxels of the fixed ones.
-
-    Args:
-        fixed: ITK label map.
-        moving: ITK label map, read at the nearest voxel, 0 outside.
-        points: ``[*grid, d]`` LPS mm of the moving image, for each voxel of ``fixed``.
-        labels: to score.
-    """
-    from icon_nephi.io.itk_images import array_of, geometry_of
-
-    truth = array_of(fixed).astype(np.int64)
-    values = array_of(moving).astype(np.int64)[..., np.newaxis]
-    read = reader(values, geometry_of(moving).physical_to_unit(), "nearest", outside=0)
-    rows = points.reshape(-1, points.shape[-1])
-    return mean_dice(truth, read(rows).reshape(truth.shape), labels)
 
 
 def _both(name: str, what: str, fixed: Any, moving: Any) -> bool:
@@ -363,3 +259,33 @@ def _both(name: str, what: str, fixed: Any, moving: Any) -> bool:
         missing = f"{name}_fixed" if fixed is None else f"{name}_moving"
         raise ValueError(f"{missing} is missing: {what} come in pairs, give both")
     return fixed is not None
+
+
+# --- of maps known at voxels ----------------------------------------------------------
+
+
+def flips_on_grid(moved: Array, place: Geometry) -> float:
+    """Return ICON's percentage of flips: ``[*grid, d]`` is where voxels go, LPS mm."""
+    d = place.dimension
+    rows = torch.from_numpy(moved).double().reshape(-1, d)
+    voxels = torch.tensor(place.size) - 1
+    index = apply_affine(place.physical_to_unit(), rows) * voxels
+    return metrics.flips_percentage(index.reshape(*place.size, d).movedim(-1, 0)[None])
+
+
+def mean_dice_at(
+    fixed: Any, moving: Any, points: Array, labels: Sequence[int]
+) -> float:
+    """Return the mean Dice of labels where a map takes the voxels of the fixed ones.
+
+    Of ITK label maps; points ``[*grid, d]``, LPS mm of the moving image, are where each
+    fixed voxel goes: the nearest moving voxel counts, 0 outside.
+    """
+    from icon_nephi.io.itk_images import array_of, geometry_of
+
+    truth = array_of(fixed).astype(np.int64)
+    values = array_of(moving).astype(np.int64)[..., np.newaxis]
+    into = geometry_of(moving).physical_to_unit()
+    label_at = reader(values, into, "nearest", outside=0)
+    rows = points.reshape(-1, points.shape[-1])
+    return mean_dice(truth, label_at(rows).reshape(truth.shape), labels)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Array: TypeAlias = npt.NDArray[Any]
+from icon_nephi.space.frames import Array
 
 
 def target_registration_error(
     points_moved: Tensor | Array, points_true: Tensor | Array
 ) -> npt.NDArray[np.float64]:
-    """The distance between each landmark and where it should be, [N] in mm.
+    """Return the distance between each landmark and where it should be, [N] in mm.
 
     Args:
         points_moved: landmarks of the fixed image through phi_AB, [N, d] in mm.
@@ -37,7 +36,7 @@ def target_registration_error(
 
 
 def summarize(errors: Tensor | Array) -> dict[str, float]:
-    """Mean, median, 95th percentile (``p95``) and maximum, in the errors' unit.
+    """Return mean, median, 95th percentile (``p95``) and maximum, in the errors' unit.
 
     Raises:
         ValueError: no errors, or a NaN or infinite one.
@@ -67,7 +66,7 @@ def dice(
     labels: Sequence[int] | None = None,
     minimum_size: int = 0,
 ) -> dict[int, float]:
-    """The overlap of each label, 2 |1 and 2| / (|1| + |2|), from 0 to 1.
+    """Return the overlap of each label, 2 |1 and 2| / (|1| + |2|), from 0 to 1.
 
     Args:
         labels_1: a map of integers, any shape.
@@ -85,7 +84,8 @@ def dice(
         for m in (first, second, first[first == second])
     )
     result = {}
-    for label in _asked_for(labels, first, second):
+    every = sorted({*sizes_1, *sizes_2} - {0})
+    for label in every if labels is None else map(int, labels):
         size_1, size_2 = sizes_1.get(label, 0), sizes_2.get(label, 0)
         if max(size_1, size_2) >= minimum_size:
             total = size_1 + size_2
@@ -103,7 +103,7 @@ def mean_dice(
 
 
 def flips_percentage(phi_vectorfield: Tensor) -> float:
-    """The percentage ICON's ``flips(phi, in_percentage=True)`` returns, 0 to 100.
+    """Return what ICON's ``flips(phi, in_percentage=True)`` returns, 0 to 100.
 
     A cell of [*(n - 1)] flips if its one-sided differences have a determinant below 0.
 
@@ -126,7 +126,7 @@ def flips_percentage(phi_vectorfield: Tensor) -> float:
 
 
 def _one_sided(field: Tensor, scheme: str) -> Tensor:
-    """Differences of [d, *grid] along each axis, [axis, d, *(n - 1)]."""
+    """Return differences of [d, *grid] along each axis, [axis, d, *(n - 1)]."""
     near = slice(None, -1) if scheme == "forward" else slice(1, None)
     differences = []
     for axis in range(1, field.dim()):
@@ -137,7 +137,7 @@ def _one_sided(field: Tensor, scheme: str) -> Tensor:
 
 
 def _determinant(jacobian: Tensor) -> Tensor:
-    """Determinants, [*grid], of matrices [d, d, *grid]."""
+    """Return determinants, [*grid], of matrices [d, d, *grid]."""
     determinant: Tensor
     if len(jacobian) == 2:
         (a, b), (c, d) = jacobian
@@ -158,7 +158,7 @@ def _check_finite(name: str, values: Array) -> None:
 
 
 def _label_maps(labels_1: Tensor | Array, labels_2: Tensor | Array) -> list[Array]:
-    """Both label maps as integer arrays of one shape."""
+    """Return both label maps as integer arrays of one shape."""
     maps = [_to_numpy(labels) for labels in (labels_1, labels_2)]
     for name, labels in zip(("labels_1", "labels_2"), maps, strict=True):
         if labels.dtype.kind not in "iub":
@@ -171,10 +171,3 @@ def _label_maps(labels_1: Tensor | Array, labels_2: Tensor | Array) -> list[Arra
             f"{maps[1].shape}; resample one map to the grid of the other"
         )
     return [m.astype(np.uint8) if m.dtype.kind == "b" else m for m in maps]
-
-
-def _asked_for(labels: Sequence[int] | None, *maps: Array) -> list[int]:
-    """The labels to measure: those given, or all in the maps except 0."""
-    if labels is not None:
-        return [int(label) for label in labels]
-    return sorted({int(v) for m in maps for v in np.unique(m)} - {0})

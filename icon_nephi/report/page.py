@@ -15,23 +15,17 @@ import numpy as np
 from icon_nephi._memory import peak_memory
 from icon_nephi.io.atomic import written_whole
 from icon_nephi.io.versions import versions
-from icon_nephi.maps.framed import Array
-from icon_nephi.report import pictures as views
-from icon_nephi.report.measure import (
-    SceneMeasured,
-    measure_scene,
-    scene_landmarks,
-    scene_overlap,
-)
+from icon_nephi.report import pictures
+from icon_nephi.report.measure import Measured, measure_scene
 from icon_nephi.report.metrics import summarize
 from icon_nephi.report.scene import SLICES, Registered, Scales, Scene, draw, layers_of
+from icon_nephi.space.frames import Array
 
 _TERMS = {
     "all_loss": "Loss",
     "similarity_loss": "Dissimilarity of the images",
     "inverse_consistency_loss": "Gradient inverse consistency",
 }
-_STATISTICS = ("mean", "median", "p95", "max")
 
 
 def write_report(
@@ -75,18 +69,18 @@ def write_report(
             "write it from what icon_nephi.register returned"
         )
     scene = Scene(result, others)
-    landmarks = scene_landmarks(scene, landmarks_fixed, landmarks_moving)
-    overlap = scene_overlap(scene, labels_fixed, labels_moving)
-    measured = measure_scene(scene)
+    landmarks = (landmarks_fixed, landmarks_moving)
+    measured = measure_scene(scene, landmarks, (labels_fixed, labels_moving))
     scales = _scales(measured)
+    stacks = pictures.views_of(scene.B, physical=scene.itk, slices=SLICES)
     page = {
-        "tiles": _tiles(scene, measured, landmarks, overlap, result, seconds),
-        "warnings": _warnings(scene, measured, landmarks, overlap, result),
+        "tiles": _tiles(scene, measured, result, seconds),
+        "warnings": _warnings(scene, measured, result),
         "layers": layers_of(scene, scales),
-        "palettes": {k: views.colours(k) for k in ("diverging", "sequential")},
-        "views": [_view(scene, v, scales) for v in _views(scene)],
+        "palettes": pictures.PALETTES,
+        "views": [_view(scene, v, scales) for v in stacks],
         "notes": _notes(scene, measured),
-        "tables": _tables(scene, measured, landmarks, overlap),
+        "tables": _tables(scene, measured),
         "curves": _curves(result.losses),
         "command": command or _call(result),
         "versions": [
@@ -102,8 +96,8 @@ def write_report(
         part.write_text(html, encoding="utf-8")
 
 
-def _scales(measured: SceneMeasured) -> Scales:
-    """Where the colours end: hardly any voxel is beyond."""
+def _scales(measured: Measured) -> Scales:
+    """Return where the colours end: hardly any voxel is beyond."""
     good = measured.determinants[measured.determinants > 0]
     growth = np.abs(np.log2(good)) if len(good) else np.ones(1)
     missed, expected = measured.inverse_consistency, measured.expected_error
@@ -114,58 +108,45 @@ def _scales(measured: SceneMeasured) -> Scales:
     )
 
 
-def _warnings(
-    scene: Scene,
-    measured: SceneMeasured,
-    landmarks: tuple[Array, Array, Array] | None,
-    overlap: list[tuple[int, float, float]],
-    result: Registered,
-) -> list[str]:
-    """What a reader should doubt, a sentence each."""
-    found = [
-        str(w)
-        .replace("image_B", "the fixed image")
-        .replace("image_A", "the moving one")
-        for w in result.warnings
-    ]
-    if measured.outside > 0.05 and not any("extrapolated" in w for w in found):
-        found.append(
+def _warnings(scene: Scene, measured: Measured, result: Registered) -> list[str]:
+    """Return what a reader should doubt, a sentence each."""
+    doubts = []
+    for warning in result.warnings:
+        named = str(warning).replace("image_B", "the fixed image")
+        doubts.append(named.replace("image_A", "the moving one"))
+    if measured.outside > 0.05 and not any("extrapolated" in w for w in doubts):
+        doubts.append(
             f"{100 * measured.outside:.0f} % of what lies {measured.where} maps "
             "outside the moving image: it is extrapolated there"
         )
-    if measured.folds and not any("folds" in w for w in found):
-        found.append(
-            f"the map folds at {100 * measured.fold_fraction:.2g} % of the voxels"
-        )
+    if measured.folds_percent and not any("folds" in w for w in doubts):
+        doubts.append(f"the map folds at {measured.folds_percent:.2g} % of the voxels")
     limit = 2 * max(scene.B.spacing)
     if np.quantile(measured.inverse_consistency, 0.95) > limit:
-        found.append(
+        doubts.append(
             "the way there and back misses by more than two voxels at one point in "
             "twenty: do not trust the map there (see the layer Inverse consistency)"
         )
+    landmarks, overlap = measured.landmarks, measured.overlap
     if landmarks is not None and landmarks[1].mean() > landmarks[0].mean():
-        found.append("the landmarks lie farther apart than before registration")
+        doubts.append("the landmarks lie farther apart than before registration")
     worse = [str(label) for label, before, after in overlap if after < before - 0.01]
     if worse:
-        found.append(f"labels that overlap less than before: {', '.join(worse)}")
+        doubts.append(f"labels that overlap less than before: {', '.join(worse)}")
     if scene.apart:
-        found.append(
+        doubts.append(
             "the headers put the images beside each other: 'before' is after the "
             "affine start, and displacements are measured from there"
         )
-    return [w[0].upper() + w[1:].rstrip(".") + "." for w in found]
+    return [w[0].upper() + w[1:].rstrip(".") + "." for w in doubts]
 
 
 def _tiles(
-    scene: Scene,
-    measured: SceneMeasured,
-    landmarks: tuple[Array, Array, Array] | None,
-    overlap: list[tuple[int, float, float]],
-    result: Registered,
-    seconds: float | None,
+    scene: Scene, measured: Measured, result: Registered, seconds: float | None
 ) -> list[dict[str, str]]:
-    """The numbers at the top: name, value, what it means."""
+    """Return the numbers at the top: name, value, what it means."""
     unit, tiles = scene.unit, []
+    landmarks, overlap = measured.landmarks, measured.overlap
     if landmarks is not None:
         before, after, _ = (e.mean() for e in landmarks)
         note = f"mean of {len(landmarks[0])} landmarks; before {before:.2f} {unit}"
@@ -175,18 +156,15 @@ def _tiles(
         which = f"mean of {len(overlap)} labels" if len(overlap) > 1 else "one label"
         note = f"{which}; before {before:.3f}"
         tiles.append(("Dice", f"{after:.3f}", note))
-    percent = f"{100 * measured.fold_fraction:.2g} %" if measured.folds else "none"
+    percent = f"{measured.folds_percent:.2g} %" if measured.folds_percent else "none"
     note = f"at {measured.count:,} voxels, both directions, analytic determinant"
     tiles.append(("Folds", percent, note))
-    missed, error = (
-        summarize(measured.inverse_consistency),
-        summarize(measured.expected_error),
-    )
+    missed = summarize(measured.inverse_consistency)
+    error, shift = summarize(measured.expected_error), summarize(measured.displacement)
     note = f"95th percentile {measured.where}; median {missed['median']:.2f} {unit}"
     tiles.append(("Inverse consistency", f"{missed['p95']:.2f} {unit}", note))
     note = f"median {measured.where}, estimated without landmarks"
     tiles.append(("Expected error", f"{error['median']:.2f} {unit}", note))
-    shift = summarize(measured.displacement)
     note = f"mean {measured.where}; at most {shift['max']:.1f} {unit}"
     tiles.append(("Displacement", f"{shift['mean']:.1f} {unit}", note))
     took = result.made_with.get("seconds") if seconds is None else seconds
@@ -198,15 +176,15 @@ def _tiles(
     return [{"name": n, "value": v, "note": t} for n, v, t in tiles]
 
 
-def _notes(scene: Scene, measured: SceneMeasured) -> list[str]:
-    """How to read the pictures and the tables."""
+def _notes(scene: Scene, measured: Measured) -> list[str]:
+    """Return how to read the pictures and the tables."""
     notes = []
     if scene.itk and scene.B.dimension == 3:
         notes.append(
             "Letters are the patient's sides: R right, L left, A anterior, "
             "P posterior, S superior, I inferior."
         )
-        tilted = views.tilt(scene.B)
+        tilted = pictures.tilt(scene.B)
         if tilted > 1:
             notes.append(
                 "Slices follow the fixed image's own axes, which are tilted by up to "
@@ -219,101 +197,76 @@ def _notes(scene: Scene, measured: SceneMeasured) -> list[str]:
     return notes
 
 
-def _tables(
-    scene: Scene,
-    measured: SceneMeasured,
-    landmarks: tuple[Array, Array, Array] | None,
-    overlap: list[tuple[int, float, float]],
-) -> list[dict[str, Any]]:
-    """Caption, header and rows of text."""
+def _tables(scene: Scene, measured: Measured) -> list[dict[str, Any]]:
+    """Return caption, header and rows of text of each."""
     lengths = {
         "Displacement": measured.displacement,
         "Inverse consistency error": measured.inverse_consistency,
         "Expected error": measured.expected_error,
     }
-    if landmarks is not None:
-        lengths |= {
-            "Landmark error before": landmarks[0],
-            "Landmark error": landmarks[1],
-            "Expected error at landmarks": landmarks[2],
-        }
-    header = ["", "mean", "median", "95 %", "largest"]
+    if measured.landmarks is not None:
+        kinds = "Landmark error before", "Landmark error", "Expected error at landmarks"
+        lengths |= dict(zip(kinds, measured.landmarks, strict=True))
     rows = []
-    for name, values in lengths.items():
-        numbers = summarize(values)
-        rows.append([name, *(f"{numbers[s]:.2f}" for s in _STATISTICS)])
-    tables = [{"caption": f"Lengths in {scene.unit}", "header": header, "rows": rows}]
-    shares = (0, 0.01, 0.5, 0.99, 1)
-    quantiles = np.quantile(measured.determinants, shares)
-    tables.append(
-        {
-            "caption": "Jacobian determinant, fixed to moving",
-            "header": ["", "least", "1 %", "median", "99 %", "largest"],
-            "rows": [["Determinant", *(f"{q:.2f}" for q in quantiles)]],
-        }
-    )
-    if overlap:
-        rows = [[f"Label {k}", f"{a:.3f}", f"{b:.3f}"] for k, a, b in overlap]
-        header = ["", "before", "after"]
-        tables.append({"caption": "Dice overlap", "header": header, "rows": rows})
+    for name, values in lengths.items():  # `summarize` gives them in this order
+        rows.append([name, *(f"{value:.2f}" for value in summarize(values).values())])
+    header = ["mean", "median", "95 %", "largest"]
+    tables = [(f"Lengths in {scene.unit}", header, rows)]
+    quantiles = np.quantile(measured.determinants, (0, 0.01, 0.5, 0.99, 1))
+    rows = [["Determinant", *(f"{q:.2f}" for q in quantiles)]]
+    header = ["least", "1 %", "median", "99 %", "largest"]
+    tables.append(("Jacobian determinant, fixed to moving", header, rows))
+    if measured.overlap:
+        rows = [[f"Label {k}", f"{a:.3f}", f"{b:.3f}"] for k, a, b in measured.overlap]
+        tables.append(("Dice overlap", ["before", "after"], rows))
     rows = []
     for name, place in (("Moving", scene.A), ("Fixed", scene.B)):
         size = " × ".join(str(n) for n in place.itk_size)
         spacing = " × ".join(f"{s:.4g}" for s in place.spacing)
         rows.append([name, size, f"{spacing} mm" if scene.itk else "a tensor"])
-    header = ["", "voxels", "spacing"]
-    tables.append({"caption": "Images, x first", "header": header, "rows": rows})
-    return tables
+    tables.append(("Images, x first", ["voxels", "spacing"], rows))
+    return [{"caption": c, "header": ["", *h], "rows": r} for c, h, r in tables]
 
 
-def _views(scene: Scene) -> list[views.View]:
-    return views.views_of(scene.B, physical=scene.itk, slices=SLICES)
-
-
-def _view(scene: Scene, view: views.View, scales: Scales) -> dict[str, Any]:
-    """A view for the page; pictures are base64 text by layer, a list over slices."""
-    pictures: dict[str, list[str]] = {}
+def _view(scene: Scene, view: pictures.View, scales: Scales) -> dict[str, Any]:
+    """Return a view for the page; pictures are base64 text by layer, over slices."""
+    by_layer: dict[str, list[str]] = {}
     for slice_pictures in draw(scene, view, scales):
         for key, picture in slice_pictures.items():
-            pictures.setdefault(key, []).append(views.data_uri(picture))
+            by_layer.setdefault(key, []).append(pictures.data_uri(picture))
     return {
         "name": view.name,
         "edges": view.edges,
         "places": view.places,
         "middle": len(view.numbers) // 2,
-        "aspect": views.aspect(view, scene.B),
-        "pictures": pictures,
+        "aspect": pictures.aspect(view, scene.B),
+        "pictures": by_layer,
     }
 
 
 def _curves(losses: list[dict[str, float]]) -> list[dict[str, Any]]:
-    """For each term of the loss: a name, points of an SVG line, its two ends."""
-    found = []
+    """Return for each term of the loss a name, points of an SVG line, its two ends."""
+    curves = []
     for key, name in _TERMS.items():
         values = np.array([step[key] for step in losses if key in step], float)
         values = values[np.isfinite(values)]
         if len(values) < 2:
             continue
-        width = max(1, len(values) // 40)
+        smooth = _running_median(values, max(1, len(values) // 40))
         low, high = float(values.min()), float(values.max())
         lines = []
-        for series in (values, _smooth(values, width)):
+        for series in (values, smooth):
             x = np.linspace(0, 320, len(series))
             y = 110 - 100 * (series - low) / max(high - low, 1e-12)
-            lines.append(
-                " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
-            )
-        ends = {
-            "first": f"{values[0]:.3g}",
-            "last": f"{_smooth(values, width)[-1]:.3g}",
-        }
-        scale = {"low": f"{low:.3g}", "high": f"{high:.3g}", "steps": len(values)}
-        found.append({"name": name, "lines": lines, **ends, **scale})
-    return found
+            points = (f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
+            lines.append(" ".join(points))
+        ends = {"first": values[0], "last": smooth[-1], "low": low, "high": high}
+        said: dict[str, Any] = {k: f"{value:.3g}" for k, value in ends.items()}
+        curves.append({"name": name, "lines": lines, "steps": len(values), **said})
+    return curves
 
 
-def _smooth(values: Array, width: int) -> Array:
-    """A running median."""
+def _running_median(values: Array, width: int) -> Array:
     padded = np.pad(values, width, mode="edge")
     windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * width + 1)
     middle: Array = np.median(windows, axis=1)
@@ -321,21 +274,21 @@ def _smooth(values: Array, width: int) -> Array:
 
 
 def _call(result: Registered) -> str:
-    """The Python call, with the choices that are not the defaults."""
+    """Return the Python call, with the choices that are not the defaults."""
     defaults = {"modality": None, "similarity": None, "field": "auto", "affine": True}
     defaults |= {"time_limit": None, "memory_limit": None, "mass_preserving": False}
-    given = []
+    arguments = ["moving", "fixed"]
     for name, value in result.made_with.items():
         if name in defaults and value != defaults[name]:
             plain = isinstance(value, str | int | float | bool | tuple)
-            given.append(f"{name}={value!r}" if plain else f"{name}={value}")
+            arguments.append(f"{name}={value!r}" if plain else f"{name}={value}")
     assert result.images is not None  # `write_report` has looked
     masks = zip(("mask_A", "mask_B"), result.images[2:], strict=True)
-    given += [f"{name}={name}" for name, mask in masks if mask is not None]
+    arguments += [f"{name}={name}" for name, mask in masks if mask is not None]
     if result.made_with.get("segmentations"):
-        given += [f"{name}={name}" for name in ("segmentation_A", "segmentation_B")]
-    given.append(f"seed={result.made_with.get('seed', 0)}")
-    lines = "".join(f"    {argument},\n" for argument in ("moving", "fixed", *given))
+        arguments += [f"{name}={name}" for name in ("segmentation_A", "segmentation_B")]
+    arguments.append(f"seed={result.made_with.get('seed', 0)}")
+    lines = "".join(f"    {argument},\n" for argument in arguments)
     return f"icon_nephi.register(\n{lines})"
 
 

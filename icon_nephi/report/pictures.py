@@ -16,30 +16,18 @@ from itertools import permutations
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from icon_nephi.maps.framed import Array
-from icon_nephi.space.frames import Geometry, apply_affine
+from icon_nephi.space.frames import Array, Geometry, apply_affine
 from icon_nephi.space.images import resize_image
 
 #: Letters at the low and the high end of the LPS axes x, y, z.
 LETTERS = (("R", "L"), ("A", "P"), ("I", "S"))
 GREYS = 64  # shades: a scan's noise below that only makes the files larger
-# Anchors of palettes that colour-blind people read: blue to red, and dark to light.
-_DIVERGING = (
-    (33, 79, 148),
-    (120, 168, 214),
-    (244, 244, 242),
-    (228, 148, 96),
-    (158, 41, 30),
-)
-_SEQUENTIAL = (
-    (24, 20, 52),
-    (86, 32, 110),
-    (178, 54, 102),
-    (240, 120, 62),
-    (252, 232, 150),
-)
+#: Anchors that colour-blind people read: blue to red, and dark to light.
+PALETTES = {
+    "diverging": ("#214f94", "#78a8d6", "#f4f4f2", "#e49460", "#9e291e"),
+    "sequential": ("#181434", "#56206e", "#b23666", "#f0783e", "#fce896"),
+}
 FOLD, NOTHING = (255, 0, 255), (96, 100, 106)
 LINE = (255, 193, 46)
 
@@ -51,12 +39,10 @@ class View:
     Attributes:
         name: such as "Axial".
         axis: tensor axis across the slices, None for a 2D image.
-        rows: tensor axis shown downwards.
-        columns: tensor axis shown to the right.
+        rows, columns: tensor axes shown downwards and to the right.
         flipped: whether rows, columns run against the voxel numbers.
         edges: what is at the left, right, top and bottom.
-        numbers: voxel numbers of the slices along the axis.
-        places: where each slice lies, in words.
+        numbers, places: of the slices: voxel along the axis, and where, in words.
     """
 
     name: str
@@ -70,12 +56,10 @@ class View:
 
 
 def views_of(geometry: Geometry, *, physical: bool, slices: int = 20) -> list[View]:
-    """Axial, coronal and sagittal; of tensors a view along each axis; in 2D one view.
+    """Return axial, coronal, sagittal; of tensors one along each axis; in 2D one view.
 
-    Args:
-        geometry: of the fixed image.
-        physical: whether its directions mean LPS, else tensor axes are named.
-        slices: at most, evenly spread.
+    At most so many slices each, evenly spread. If the geometry is not physical, tensor
+    axes are named.
     """
     if not physical:
         return _tensor_views(geometry, slices)
@@ -86,7 +70,7 @@ def views_of(geometry: Geometry, *, physical: bool, slices: int = 20) -> list[Vi
         against = (signs[1] < 0, signs[0] < 0)
         edges = (*names[0], *names[1])
         return [View("Image", None, axes[1], axes[0], against, edges, (0,), ("",))]
-    found = []
+    views = []
     # Name; the LPS axes across, downwards and to the right; up is superior.
     for name, across, down, right in (
         ("Axial", 2, 1, 0),
@@ -95,37 +79,24 @@ def views_of(geometry: Geometry, *, physical: bool, slices: int = 20) -> list[Vi
     ):
         upside = down == 2
         top, bottom = names[down][::-1] if upside else names[down]
-        numbers = _spread(geometry.size[axes[across]], slices)
+        axis, flipped = axes[across], ((signs[down] < 0) != upside, signs[right] < 0)
+        numbers = _spread(geometry.size[axis], slices)
         numbers = numbers if signs[across] > 0 else numbers[::-1]
-        found.append(
-            View(
-                name,
-                axes[across],
-                axes[down],
-                axes[right],
-                ((signs[down] < 0) != upside, signs[right] < 0),
-                (*names[right], top, bottom),
-                numbers,
-                _places(geometry, axes[across], across, numbers),
-            )
-        )
-    return found
+        plane, edges = (axes[down], axes[right]), (*names[right], top, bottom)
+        places = _places(geometry, axis, across, numbers)
+        views.append(View(name, axis, *plane, flipped, edges, numbers, places))
+    return views
 
 
 def tilt(geometry: Geometry) -> float:
-    """Degrees between the image's axes and the LPS axes of their names, at most."""
-    axes, signs = _nearest_axes(geometry)
-    d = geometry.dimension
-    direction = np.array(geometry.direction)
-    cosines = [
-        s * direction[p, d - 1 - a]
-        for p, (a, s) in enumerate(zip(axes, signs, strict=True))
-    ]
-    return float(np.degrees(np.arccos(np.clip(min(cosines), -1, 1))))
+    """Return the most degrees between an image axis and the LPS axis of its name."""
+    columns = [geometry.dimension - 1 - axis for axis in _nearest_axes(geometry)[0]]
+    cosines = np.abs(np.diag(np.array(geometry.direction)[:, columns]))
+    return float(np.degrees(np.arccos(np.clip(cosines.min(), -1, 1))))
 
 
 def pixel_grid(view: View, geometry: Geometry, side: int) -> Array:
-    """Centres ``[slices, h, w, d]`` of square pixels, in the geometry's frame (LPS mm).
+    """Return centres ``[slices, h, w, d]`` of square pixels, in the geometry's frame.
 
     Rows and columns cover the box of the image from edge to edge, at most `side`
     pixels and not much finer than its voxels.
@@ -156,27 +127,23 @@ def pixel_grid(view: View, geometry: Geometry, side: int) -> Array:
 
 
 def in_plane(view: View, geometry: Geometry) -> Array:
-    """Unit vectors ``[2, d]`` of the frame: one pixel down, one to the right."""
+    """Return unit vectors ``[2, d]`` of the frame: a pixel down, one to the right."""
     matrix = geometry.unit_to_physical().numpy()
-    columns = [
-        matrix[:-1, axis] * (-1 if flipped else 1)
-        for axis, flipped in zip((view.rows, view.columns), view.flipped, strict=True)
-    ]
-    return np.stack([c / np.linalg.norm(c) for c in columns])
+    signs = np.where(view.flipped, -1, 1)
+    vectors = (matrix[:-1, [view.rows, view.columns]] * signs).T
+    return np.stack([v / np.linalg.norm(v) for v in vectors])
 
 
 def resized(values: Array, size: Sequence[int]) -> Array:
-    """Slices ``[slices, h, w, C]`` with other pixels in the same box."""
+    """Return slices ``[slices, h, w, C]`` with other pixels in the same box."""
     tensor = torch.from_numpy(np.ascontiguousarray(values)).movedim(-1, 1)
     result: Array = resize_image(tensor, size).movedim(1, -1).numpy()
     return result
 
 
 def aspect(view: View, geometry: Geometry) -> float:
-    """Width over height of a slice, from edge to edge."""
-    lengths = [
-        s * n for s, n in zip(geometry.tensor_spacing, geometry.size, strict=True)
-    ]
+    """Return width over height of a slice, from edge to edge."""
+    lengths = np.array(geometry.tensor_spacing) * geometry.size
     return float(lengths[view.columns] / lengths[view.rows])
 
 
@@ -184,13 +151,13 @@ def aspect(view: View, geometry: Geometry) -> float:
 
 
 def grey(values: Array) -> bytes:
-    """A picture of ``[h, w]`` numbers, 0 black to 1 white."""
+    """Return a picture of ``[h, w]`` numbers, 0 black to 1 white."""
     ramp = np.linspace(0, 255, GREYS)[:, None].repeat(3, 1)
     return png(_shades(values, GREYS), ramp)
 
 
 def lines_on_grey(values: Array, lines: Array) -> bytes:
-    """The picture of `grey`, darker, with lines of strength 0 to 1 drawn over it."""
+    """Return the picture of `grey`, darker, under lines of strength 0 to 1."""
     ramp = np.linspace(0, 150, 32)[:, None, None]
     strength = np.linspace(0, 1, 7)[None, :, None]
     palette = (1 - strength) * ramp + strength * np.array(LINE)
@@ -198,34 +165,25 @@ def lines_on_grey(values: Array, lines: Array) -> bytes:
 
 
 def diverging(values: Array, marked: Array, mark: tuple[int, int, int] = FOLD) -> bytes:
-    """A picture of ``[h, w]`` numbers, -1 blue over 0 white to 1 red.
+    """Return a picture of ``[h, w]`` numbers, -1 blue over 0 white to 1 red.
 
-    Args:
-        values: the numbers.
-        marked: ``[h, w]``, which pixels get the colour `mark` instead.
-        mark: red, green, blue.
+    Marked pixels ``[h, w]`` get the colour `mark` instead.
     """
-    return _coloured((values + 1) / 2, _DIVERGING, marked, mark)
+    return _coloured((values + 1) / 2, "diverging", marked, mark)
 
 
 def sequential(values: Array) -> bytes:
-    """A picture of ``[h, w]`` numbers, 0 dark to 1 light."""
-    return _coloured(values, _SEQUENTIAL, np.zeros(values.shape, bool), FOLD)
-
-
-def colours(kind: str) -> list[str]:
-    """The anchors of a palette, "diverging" or "sequential", as CSS colours."""
-    anchors = _DIVERGING if kind == "diverging" else _SEQUENTIAL
-    return [f"rgb{anchor}" for anchor in anchors]
+    """Return a picture of ``[h, w]`` numbers, 0 dark to 1 light."""
+    return _coloured(values, "sequential", np.zeros(values.shape, bool), FOLD)
 
 
 def data_uri(picture: bytes) -> str:
-    """The picture as text that a page can hold."""
+    """Return the picture as text that a page can hold."""
     return "data:image/png;base64," + base64.b64encode(picture).decode("ascii")
 
 
 def png(index: Array, palette: Array) -> bytes:
-    """A PNG file of palette numbers ``[h, w]``, palette ``[n, 3]`` of 0 to 255."""
+    """Return a PNG file of numbers ``[h, w]`` of a palette ``[n, 3]``, 0 to 255."""
     height, width = index.shape
     rows = np.zeros((height, width + 1), np.uint8)  # each row begins with its filter
     rows[:, 1:] = index
@@ -236,21 +194,18 @@ def png(index: Array, palette: Array) -> bytes:
         (b"IDAT", zlib.compress(rows.tobytes(), 9)),
         (b"IEND", b""),
     ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data))
-        + kind
-        + data
-        + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in parts
-    )
+    picture = b"\x89PNG\r\n\x1a\n"
+    for kind, data in parts:
+        length, check = len(data), zlib.crc32(kind + data)
+        picture += struct.pack(">I", length) + kind + data + struct.pack(">I", check)
+    return picture
 
 
 def deformed_grid(places: Array, step: float) -> Array:
-    """How much of each pixel is a line, 0 to 1, ``[h, w]``.
+    """Return how much of each pixel is a line, 0 to 1, ``[h, w]``.
 
-    Args:
-        places: where each pixel is mapped to, ``[h, w, 2]`` millimetres.
-        step: between the lines of the grid that lies there, millimetres.
+    Pixels are mapped to places ``[h, w, 2]``, in millimetres as the step from line to
+    line of the grid that lies there.
     """
     strength = np.zeros(places.shape[:2])
     for component in np.moveaxis(places, -1, 0):
@@ -262,7 +217,7 @@ def deformed_grid(places: Array, step: float) -> Array:
 
 
 def checkerboard(first: Array, second: Array, tiles: int = 8) -> Array:
-    """``[h, w]``: fields of one picture between fields of another."""
+    """Return ``[h, w]``: fields of one picture between fields of another."""
     size = max(first.shape) / tiles
     rows, columns = (np.floor(np.arange(n) / size) for n in first.shape)
     odd = (rows[:, None] + columns) % 2 == 1
@@ -275,15 +230,13 @@ def _shades(values: Array, count: int) -> Array:
 
 
 def _coloured(
-    values: Array,
-    anchors: Sequence[tuple[int, int, int]],
-    marked: Array,
-    mark: tuple[int, int, int],
+    values: Array, palette: str, marked: Array, mark: tuple[int, int, int]
 ) -> bytes:
-    where, table = np.linspace(0, 1, len(anchors)), np.array(anchors, float)
-    ramp = [np.interp(np.linspace(0, 1, 127), where, column) for column in table.T]
-    palette = np.vstack([np.stack(ramp, 1), mark])
-    return png(np.where(marked, np.uint8(127), _shades(values, 127)), palette)
+    anchors = np.array([[*bytes.fromhex(c[1:])] for c in PALETTES[palette]], float)
+    where, shades = np.linspace(0, 1, len(anchors)), np.linspace(0, 1, 127)
+    ramp = [np.interp(shades, where, column) for column in anchors.T]
+    colours = np.vstack([np.stack(ramp, 1), mark])
+    return png(np.where(marked, np.uint8(127), _shades(values, 127)), colours)
 
 
 def _spread(count: int, most: int) -> tuple[int, ...]:
@@ -293,7 +246,7 @@ def _spread(count: int, most: int) -> tuple[int, ...]:
 
 
 def _nearest_axes(geometry: Geometry) -> tuple[list[int], list[int]]:
-    """For each LPS axis the tensor axis nearest to it, and whether it runs along."""
+    """Return of each LPS axis the nearest tensor axis, and its sign along it."""
     direction, d = np.array(geometry.direction), geometry.dimension
     best = max(
         permutations(range(d)),
@@ -306,35 +259,25 @@ def _nearest_axes(geometry: Geometry) -> tuple[list[int], list[int]]:
 def _places(
     geometry: Geometry, axis: int, across: int, numbers: Sequence[int]
 ) -> tuple[str, ...]:
-    """Such as "S 34 mm": of the middle of each slice."""
+    """Return such as "S 34 mm": of the middle of each slice."""
     middle = torch.full((len(numbers), 3), 0.5, dtype=torch.float64)
     middle[:, axis] = torch.tensor(numbers) / (geometry.size[axis] - 1)
-    values: Tensor = apply_affine(geometry.unit_to_physical(), middle)[:, across]
-    return tuple(
-        f"{LETTERS[across][1 if v >= 0 else 0]} {abs(v):.0f} mm"
-        for v in values.tolist()
-    )
+    values = apply_affine(geometry.unit_to_physical(), middle)[:, across]
+    letters = LETTERS[across]
+    return tuple(f"{letters[v >= 0]} {abs(v):.0f} mm" for v in values.tolist())
 
 
 def _tensor_views(geometry: Geometry, slices: int) -> list[View]:
-    d = geometry.dimension
+    d, flipped = geometry.dimension, (False, False)
     if d == 2:
         edges = ("", "axis 1", "", "axis 0")
-        return [View("Image", None, 0, 1, (False, False), edges, (0,), ("",))]
-    found = []
+        return [View("Image", None, 0, 1, flipped, edges, (0,), ("",))]
+    views = []
     for axis in range(d):
         rows, columns = (a for a in range(d) if a != axis)
         numbers = _spread(geometry.size[axis], slices)
-        found.append(
-            View(
-                f"Axis {axis}",
-                axis,
-                rows,
-                columns,
-                (False, False),
-                ("", f"axis {columns}", "", f"axis {rows}"),
-                numbers,
-                tuple(f"voxel {n}" for n in numbers),
-            )
-        )
-    return found
+        edges = ("", f"axis {columns}", "", f"axis {rows}")
+        places = tuple(f"voxel {n}" for n in numbers)
+        name = f"Axis {axis}"
+        views.append(View(name, axis, rows, columns, flipped, edges, numbers, places))
+    return views

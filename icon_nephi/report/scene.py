@@ -17,12 +17,10 @@ from torch import Tensor
 from icon_nephi.io.image_input import place_of, read_input, voxels_of
 from icon_nephi.io.pair_input import as_volume, is_volume
 from icon_nephi.io.resampling import reader
-from icon_nephi.maps.framed import Array
 from icon_nephi.maps.two_way import MOVING_TO_FIXED, Mapping, TwoWay
-from icon_nephi.report import pictures as views
+from icon_nephi.report import pictures
 from icon_nephi.report.expected_error import estimate, scatter, voxel_side
-from icon_nephi.report.pictures import View
-from icon_nephi.space.frames import Geometry, apply_affine
+from icon_nephi.space.frames import Array, Geometry, apply_affine
 from icon_nephi.space.intensities import prepare
 
 PICTURE, MAP, FLAT = 240, 88, 640  # pixels of the longer side; FLAT: of the one of 2D
@@ -70,7 +68,9 @@ class Scene:
         out, into = self.A.unit_to_physical(), self.B.unit_to_physical()
         eye = torch.eye(self.B.dimension + 1, dtype=torch.float64)
         self.start = eye if self.itk else out @ torch.linalg.inv(into)
-        self.apart = self._overlap() < 0.1
+        places = spread_out(self.B.size, into, 1000)
+        shared = 1 - float(self.A.outside(self.before(places)).mean())
+        self.apart = shared < 0.1
         if self.apart:
             affine = two_way.from_fixed(MOVING_TO_FIXED)
             self.start = out @ affine @ torch.linalg.inv(into)
@@ -84,16 +84,12 @@ class Scene:
             self.mask = self.labels("mask_B", mask, self.B)
 
     def before(self, points: Array) -> Array:
-        """Where fixed points lie in the moving image before registration."""
+        """Return where fixed points lie in the moving image before registration."""
         moved: Array = apply_affine(self.start, torch.from_numpy(points)).numpy()
         return moved
 
-    def outside(self, moved: Array) -> Array:
-        """Boolean ``[N]``: points that lie outside the moving image."""
-        return self.A.outside(moved)
-
     def errors(self, points: Array, moved: Array) -> tuple[Array, Array]:
-        """Inverse consistency and expected error of points and where they go."""
+        """Return inverse consistency and expected error of points that go there."""
         missed: Array = np.linalg.norm(self.backward(moved) - points, axis=1)
         apart = None
         if self.others:
@@ -101,16 +97,15 @@ class Scene:
         return missed, estimate(voxel_side(self.B), missed, apart)
 
     def lengths(self, points: Array, place: Geometry) -> Array:
-        """Points as the user gives them, in this frame."""
+        """Return points as the user gives them, in this frame."""
         if self.itk:
             return points
-        whole: Array = apply_affine(
-            place.unit_to_physical(), torch.from_numpy(points)
-        ).numpy()
-        return whole
+        rows = torch.from_numpy(points)
+        scaled: Array = apply_affine(place.unit_to_physical(), rows).numpy()
+        return scaled
 
     def box(self, name: str, image: Any, place: Geometry) -> tuple[Geometry, Tensor]:
-        """Where another image of a space lies: its grid; its unit box -> this frame.
+        """Return the grid of another image of a space; its unit box -> this frame.
 
         Raises:
             TypeError: not an image of the registered kind.
@@ -122,22 +117,16 @@ class Scene:
     def labels(
         self, name: str, image: Any, place: Geometry
     ) -> Callable[[Array], Array]:
-        """Points ``[N, d]`` of a space -> nearest labels ``[N]``, 0 outside."""
-        frame = self.box(name, image, place)[1]
-        values = voxels_of(image)[..., :1]
-        read = reader(values, torch.linalg.inv(frame), "nearest", outside=0)
-        return lambda points: read(points)[:, 0]
-
-    def _overlap(self) -> float:
-        """The share of the fixed image that lies in the moving one before."""
-        points = spread_out(self.B.size, self.B.unit_to_physical(), 1000)
-        return 1 - float(self.outside(self.before(points)).mean())
+        """Return points ``[N, d]`` of a space -> nearest labels ``[N]``, 0 outside."""
+        into = torch.linalg.inv(self.box(name, image, place)[1])
+        label_at = reader(voxels_of(image)[..., :1], into, "nearest", outside=0)
+        return lambda points: label_at(points)[:, 0]
 
 
 def _shown(
     letter: str, image: Any, kind: str | None, place: Geometry
 ) -> Callable[[Array], Array]:
-    """Points ``[N, d]`` -> intensities ``[N]``, 0 black to 1 white, black outside."""
+    """Return points ``[N, d]`` -> intensities ``[N]``, 0 black (outside) to 1 white."""
     if is_volume(image):
         volume = as_volume(f"image_{letter}", image)
         values, place = volume.whole(volume.working())
@@ -145,17 +134,14 @@ def _shown(
         values = read_input(letter, image, None)[0]
     values = prepare(values.cpu(), kind)[0, 0]
     values = values / (_CT if kind == "ct" else 1.0)
-    read = reader(values[..., None].numpy(), place.physical_to_unit(), outside=0)
-    return lambda points: np.clip(read(points)[:, 0], 0, 1)
+    value_at = reader(values[..., None].numpy(), place.physical_to_unit(), outside=0)
+    return lambda points: np.clip(value_at(points)[:, 0], 0, 1)
 
 
 def spread_out(size: Sequence[int], frame: Tensor, count: int) -> Array:
-    """About `count` voxel centres ``[N, d]`` of a grid, evenly spread.
+    """Return about `count` voxel centres ``[N, d]`` of a grid, evenly spread.
 
-    Args:
-        size: voxels per tensor axis.
-        frame: homogeneous matrix, the grid's unit box -> the frame of the points.
-        count: at most.
+    In the frame that the homogeneous matrix takes the grid's unit box to.
     """
     step = int(np.ceil((np.prod(size, dtype=float) / count) ** (1 / len(size))))
     axes = [np.arange(min(step // 2, n - 1), n, step) / (n - 1) for n in size]
@@ -169,8 +155,7 @@ class Layer:
     """One thing to show.
 
     Attributes:
-        key: of the pictures.
-        title: for the choice.
+        key, title: of the pictures, and for the choice.
         caption: what is seen, in a sentence.
         legend: palette ("diverging", "sequential") and the words under its ends and
             middle; None for grey pictures.
@@ -192,7 +177,7 @@ class Scales:
 
 
 def layers_of(scene: Scene, scales: Scales) -> list[Layer]:
-    """What there is to show, in the order of the choice."""
+    """Return what there is to show, in the order of the choice."""
     before = "before registration, where its header puts it"
     if not scene.itk:
         before = "before registration, its box laid on the fixed image's"
@@ -247,23 +232,25 @@ def layers_of(scene: Scene, scales: Scales) -> list[Layer]:
 
 
 def grid_step(scene: Scene) -> float:
-    """Between the lines of the deformed grid: a round number."""
+    """Return the length between the lines of the deformed grid: a round number."""
     least = max(scene.B.extent) / 25
     power = 10.0 ** np.floor(np.log10(least))
     return float(next(power * f for f in (1, 2, 5, 10) if power * f >= least))
 
 
-def draw(scene: Scene, view: View, scales: Scales) -> Iterator[dict[str, bytes]]:
-    """For each slice of a view the PNG of every layer, by key.
+def draw(
+    scene: Scene, view: pictures.View, scales: Scales
+) -> Iterator[dict[str, bytes]]:
+    """Yield for each slice of a view the PNG of every layer, by key.
 
     The maps are evaluated at coarser pixels and the displacement is read between them;
     images are read at every pixel.
     """
     side = FLAT if view.axis is None else PICTURE
-    points = views.pixel_grid(view, scene.B, side)
-    coarse = views.pixel_grid(view, scene.B, MAP)
+    points = pictures.pixel_grid(view, scene.B, side)
+    coarse = pictures.pixel_grid(view, scene.B, MAP)
     d, size, small = points.shape[-1], points.shape[1:3], coarse.shape[1:3]
-    down_right = views.in_plane(view, scene.B) @ scene.start[:d, :d].numpy().T
+    down_right = pictures.in_plane(view, scene.B) @ scene.start[:d, :d].numpy().T
     down_right /= np.linalg.norm(down_right, axis=1, keepdims=True)
     step = grid_step(scene)
     for fine, few in zip(points, coarse, strict=True):
@@ -271,25 +258,27 @@ def draw(scene: Scene, view: View, scales: Scales) -> Iterator[dict[str, bytes]]
         moved = scene.forward(at)
         shift = (moved - scene.before(at)).reshape(1, *small, d)
         begun = scene.before(rows)
-        there = begun + views.resized(shift, size).reshape(-1, d)
+        there = begun + pictures.resized(shift, size).reshape(-1, d)
         determinants = scene.forward.determinants(at).reshape(small)
         missed, error = scene.errors(at, moved)
-        fixed, warped, moving = (
-            values.reshape(size)
-            for values in (scene.fixed(rows), scene.moving(there), scene.moving(begun))
-        )
-        empty = scene.outside(there).reshape(size)
-        lines = views.deformed_grid((there @ down_right.T).reshape(*size, 2), step)
+        shown = scene.fixed(rows), scene.moving(there), scene.moving(begun)
+        fixed, warped, moving = (values.reshape(size) for values in shown)
+        empty = scene.A.outside(there).reshape(size)
+        lines = pictures.deformed_grid((there @ down_right.T).reshape(*size, 2), step)
         folds = ~(determinants > 0)
         growth = np.log2(np.where(folds, 1.0, determinants)) / scales.determinant
         yield {
-            "fixed": views.grey(fixed),
-            "warped": views.grey(warped),
-            "moving": views.grey(moving),
-            "checkerboard": views.grey(views.checkerboard(fixed, warped)),
-            "difference": views.diverging(2 * (warped - fixed), empty, views.NOTHING),
-            "grid": views.lines_on_grey(fixed, lines),
-            "jacobian": views.diverging(growth, folds),
-            "consistency": views.sequential(missed.reshape(small) / scales.consistency),
-            "error": views.sequential(error.reshape(small) / scales.error),
+            "fixed": pictures.grey(fixed),
+            "warped": pictures.grey(warped),
+            "moving": pictures.grey(moving),
+            "checkerboard": pictures.grey(pictures.checkerboard(fixed, warped)),
+            "difference": pictures.diverging(
+                2 * (warped - fixed), empty, pictures.NOTHING
+            ),
+            "grid": pictures.lines_on_grey(fixed, lines),
+            "jacobian": pictures.diverging(growth, folds),
+            "consistency": pictures.sequential(
+                missed.reshape(small) / scales.consistency
+            ),
+            "error": pictures.sequential(error.reshape(small) / scales.error),
         }

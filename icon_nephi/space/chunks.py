@@ -1,8 +1,8 @@
 """Images too large to hold, read at samples: only the chunks around them are in memory.
 
-A `ChunkedImage` is a `Readable`: it stands where the losses take an
-image ``[1, 1, *grid]``, and is read at ICON-frame coordinates of the whole image,
-whichever level it is of.
+A `ChunkedImage` is a `Readable`: it stands where the losses take an image
+``[1, 1, *grid]``, and is read at ICON-frame coordinates of the whole image, whichever
+level it is of.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from icon_nephi.space.frames import Array as Array
 from icon_nephi.space.frames import Geometry, from_rows, to_rows
 from icon_nephi.space.sampling import draw_points
 
 CHUNK = 64  # voxels a side, where a file or an array has no chunks of its own
 
-Array: TypeAlias = npt.NDArray[Any]
 Box: TypeAlias = tuple[slice, ...]
 
 
@@ -127,14 +127,8 @@ class ChunkCache:
                 min(b.stop, s + c, n)
                 for b, s, c, n in zip(box, start, self.chunk, self.shape, strict=True)
             ]
-            ends = list(zip(first, last, strict=True))
-            into = tuple(
-                slice(i - b.start, j - b.start)
-                for (i, j), b in zip(ends, box, strict=True)
-            )
-            out = tuple(
-                slice(i - s, j - s) for (i, j), s in zip(ends, start, strict=True)
-            )
+            into = _box_from([b.start for b in box], first, last)
+            out = _box_from(start, first, last)
             with self._lock:
                 self._hold(np.array([number]))
                 result[into] = self._data[self._slot[number]][out]
@@ -207,6 +201,12 @@ class ChunkCache:
                 for p, c, n in zip(piles, self.chunk, self.shape, strict=True)
             )
         )
+
+
+def _box_from(corner: list[int], first: list[int], last: list[int]) -> Box:
+    """The box between two ends, counted from a corner."""
+    ends = zip(corner, first, last, strict=True)
+    return tuple(slice(low - c, high - c) for c, low, high in ends)
 
 
 @dataclass(frozen=True)
@@ -290,7 +290,7 @@ class ChunkedImage:
         """Intensities ``[1, 1, *any]`` at ICON-frame coordinates ``[1, d, *any]``.
 
         Multilinear, outside the level the nearest border value; differentiable by the
-        coordinates. As `icon_nephi.space.frames.sample_image` of all of the level.
+        coordinates. As `icon_nephi.space.images.sample_image` of all of the level.
         """
         rows = to_rows(coordinates)
         last = torch.tensor(self.cache.shape).to(rows) - 1
@@ -311,15 +311,9 @@ class ChunkedImage:
     ) -> Tensor:
         """Random rows ``[1, N, d]`` in the cells of ``focus``, else in the mask."""
         if self.focus is None or not len(self.focus):
-            return draw_points(
-                count,
-                1,
-                len(self.cache.shape),
-                mask=mask,
-                generator=generator,
-                dtype=self.dtype,
-                device=self.device,
-            )
+            kind: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
+            d = len(self.cache.shape)
+            return draw_points(count, 1, d, mask=mask, generator=generator, **kind)
         chosen = torch.randint(len(self.focus), (count,), generator=generator)
         jitter = torch.rand(count, len(self.cell), generator=generator) - 0.5
         rows = self.focus[chosen] + jitter * self.cell

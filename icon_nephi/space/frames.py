@@ -81,15 +81,11 @@ def outside_grid(index: Array, size: Sequence[int]) -> Array:
     """Return a boolean ``[N]``: which places lie beyond the voxels of a grid.
 
     A voxel reaches half a step to every side of its centre; a place on its face, or
-    beyond that by rounding, is not outside.
-
-    Args:
-        index: ``[N, d]`` in voxels per tensor axis, 0 at the first centre.
-        size: voxels per tensor axis.
+    beyond that by rounding, is not outside. The places are ``[N, d]``, in voxels per
+    tensor axis from the first centre.
     """
     last = np.array(size) - 0.5
-    far: Array = (index < -0.5 - EDGE) | (index > last + EDGE)
-    return np.asarray(far.any(1))
+    return np.asarray(((index < -0.5 - EDGE) | (index > last + EDGE)).any(1))
 
 
 def other_order(values: Iterable[T]) -> tuple[T, ...]:
@@ -122,12 +118,10 @@ class Geometry:
     def unit(size: Sequence[int]) -> Geometry:
         """A geometry whose physical frame is the ICON frame (axes reversed)."""
         dimension = len(size)
-        return Geometry(
-            size=tuple(int(n) for n in size),
-            spacing=tuple(1.0 / (n - 1) for n in other_order(size)),
-            origin=(0.0,) * dimension,
-            direction=tuple(map(tuple, np.eye(dimension).tolist())),
-        )
+        spacing = tuple(1.0 / (n - 1) for n in other_order(size))
+        direction = tuple(map(tuple, np.eye(dimension).tolist()))
+        whole = tuple(int(n) for n in size)
+        return Geometry(whole, spacing, (0.0,) * dimension, direction)
 
     @property
     def dimension(self) -> int:
@@ -137,9 +131,8 @@ class Geometry:
     @property
     def extent(self) -> tuple[float, ...]:
         """Millimetres from the first to the last voxel centre, per tensor axis."""
-        return tuple(
-            (n - 1) * s for n, s in zip(self.size, self.tensor_spacing, strict=True)
-        )
+        steps = zip(self.size, self.tensor_spacing, strict=True)
+        return tuple((n - 1) * spacing for n, spacing in steps)
 
     @property
     def tensor_spacing(self) -> tuple[float, ...]:
@@ -159,12 +152,8 @@ class Geometry:
         old = np.array(self.spacing)
         new = old * self.itk_size / np.array(other_order(size))
         origin = self.origin + np.array(self.direction) @ ((new - old) / 2)
-        return Geometry(
-            size=tuple(int(n) for n in size),
-            spacing=tuple(new.tolist()),
-            origin=tuple(origin.tolist()),
-            direction=self.direction,
-        )
+        frame = tuple(new.tolist()), tuple(origin.tolist()), self.direction
+        return Geometry(tuple(int(n) for n in size), *frame)
 
     def unit_to_physical(self) -> Tensor:
         """``[d + 1, d + 1]`` float64: homogeneous ICON frame -> LPS millimetres."""
@@ -184,10 +173,9 @@ class Geometry:
         return inverse
 
     def outside(self, points: Array) -> Array:
-        """Return a boolean ``[N]``: which points lie beyond the image's voxels.
+        """Return a boolean ``[N]``: which points ``[N, d]`` lie beyond the voxels.
 
-        Args:
-            points: ``[N, d]`` float64, physical frame.
+        They are float64, in the physical frame.
         """
         unit = apply_affine(self.physical_to_unit(), torch.from_numpy(points)).numpy()
         return outside_grid(unit * (np.array(self.size) - 1.0), self.size)

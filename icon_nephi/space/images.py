@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -47,15 +47,9 @@ class WholeImage:
         self, count: int, mask: Tensor | None, generator: torch.Generator | None
     ) -> Tensor:
         """Random rows ``[B, N, d]`` in the unit box or the mask, see `draw_points`."""
-        return draw_points(
-            count,
-            self.shape[0],
-            len(self.shape) - 2,
-            mask=mask,
-            generator=generator,
-            dtype=self.values.dtype,
-            device=self.values.device,
-        )
+        size, values = (count, self.shape[0], len(self.shape) - 2), self.values
+        kind: dict[str, Any] = {"dtype": values.dtype, "device": values.device}
+        return draw_points(*size, mask=mask, generator=generator, **kind)
 
 
 def readable(image: Image) -> Readable:
@@ -75,13 +69,13 @@ def gaussian_blur(image: Tensor, sigma: Sequence[float]) -> Tensor:
         pads = [0, 0] * (len(sigma) - 1 - axis) + [reach, reach] + [0, 0] * axis
         padded = F.pad(image, pads, mode="replicate")
         # Sums of shifted views: three times quicker than conv1d on one channel.
-        parts = [
-            padded.narrow(2 + axis, i, image.shape[2 + axis]) for i in range(len(x))
-        ]
-        weights = (kernel / kernel.sum()).tolist()
-        image = parts[0] * weights[0]
-        for part, weight in zip(parts[1:], weights[1:], strict=True):
-            image.add_(part, alpha=weight)
+        count, (first, *weights) = (
+            image.shape[2 + axis],
+            (kernel / kernel.sum()).tolist(),
+        )
+        image = padded.narrow(2 + axis, 0, count) * first
+        for start, weight in enumerate(weights, 1):
+            image.add_(padded.narrow(2 + axis, start, count), alpha=weight)
     return image
 
 
@@ -104,14 +98,10 @@ def sample_image(image: Tensor, coordinates: Tensor, mode: str = "bilinear") -> 
 
 
 def resize_image(image: Tensor, size: Sequence[int], mode: str = "linear") -> Tensor:
-    """``[B, C, *size]``: other voxels in the same box, as `Geometry.resized`.
+    """``[B, C, *size]`` of ``[B, C, *grid]``: other voxels, as `Geometry.resized`.
 
-    Args:
-        image: ``[B, C, *grid]``.
-        size: voxels per tensor axis.
-        mode: ``"linear"`` or ``"nearest"``.
+    The mode is ``"linear"`` or ``"nearest"``.
     """
-    if mode == "nearest":
-        return F.interpolate(image, size=tuple(size), mode="nearest")
-    kind = "bilinear" if len(size) == 2 else "trilinear"
-    return F.interpolate(image, size=tuple(size), mode=kind, align_corners=False)
+    if mode == "linear":
+        mode = "bilinear" if len(size) == 2 else "trilinear"
+    return F.interpolate(image, size=tuple(size), mode=mode)

@@ -1,13 +1,18 @@
-"""Intensities by modality: what comes out is about [0, 1], float32."""
+"""One image ready to be fitted: intensities by modality, noise, lost slices."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from icon_nephi.space.chunks import ChunkedImage
+from icon_nephi.space.frames import Geometry
 
 MODALITIES = (None, "ct", "mri")
 # Lung detail to soft tissue on one scale: a thousandth is one Hounsfield unit.
@@ -51,9 +56,8 @@ def find_scale(
     share = 0.01 if modality == "mri" else 0.001
     flat = image.transpose(0, 1).flatten(1)
     flat = flat[:, :: max(1, flat.shape[1] // _VOXELS)]
-    ends = torch.quantile(
-        flat, torch.tensor([share, 1 - share], device=image.device), dim=1
-    )
+    shares = torch.tensor([share, 1 - share], device=image.device)
+    ends = torch.quantile(flat, shares, dim=1)
     shape = (1, -1, *(1,) * (image.dim() - 2))
     bottom, top = (end.reshape(shape) for end in ends)
     # A mostly empty image can have equal quantiles; its extremes always differ.
@@ -116,9 +120,64 @@ def fill_missing(image: Tensor) -> Tensor:
         pairs = torch.stack([slices[low], slices[high]]).flatten(2)
         pairs = F.normalize(pairs - pairs.mean(2, keepdim=True), dim=2)
         alike = pairs.prod(0).sum(1) > 0.5
-        share = (
-            ((gone - low) / (high - low)).to(image).view(-1, *(1,) * (image.dim() - 1))
-        )
+        share = ((gone - low) / (high - low)).to(image)
+        share = share.view(-1, *(1,) * (image.dim() - 1))
         slices[gone[alike]] = torch.lerp(slices[low], slices[high], share)[alike]
         image = slices.movedim(0, axis).contiguous()
     return image
+
+
+def check_intensities(name: str, image: Tensor) -> None:
+    """Raise a ValueError unless intensities are finite and not all the same."""
+    bad = int((~image.isfinite()).sum())
+    if bad:
+        raise ValueError(
+            f"{name} has {bad} NaN or infinite voxels; replace them before registering"
+        )
+    if image.numel() and bool(image.max() == image.min()):
+        raise ValueError(
+            f"{name} is constant ({float(image.flatten()[0]):g} everywhere): there is "
+            "nothing to align; check that the right file was read"
+        )
+
+
+@dataclass(frozen=True)
+class PreparedImage:
+    """One image as a fit takes it, with all that is known of it; see `of`.
+
+    Attributes:
+        values: ``[1, C, *grid]``, about [0, 1]: `prepare`, then `fill_missing`.
+        place: where that grid lies.
+        noise: standard deviation of the noise, see `noise`.
+        gaps: slices between others that stayed empty.
+        whole: where the finest level lies; ``place`` unless it is read in parts.
+        finer: levels finer than ``values``, coarse to fine, over the same unit box.
+        mask: ``[1, 1, *grid]``, where it is to be matched; None: wherever it can be.
+        labels: label map ``[1, 1, *any]`` over its box, int64.
+        modality: one of `MODALITIES`.
+        placed: points are LPS millimetres, as they are of all but tensors.
+    """
+
+    values: Tensor
+    place: Geometry
+    noise: float
+    gaps: int
+    whole: Geometry
+    finer: Sequence[ChunkedImage] = ()
+    mask: Tensor | None = None
+    labels: Tensor | None = None
+    modality: str | None = None
+    placed: bool = False
+
+    @classmethod
+    def of(
+        cls, values: Tensor, place: Geometry, whole: Geometry | None = None, **rest: Any
+    ) -> PreparedImage:
+        """The image of scaled intensities, see `prepare`; lost slices are filled in.
+
+        ``whole`` is ``place`` unless it is told; the rest are the attributes after it.
+        """
+        values = fill_missing(values)
+        axes = range(2, values.dim())
+        gaps = sum(len(missing_slices(values, axis)) for axis in axes)
+        return cls(values, place, noise(values), gaps, whole or place, **rest)

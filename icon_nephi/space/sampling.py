@@ -78,34 +78,23 @@ def draw_points(
 ) -> Tensor:
     """Random rows ``[B, N, d]`` in the unit box (or in the mask), ICON frame.
 
-    Args:
-        count: N.
-        batch: B; every item gets its own points.
-        dimension: d.
-        mask: ``[B or 1, 1, *grid]``; points are uniform over the voxels above zero,
-            and within each over its cell.
-        generator: the source of randomness (its device decides where numbers are
-            drawn; they are then moved).
-        dtype: of the points.
-        device: of the points.
+    N is the count, and every item of the batch gets its own points. In a mask
+    ``[B or 1, 1, *grid]`` they are uniform over the voxels above zero, and within each
+    over its cell. Numbers are drawn on the generator's device, then moved to the other.
 
     Raises:
         ValueError: a mask without a voxel above zero.
     """
     source = generator.device if generator is not None else device
+    shape = (batch, count, dimension)
     if mask is None:
-        shape = (batch, count, dimension)
-        return torch.rand(shape, generator=generator, device=source, dtype=dtype).to(
-            device
-        )
-    drawn = [
-        _draw_in_mask(mask[min(b, mask.shape[0] - 1), 0], count, generator, source)
-        for b in range(batch)
-    ]
+        rows = torch.rand(shape, generator=generator, device=source, dtype=dtype)
+        return rows.to(device)
+    rows = torch.zeros(shape, device=source, dtype=torch.float64)
+    for number, item in enumerate(rows):
+        grid = mask[min(number, len(mask) - 1), 0]
+        item.copy_(_draw_in_mask(grid, count, generator, source))
     size = torch.tensor(mask.shape[2:], device=source, dtype=torch.float64)
-    rows = (
-        torch.stack(drawn) if drawn else torch.zeros(0, count, dimension, device=source)
-    )
     return (rows / (size - 1)).clamp(0, 1).to(device=device, dtype=dtype)
 
 
@@ -117,21 +106,21 @@ def _draw_in_mask(
 ) -> Tensor:
     """Voxel coordinates ``[N, d]`` of uniform draws where a grid is above zero."""
     size = torch.tensor(mask.shape, device=source, dtype=torch.float64)
-    kept: list[Tensor] = []
+    hits: list[Tensor] = []
     missing = count
+
+    def uniform(number: int) -> Tensor:
+        shape = (number, mask.dim())
+        return torch.rand(shape, generator=generator, device=source, dtype=size.dtype)
+
     for _ in range(_ROUNDS):
-        shape = (2 * count, mask.dim())
-        x = torch.rand(shape, generator=generator, device=source, dtype=torch.float64)
-        x = x * size - 0.5
+        x = uniform(2 * count) * size - 0.5
         voxel = x.round().clamp(min=0).minimum(size - 1).long().to(mask.device)
-        good = x[(mask[tuple(voxel.unbind(1))] > 0).to(x.device)][:missing]
-        kept.append(good)
-        missing -= len(good)
+        hits.append(x[(mask[tuple(voxel.unbind(1))] > 0).to(x.device)][:missing])
+        missing -= len(hits[-1])
         if missing == 0:
-            return torch.cat(kept)
+            return torch.cat(hits)
     check_mask("mask", mask[None, None], mask.shape)
-    voxels = (mask > 0).nonzero().to(device=source, dtype=torch.float64)
+    voxels = (mask > 0).nonzero().to(size)
     chosen = torch.randint(len(voxels), (missing,), generator=generator, device=source)
-    shape = (missing, mask.dim())
-    jitter = torch.rand(shape, generator=generator, device=source, dtype=torch.float64)
-    return torch.cat([*kept, voxels[chosen] + jitter - 0.5])
+    return torch.cat([*hits, voxels[chosen] + uniform(missing) - 0.5])

@@ -97,7 +97,7 @@ def test_processes_share_the_pairs(folder, monkeypatch):
 def test_names_are_numbers_where_none_are_given(folder):
     path = folder.path / "pairs.csv"
     path.write_text("fixed,moving\nfixed.nrrd,moving.nrrd\n")
-    (row,) = batch.read_pairs(path, ("ct",))
+    (row,) = batch.read_pairs(path)
     assert row["name"] == "pair_001"
     assert row["fixed"] == folder.path / "fixed.nrrd"
 

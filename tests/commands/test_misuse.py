@@ -9,7 +9,6 @@ import pytest
 
 from icon_nephi import cli
 from icon_nephi.io import itk_images
-from icon_nephi.registration import itk_pair as itk_maps
 from icon_nephi.registration.result import Registration
 from tests.commands.command_files import (
     PLACE_B,
@@ -245,7 +244,7 @@ def test_a_full_disk(writer, kind, folder, monkeypatch, capfd):
             pytest.skip("only ITK says so")
         monkeypatch.setattr(Registration, "save", full)
     else:
-        monkeypatch.setattr(itk_maps.itk, writer, full, raising=False)
+        monkeypatch.setattr(itk, writer, full)
     words = "No space left" if kind is OSError else "disk"
     refused(cli.register, [*pair(**EVERYTHING), "--quiet"], words, folder.path, capfd)
     assert not list((folder.path / "out").iterdir())

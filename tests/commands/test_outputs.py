@@ -122,9 +122,9 @@ def test_the_summary_holds_every_number(folder, capsys):
 
 
 def test_a_summary_looks_at_so_many_voxels_at_most():
-    every = measure.summary(result())
+    every = measure.summarize_result(result())
     assert every["voxels_measured"] == np.prod(PLACE_A.size) + np.prod(PLACE_B.size)
-    some = measure.summary(result(), most=600)
+    some = measure.summarize_result(result(), most=600)
     assert 300 < some["voxels_measured"] < 1200
     for key in ("displacement_mm", "inverse_consistency_mm"):
         assert some[key]["median"] == pytest.approx(every[key]["median"], rel=0.2)
@@ -165,7 +165,7 @@ def test_labels_are_scored_as_they_are_written():
         itk_images.image_of(generator.integers(1, 3, p.size).astype(np.uint8), p)
         for p in (PLACE_B, PLACE_A)
     ]
-    found = measure.label_scores(ours, *maps)["after"]["labels"]
+    found = measure.score_labels(ours, *maps)["after"]["labels"]
     there, here = (
         itk_images.array_of(image)
         for image in (maps[0], ours.warp_labels(maps[1], maps[0]))

@@ -1,6 +1,7 @@
 """The affine start: a known movement is found again."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from icon_nephi.fit.affine import (
     search,
     voxel_stride,
 )
+from icon_nephi.fit.optimize import FitOptions
 from icon_nephi.space.frames import Geometry, apply_affine, identity_map, to_rows
 
 GRID = {2: (40, 34), 3: (20, 18, 22)}
@@ -164,3 +166,49 @@ def test_unit_boxes_carry_the_same_map(dimension):
 def test_a_stride_is_in_voxels_of_each_tensor_axis():
     of = geometry((10, 10, 10), (0.5, 2.0, 8.0), (0.0, 0.0, 0.0))
     assert voxel_stride(4.0, of) == pytest.approx((1.0, 2.0, 8.0))
+
+
+class Clock:
+    """A limit of so many seconds, of which every look at the clock takes one."""
+
+    def __init__(self, monkeypatch, limit):
+        self.now = 0.0
+        monkeypatch.setattr(time, "monotonic", self.tick)
+        self.options = FitOptions(progress=False, time_limit=limit)
+
+    def tick(self):
+        self.now += 1
+        return self.now
+
+
+@pytest.mark.parametrize(("limit", "share"), [(0.5, 1.001), (4, 1.001), (1000, 0.6)])
+def test_a_search_ends_with_its_time_at_the_best_so_far(
+    limit, share, generator, monkeypatch
+):
+    """Never at a worse map than the better of the starts."""
+    image_A, image_B, of_A, of_B, expected = pair(2)
+    far, start = (torch.eye(3, dtype=torch.float64) for _ in range(2))
+    far[:2, 2] = 70.0
+    clock = Clock(monkeypatch, limit)
+    options = {"angles": (-10.0, 0.0, 10.0), "count": 1500, "generator": generator}
+    images = (image_A, image_B, of_A, of_B)
+    near = search(*images, [far, start], **options, options=clock.options)
+    assert clock.now < limit + 6  # one look for each of three rounds, and one to begin
+    assert error(near, expected, of_B) < share * error(start, expected, of_B)
+
+
+@pytest.mark.parametrize("limit", [0.5, 5])
+def test_a_refinement_ends_with_its_time(limit, generator, monkeypatch):
+    image_A, image_B, of_A, of_B, _ = pair(2)
+    start = torch.eye(3, dtype=torch.float64)
+    clock = Clock(monkeypatch, limit)
+    matrix = refine(
+        *(image_A, image_B, of_A, of_B, start),
+        strides=(9.0, 5.0),
+        steps=50,
+        count=30,
+        generator=generator,
+        options=clock.options,
+    )
+    assert clock.now <= limit + 2
+    assert torch.equal(matrix, start) == (limit < 1)

@@ -13,7 +13,7 @@ from icon_nephi.fit.steps import make_steps
 from icon_nephi.maps.networks import AffinePair
 from icon_nephi.phantoms import triangles_and_circles
 from icon_nephi.space.frames import Geometry
-from icon_nephi.space.prepared import PreparedImage
+from icon_nephi.space.intensities import PreparedImage
 from tests.small_fits import fit_tensors
 
 QUICK = replace(

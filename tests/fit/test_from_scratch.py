@@ -8,7 +8,7 @@ import torch
 
 from icon_nephi.fields import make_field
 from icon_nephi.fit import from_scratch as fitting
-from icon_nephi.fit.content import Images
+from icon_nephi.fit.content import ImagePair
 from icon_nephi.fit.settings import CT, DETAIL, GRID, PRESETS, SIREN, find_settings
 from icon_nephi.losses.features import FeatureDifference
 from icon_nephi.losses.regularity import guarded_term
@@ -23,7 +23,7 @@ from icon_nephi.report.metrics import dice
 from icon_nephi.space.chunks import ChunkedImage
 from icon_nephi.space.frames import identity_map, points_as_grid
 from icon_nephi.space.images import sample_image
-from icon_nephi.space.prepared import PreparedImage
+from icon_nephi.space.intensities import PreparedImage
 from icon_nephi.space.sampling import Patches
 from tests.fit.small_runs import PLACE, SMALL
 from tests.small_fits import fit_tensors
@@ -271,9 +271,9 @@ def test_volumes_are_in_millimetres():
     near = replace(PLACE, spacing=(1.0, 1.0))
     image, _ = hidden()
     fixed = PreparedImage.of(image, PLACE)
-    assert Images(PreparedImage.of(image, near), fixed).volumes == 0.25
+    assert ImagePair(PreparedImage.of(image, near), fixed).volumes == 0.25
     mirror = replace(PLACE, direction=((-1.0, 0.0), (0.0, 1.0)))
-    assert Images(PreparedImage.of(image, mirror), fixed).volumes == -1
+    assert ImagePair(PreparedImage.of(image, mirror), fixed).volumes == -1
 
 
 def test_all_of_a_fit_shares_one_limit_of_time(shapes, monkeypatch):
@@ -288,8 +288,8 @@ def test_all_of_a_fit_shares_one_limit_of_time(shapes, monkeypatch):
     finer = [{"finer": [ChunkedImage.of(image[None])]} for image in shapes[0]]
     images = (*shapes[0].split(1), PLACE, PLACE)
     known = {"of_A": finer[0], "of_B": finer[1]}
-    # A step of each fit is past the limit, and so may the search for a start be.
-    for affine, most in ((False, 40), (True, 240)):
+    # A step of each fit is past the limit, and one of the search for a start.
+    for affine, most in ((False, 40), (True, 50)):
         begin = clock[0]
         choices = {"field": SMALL, "similarity": a_second, "affine": affine}
         fit_tensors(*images, **known, **choices, time_limit=30)

@@ -5,13 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from icon_nephi.fit.content import coarser
 from icon_nephi.fit.settings import GRID
 from icon_nephi.losses.features import FeatureDifference, with_features
 from icon_nephi.losses.similarities import PatchNCC
 from icon_nephi.phantoms import triangles_and_circles
 from icon_nephi.space.frames import Geometry, identity_map
 from icon_nephi.space.images import gaussian_blur, sample_image
-from icon_nephi.space.prepared import PreparedImage, coarser
+from icon_nephi.space.intensities import PreparedImage
 from tests.small_fits import fit_tensors
 
 SHAPES = {2: (24, 30), 3: (14, 16, 15)}

@@ -9,7 +9,7 @@ import torch
 from icon_nephi import GradientICONPoints, LatentMLP, NePhi, Patches, Points, register
 from icon_nephi.fields.codes import LatentCodeTable
 from icon_nephi.fit.affine import find_affine
-from icon_nephi.fit.content import Images
+from icon_nephi.fit.content import ImagePair
 from icon_nephi.fit.settings import GRID
 from icon_nephi.io.image_input import voxel_geometry
 from icon_nephi.losses.features import FeaturesAlone, with_features
@@ -21,7 +21,7 @@ from icon_nephi.losses.similarities import (
 )
 from icon_nephi.phantoms import breathing_thorax, triangles_and_circles
 from icon_nephi.space.images import gaussian_blur
-from icon_nephi.space.prepared import PreparedImage
+from icon_nephi.space.intensities import PreparedImage
 from tests.small_fits import fit_tensors
 
 QUICK = replace(GRID, steps=8, patches=30, regularity_points=20, grids=(5, 9, 13))
@@ -248,7 +248,7 @@ def test_an_affine_start_is_found_with_two_channels(name):
     fixed = 0.9 * (1 - moving) ** 2 if find_similarity(name).contrast else moving
     near = voxel_geometry((40, 40))
     far = replace(near, origin=(500.0, -300.0))
-    images = Images(PreparedImage.of(moving, far), PreparedImage.of(fixed, near))
+    images = ImagePair(PreparedImage.of(moving, far), PreparedImage.of(fixed, near))
     generator = torch.Generator().manual_seed(0)
     matrix = find_affine(images, find_similarity(name), generator)
     centre = torch.tensor([19.5, 19.5, 1.0], dtype=torch.float64)

@@ -168,7 +168,7 @@ def test_images_that_headers_put_apart_are_shown_after_the_affine_start():
     assert scene.apart
     middle = result.geometry_B.unit_to_physical().numpy()
     centre = (middle[:3, :3] @ np.full(3, 0.5) + middle[:3, 3])[None]
-    assert not scene.outside(scene.before(centre)).any()
+    assert not scene.A.outside(scene.before(centre)).any()
     assert not layers.Scene(result).apart
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from evaluation import geometry, to_index
 from evaluation.accuracy import kill_trials, robustness
-from evaluation.accuracy.robustness import AS_IT_IS, PERTURBATIONS, phantom
+from evaluation.accuracy.perturbations import PERTURBATIONS
+from evaluation.accuracy.robustness import AS_IT_IS, phantom
 from icon_nephi.io.atomic import written_whole
 from icon_nephi.io.itk_images import array_of
 

@@ -16,8 +16,7 @@ import torch
 
 from icon_nephi import _memory as memory
 from icon_nephi import cli, load, register
-from icon_nephi.commands import cases
-from icon_nephi.commands import info as describe
+from icon_nephi.commands import cases, info
 from icon_nephi.commands import register as runs
 from icon_nephi.fit.optimize import FitOptions
 from icon_nephi.io import atomic, itk_images
@@ -25,7 +24,6 @@ from icon_nephi.io import blocks as block_files
 from icon_nephi.losses.gradient_icon import GradientICONPoints
 from icon_nephi.maps.transforms import NeuralTransform
 from icon_nephi.phantoms import triangles_and_circles
-from icon_nephi.registration import itk_pair as itk_maps
 from icon_nephi.registration import register as registration
 from icon_nephi.registration import streaming
 from icon_nephi.space.chunks import ChunkedImage
@@ -159,7 +157,7 @@ def test_a_stopped_registration_writes_nothing(folder, monkeypatch, capfd, place
     module, name = {
         "read": (itk_images, "read_image"),
         "fit": (registration, "fit_pair"),
-        "write": (itk_maps.itk, "transformwrite"),
+        "write": (itk, "transformwrite"),
     }[place]
     monkeypatch.setattr(module, name, press)
     outputs = {"transform_out": "out/t.hdf5", "save": "out/p.nephi"}
@@ -173,9 +171,9 @@ def test_the_other_commands_stop_so_too(folder, monkeypatch, capfd, name):
     result().save("pair.nephi")
     start = ["--transform", "pair.nephi", "--out", "out/o.nrrd"]
     module, function, flags = {
-        "warp": (itk_maps.itk, "imwrite", [*start, "--image", "moving.nrrd"]),
-        "jacobian": (itk_maps.itk, "imwrite", start),
-        "info": (describe, "describe", ["pair.nephi"]),
+        "warp": (itk, "imwrite", [*start, "--image", "moving.nrrd"]),
+        "jacobian": (itk, "imwrite", start),
+        "info": (info, "describe", ["pair.nephi"]),
         "compare": (cases, "find_cases", ["--data", ".", "--out", "out/c.csv"]),
     }[name]
     monkeypatch.setattr(module, function, press)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import icon_nephi
 from tests.whole.readers import (
     among,
     calls,
@@ -55,6 +56,11 @@ ALL_FILES = [
     path
     for folder in ("icon_nephi", "evaluation", "training", "tests")
     for path in sorted((ROOT / folder).glob("**/*.py"))
+]
+SCRIPTS = [
+    path
+    for path in ALL_FILES
+    if path.parts[len(ROOT.parts)] in ("evaluation", "training")
 ]
 TESTS = sorted((ROOT / "tests").glob("**/*.py"))
 
@@ -142,6 +148,121 @@ def test_itk_is_known_where_it_is_expected(path):
 @named(ALL_FILES)
 def test_fragile_modules_are_imported_only_where_they_are_used(path):
     assert not among(imported(read(path), into_functions=False), NOT_AT_TOP)
+
+
+# What scripts may use beside what `icon_nephi` exports and its doors.
+PUBLIC = {
+    *("models", "swap", "itk_wrapper", "pretrained_models", "phantoms", "cli"),
+    "report.metrics",
+}
+# What a script uses beyond, and why.
+TENSORS = "images and maps as tensors"
+RIVALS = "nephi-compare's methods and rows, with more methods and rows"
+INNER = {
+    "evaluation": (
+        "_memory commands.cases io.atomic io.itk_images io.versions maps.two_way",
+        "what most scripts need, in one place: cases, files, voxels, memory",
+    ),
+    "evaluation.accuracy.compare_voxel": (
+        "commands.compare commands.methods commands.text",
+        RIVALS,
+    ),
+    "evaluation.accuracy.kill_trials": (
+        "fields fit.settings fit.unfold io.itk_transforms io.nephi space.frames",
+        "kills what writes, and makes fits that take no time",
+    ),
+    "evaluation.accuracy.pairs": ("commands.cases io.points", "reads known cases"),
+    "evaluation.accuracy.peers": ("report.measure", "counts folds as the report does"),
+    "evaluation.accuracy.residual_on_voxel": (
+        "fit.optimize fit.settings io.image_input losses.regularity "
+        "losses.similarities space.intensities",
+        "the fit of a voxel field with the package's own loop",
+    ),
+    "evaluation.accuracy.robustness": (
+        "fit.doubts fit.settings",
+        "judges the doubts by their evidence, with today's thresholds",
+    ),
+    "evaluation.accuracy.trust": (
+        "io.image_input io.resampling report.expected_error space.intensities",
+        "fits the weights of the expected error",
+    ),
+    "evaluation.accuracy.voxel": (
+        "commands.methods fit.refine io.image_input losses.regularity maps.networks "
+        "space.images",
+        RIVALS,
+    ),
+    "evaluation.speed.bench_core": (
+        "core core.arrays fields fields.codes fields.compiled fit.compiled "
+        "fit.settings losses.features losses.gradient_icon losses.regularity "
+        "losses.similarities maps.networks maps.transforms space.images "
+        "space.sampling",
+        "times the pieces of the core, each beside its reference",
+    ),
+    "evaluation.paper.dirlab": (
+        "commands.cases io.itk_transforms registration.itk_pair",
+        "reads cases, and transforms of other programs",
+    ),
+    "evaluation.paper.latent_interpolation": (
+        "maps.jacobians space.frames space.images",
+        TENSORS,
+    ),
+    "evaluation.paper.shapes": (
+        "fit.optimize fit.settings losses.regularity",
+        "looks into a fit while it runs, under other regularisers",
+    ),
+    "evaluation.paper.table1_pairs": (
+        "commands.compare commands.methods commands.text io.itk_images report.measure",
+        RIVALS,
+    ),
+    "evaluation.paper.table2_learned": ("space.intensities", TENSORS),
+    "evaluation.speed.bench": (
+        "commands.batch commands.compare losses.similarities",
+        "a process for each row, a table of them, a loss to time",
+    ),
+    "evaluation.speed.bench_export": (
+        "commands.methods fit.settings maps.framed space.frames",
+        "times an inner room: maps.framed",
+    ),
+    "evaluation.speed.bench_field": ("fields", "times an inner room: fields"),
+    "evaluation.speed.bench_instance": ("space.intensities", TENSORS),
+    "evaluation.speed.bench_regularizer": ("space.frames", TENSORS),
+    "evaluation.speed.bench_scaling": (
+        "fit.settings losses.similarities",
+        "times a step of a fit that grows",
+    ),
+    "evaluation.speed.memory_vs_resolution": (
+        "commands.methods fit.refine io.image_input",
+        "measures the refinement of tensors",
+    ),
+    "training.data": ("io.atomic space.frames space.images", TENSORS),
+    "training.judge": ("maps.jacobians space.frames space.images", TENSORS),
+    "training.loop": ("io.atomic space.images", TENSORS),
+    "training.networks": ("losses.similarities", "a similarity of blocks"),
+    "training.train_brain": ("space.intensities", TENSORS),
+    "training.train_hippocampus": ("space.intensities", TENSORS),
+    "training.train_lung": ("space.frames", TENSORS),
+}
+
+
+def inner_rooms(source):
+    """The rooms that a script uses beyond what is public."""
+    rooms = set()
+    for name in imported(source):
+        room = room_in(name)
+        own = name.removeprefix("icon_nephi.")
+        exported = own in (*icon_nephi.__all__, "icon_nephi", "report.write_report")
+        if room is not None and room not in PUBLIC | DOORS and not exported:
+            rooms.add(room)
+    return rooms
+
+
+@named(SCRIPTS)
+def test_scripts_use_public_names(path):
+    script = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    rooms, _ = INNER.get(script.removesuffix(".__init__"), ("", ""))
+    assert inner_rooms(read(path)) == set(rooms.split()), "INNER has to say so"
+    names = [n for n in imported(read(path)) if room_in(n) is not None]
+    assert not [n for n in names if n.rpartition(".")[2].startswith("_")]
 
 
 def loaded_by(statement):
@@ -271,6 +392,11 @@ def test_the_reader_of_imports_sees(source, rooms):
 
 
 def test_the_readers_see_what_they_forbid():
+    assert not inner_rooms("import icon_nephi.models\nfrom icon_nephi import load")
+    assert inner_rooms("from icon_nephi.io import nephi, points as p") == {
+        *("io.nephi", "io.points")
+    }
+    assert inner_rooms("from icon_nephi.report import page") == {"report.page"}
     inside = "def f():\n    from icon_registration import data"
     assert among(imported(inside), NOT_AT_TOP)
     assert not among(imported(inside, into_functions=False), NOT_AT_TOP)
