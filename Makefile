@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-baseline matrix bench docs lint fuzz clean
+.PHONY: help demo test test-baseline test-torch matrix bench core sanitize wheel docs lint fuzz clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ test-baseline: $(INSTALLED) ## run the numerical tests as on the oldest processo
 	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -n auto \
 		$(NUMERICAL)
 
+test-torch: $(INSTALLED) ## run the numerical tests without the compiled core
+	OMP_NUM_THREADS=1 NEPHI_CORE=torch $(BIN)/python -m pytest -n auto $(NUMERICAL)
+
 ONLY ?=
 matrix: $(INSTALLED) ## run the tests as on other processors and with other versions
 	.ci/matrix $(ONLY)
@@ -35,6 +38,16 @@ bench: $(INSTALLED) ## measure the speed and memory of the core
 	$(BIN)/python -m evaluation.speed.bench_step
 	$(BIN)/python -m evaluation.speed.bench_export
 	$(BIN)/python -m evaluation.speed.bench_scaling
+	$(BIN)/python -m evaluation.speed.bench_core
+
+core: $(INSTALLED) ## build the compiled core again, after a change of its sources
+	$(BIN)/python setup.py build_ext --inplace --force
+
+sanitize: $(INSTALLED) ## run the core's tests under the address and undefined sanitizers
+	PYTHON=$(BIN)/python .ci/sanitize
+
+wheel: $(INSTALLED) ## build a wheel with the compiled core and one without, into dist
+	PYTHON=$(BIN)/python .ci/wheel
 
 docs: $(INSTALLED) ## build the documentation, docs/_build/index.html
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build

@@ -13,8 +13,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from icon_nephi.core import arrays
 from icon_nephi.fit.content import ImagePair
 from icon_nephi.fit.optimize import FitOptions
+from icon_nephi.losses import compiled
 from icon_nephi.losses.gradient_icon import compare
 from icon_nephi.losses.patches import patch_maps
 from icon_nephi.losses.similarities import Comparison, MutualInformation, PatchNCC
@@ -74,8 +76,14 @@ def search(
     to_unit = geometry_A.physical_to_unit()
     centre = points.mean(0)
     agreement = score or _weighted_ncc
+    on_core = score is None and arrays.suit(image_A, image_B)
 
     def rate(matrices: Tensor) -> Tensor:
+        if on_core:
+            to_centre = identity(d)
+            to_centre[:d, d] = centre
+            maps = (to_unit @ matrices @ to_centre)[:, :d]
+            return arrays.rate(maps, points - centre, target, image_A)
         linear = matrices[:, :d, :d]
         moved = points @ linear.mT + matrices[:, None, :d, d]
         x = apply_affine(to_unit, moved).to(rows.dtype)
@@ -189,6 +197,7 @@ def refine(
         moved: Tensor = start @ centre @ delta @ torch.linalg.inv(centre)
         return moved
 
+    on_core = compiled.agreement_of(similarity, image_A, image_B)
     for stride in strides:
         for _ in range(steps):
             if options is not None and options.late:
@@ -203,6 +212,9 @@ def refine(
                 rows = draw_points(
                     count, 1, d, mask=mask, generator=generator, dtype=fixed.dtype
                 )
+                if on_core is not None:
+                    loss = loss + on_core(m, rows[0], patches, fixed is image_B)
+                    continue
                 x, moved = patch_maps(
                     MatrixTransform(m[None]), patches, rows, fixed.shape[2:]
                 )

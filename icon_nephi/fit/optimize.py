@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import cast
 
-import torch
 from icon_registration.losses import ICONLoss
 from torch import Tensor
 from tqdm import tqdm
 
+from icon_nephi.core.threads import lent
+from icon_nephi.fit.steps import Steps, TorchSteps, make_steps
 from icon_nephi.losses.gradient_icon import GradientICONPoints
 from icon_nephi.space.images import Image, gaussian_blur
 from icon_nephi.space.sampling import Patches, Points
@@ -128,13 +130,11 @@ def optimize(
     """
     options = options or FitOptions(progress=False)
     total = sum(stage.steps for stage in stages)
-    optimizer = torch.optim.Adam(parameters, betas=(0.9, 0.99), fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
     history: list[dict[str, float]] = []
-    weights = [w for group in parameters for w in cast(list[Tensor], group["params"])]
-    good = [w.detach().clone() for w in weights]
-    mask_A, mask_B = (None if m is None else m > 0 for m in (mask_A, mask_B))
+    masks = [None if m is None else m > 0 for m in (mask_A, mask_B)]
     warnings: list[str] = []
+    steps: Steps | None = None
+    lending = ExitStack()
     silent = not options.progress
     bar = tqdm(total=total, disable=silent, desc="registering", leave=False)
     try:
@@ -143,25 +143,29 @@ def optimize(
                 _blurred(image, stage.blur, spacing)
                 for image, spacing in ((image_A, spacing_A), (image_B, spacing_B))
             ]
+            if steps is None:
+                steps = make_steps(
+                    loss,
+                    images,
+                    masks,
+                    extras or {},
+                    parameters,
+                    # Blurs and callbacks are torch's.
+                    [None if s.blur or callback else s.sampler for s in stages],
+                    similarity and similarity(0),
+                )
+                if not isinstance(steps, TorchSteps):
+                    lending.enter_context(lent())
+            steps.begin(images, stage.sampler)
             average, lowest, waited = None, math.inf, 0
             for _ in range(stage.steps):
-                result = loss(
-                    *images,
-                    mask_A,
-                    mask_B,
-                    sampler=stage.sampler,
-                    similarity=similarity and similarity(len(history)),
-                    **(extras or {}),
-                )
-                values = {k: float(v.detach()) for k, v in result._asdict().items()}
+                done = len(history)
+                result = steps.derive(similarity and similarity(done))
+                values = {k: _number(v) for k, v in result._asdict().items()}
                 if not math.isfinite(values["all_loss"]):
-                    _copy(good, weights)
-                    return Course(history, [_not_finite(len(history))])
-                _copy(weights, good)
-                optimizer.zero_grad(set_to_none=True)
-                result.all_loss.backward()
-                optimizer.step()
-                schedule.step()
+                    steps.restore()
+                    return Course(history, [_not_finite(done)])
+                steps.advance(0.5 * (1 + math.cos(math.pi * done / total)))
                 history.append(values)
                 if callback is not None:
                     callback(len(history), result)
@@ -186,11 +190,20 @@ def optimize(
             "reached"
         )
     finally:
+        lending.close()
         bar.close()
-    if not all(bool(w.isfinite().all()) for w in weights):  # by the last step
-        _copy(good, weights)
+        broken = steps is not None and not steps.finite()  # by the last step
+        if steps is not None and broken:
+            steps.restore()
+        if steps is not None:
+            steps.write()
+    if broken:
         warnings.append(_not_finite(len(history)))
     return Course(history, warnings)
+
+
+def _number(value: Tensor | float) -> float:
+    return float(value.detach() if isinstance(value, Tensor) else value)
 
 
 def _blurred(image: Image, blur: float, spacing: Sequence[float] | None) -> Image:
@@ -199,12 +212,6 @@ def _blurred(image: Image, blur: float, spacing: Sequence[float] | None) -> Imag
         return image
     sigma = [blur / s for s in spacing or [1.0] * (len(image.shape) - 2)]
     return gaussian_blur(cast(Tensor, image), sigma)  # coarse stages are in memory
-
-
-def _copy(source: Sequence[Tensor], to: Sequence[Tensor]) -> None:
-    with torch.no_grad():
-        for values, place in zip(source, to, strict=True):
-            place.copy_(values)
 
 
 def _not_finite(steps: int) -> str:

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from icon_nephi import fields
 from icon_nephi._check import check_coordinates
 from icon_nephi._memory import in_smaller_parts
+from icon_nephi.fields import compiled
 from icon_nephi.fields.codes import LatentCode
 from icon_nephi.maps.jacobians import derived
 from icon_nephi.space.frames import from_rows, to_rows, within
@@ -128,6 +129,9 @@ class NeuralTransform(Composed):
     def _in_chunks(self, jets: bool, rows: Tensor) -> tuple[Tensor, ...]:
         """Displacements of rows; with ``jets`` their derivatives too."""
         rows = rows.to(self.code.global_code.dtype)
+        if compiled.suits(self.field, self.code, rows):
+            field = cast(nn.Module, self.field)
+            return compiled.displacements(field, self.code, jets, rows)
         live, chunks = torch.is_grad_enabled(), self._split(jets, rows)
         ours = fields.knows_its_jet(self.field)
         if live and ours and not getattr(self.field, "_is_replica", False):

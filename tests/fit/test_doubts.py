@@ -9,6 +9,7 @@ import torch
 from icon_nephi.fit import optimize as optimize_room
 from icon_nephi.fit.doubts import doubts, evidence, of_images
 from icon_nephi.fit.settings import SIREN, make_pair
+from icon_nephi.fit.steps import make_steps
 from icon_nephi.maps.networks import AffinePair
 from icon_nephi.phantoms import triangles_and_circles
 from icon_nephi.space.frames import Geometry
@@ -110,42 +111,27 @@ def test_a_fit_says_what_it_found_and_keeps_the_numbers(image):
     assert fit.warnings == doubts(fit.evidence)
 
 
-class _Broken:
-    """Adam whose step makes the weights NaN at some call."""
-
-    def __init__(self, adam, at):
-        self.adam, self.at, self.calls = adam, at, 0
-
-    def __getattr__(self, name):
-        return getattr(self.adam, name)
-
-    def step(self):
-        self.adam.step()
-        self.calls += 1
-        if self.calls == self.at:
-            for group in self.adam.param_groups:
-                for weight in group["params"]:
-                    weight.data.fill_(float("nan"))
-
-
+@pytest.mark.parametrize("core", ["torch", ""])
 @pytest.mark.parametrize("at", [7, 12])
-def test_a_loss_that_is_not_a_number_keeps_the_last_good_map(image, monkeypatch, at):
-    adam = torch.optim.Adam
+def test_a_loss_that_is_not_a_number_keeps_the_last_good_map(
+    image, monkeypatch, at, core
+):
+    def broken(*arguments):
+        """Steps that make the weights NaN at some call."""
+        steps, calls = make_steps(*arguments), []
+        advance = steps.advance
 
-    def broken(parameters, **options):
-        return _Broken(adam(parameters, **options), at)
+        def break_at(part):
+            advance(part)
+            calls.append(part)
+            for weight in steps.weights if len(calls) == at else ():
+                weight.data.fill_(float("nan"))
 
-    class Steady:
-        def __init__(self, *_):
-            pass
+        steps.advance = break_at
+        return steps
 
-        def step(self):
-            pass
-
-    monkeypatch.setattr(optimize_room.torch.optim, "Adam", broken)
-    monkeypatch.setattr(
-        optimize_room.torch.optim.lr_scheduler, "CosineAnnealingLR", Steady
-    )
+    monkeypatch.setenv("NEPHI_CORE", core)
+    monkeypatch.setattr(optimize_room, "make_steps", broken)
     monkeypatch.setattr("icon_nephi.fit.unfold.UNFOLD_ROUNDS", 0)
     fit = fit_tensors(image, image, PLACE, PLACE, field=QUICK, affine=False)
     assert len(fit.losses) == at

@@ -23,7 +23,7 @@ PACKAGE = ROOT / "icon_nephi"
 # A file imports only from its own wing and from those before it; what lies beside the
 # wings is a wing of its own.
 WINGS = [
-    *("_check", "_memory", "phantoms"),
+    *("_check", "_memory", "phantoms", "core"),
     *("space", "fields", "maps", "losses", "fit", "io"),
     *("report", "registration", "proofs"),
     *("models", "swap", "itk_wrapper", "pretrained_models"),
@@ -45,7 +45,7 @@ KNOW_ITK = {
 }
 # Who moves weights: the loop, and what optimises something else than a loss.
 STEPS = {
-    "fit.optimize": "the loop",
+    "fit.steps": "torch's steps of the loop",
     "fit.affine": "twelve numbers of an affine map",
     "fit.unfold": "codes, against folds alone",
     "commands.methods": "the voxel network that NePhi is compared with",
@@ -191,6 +191,13 @@ INNER = {
         "space.images",
         RIVALS,
     ),
+    "evaluation.speed.bench_core": (
+        "core core.arrays fields fields.codes fields.compiled fit.compiled "
+        "fit.settings losses.features losses.gradient_icon losses.regularity "
+        "losses.similarities maps.networks maps.transforms space.images "
+        "space.sampling",
+        "times the pieces of the core, each beside its reference",
+    ),
     "evaluation.paper.dirlab": (
         "commands.cases io.itk_transforms registration.itk_pair",
         "reads cases, and transforms of other programs",
@@ -313,6 +320,8 @@ def test_only_the_commands_print(path):
 
 # What a module may keep between calls, and why.
 STATE = {
+    "core.loading._chosen": "a library that is loaded stays loaded",
+    "core.threads._granted": "what the system grants a process does not change",
     "fields.FIELDS": "the registry: fields of one's own are entered",
     "fields.expansions._chain": "tables, of their arguments alone",
     "fields.expansions._products": "tables, of their arguments alone",
