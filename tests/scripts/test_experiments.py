@@ -9,12 +9,13 @@ import torch
 
 from evaluation.paper import (
     latent_interpolation,
+    learned_ratio,
     regularity_tradeoff,
     regularizer_curves,
+    regularizer_ratio,
     shapes,
     voxel_vs_neural_optimization,
 )
-from evaluation.speed import learned_ratio, regularizer_ratio
 
 FITTED = list(shapes.FITTED)
 TINY = {"size": 24, "steps": 2, "pairs": 1}
@@ -85,8 +86,7 @@ def test_the_curves_of_the_regularisers(tmp_path):
     drawn(tmp_path, "regularizer_curves")
 
 
-def test_memory_grows_with_the_points(monkeypatch):
-    monkeypatch.setenv("NEPHI_CORE", "torch")  # the core keeps nothing of a point
+def test_memory_grows_with_the_points():
     pair = shapes.held_pairs(1, 24, False, 0)[0]
     images = pair.image_A, pair.image_B
     found = []

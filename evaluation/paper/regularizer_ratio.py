@@ -1,6 +1,6 @@
 """The paper's Fig. 2: the regulariser on ever fewer points, one pair at a time.
 
-    python -m evaluation.speed.regularizer_ratio [--small] [--out DIR]
+    python -m evaluation.paper.regularizer_ratio [--small] [--out DIR]
 
 Each fit evaluates gradient inverse consistency on 1/4^n of the image's pixels, down to
 16 points, with everything else as it was. Writes ``curves.csv`` (each pair, ratio and
@@ -8,7 +8,7 @@ step), ``ratios.csv`` (means at the end, and memory) and ``regularizer_ratio.png
 
 Differs from the paper: in the full run several pairs; a smaller field with quadratic
 codes unless ``field="paper"``; and no chunks that are recomputed in the backward pass,
-so that memory is that of the points.
+so that memory is that of the points, in torch: the compiled core keeps nothing of one.
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """The paper's Fig. 3: the regulariser on ever fewer points, for a trained network.
 
-    python -m evaluation.speed.learned_ratio [--small] [--out DIR]
+    python -m evaluation.paper.learned_ratio [--small] [--out DIR]
 
 An encoder with neural fields is trained on solid triangles and circles for each number
 of regularity points, and ICON's voxel network beside them, all on the same pairs in
