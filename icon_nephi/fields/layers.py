@@ -1,8 +1,9 @@
-"""Layers as fields start with: from a generator, or zero."""
+"""What fields start with: layers from a generator, or zero; their arguments."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,3 +26,12 @@ def zero_layer(inputs: int, outputs: int) -> nn.Linear:
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+def arguments_of(values: dict[str, Any]) -> dict[str, Any]:
+    """Return what makes the same field, among the ``locals()`` of its constructor."""
+    return {
+        k: v
+        for k, v in values.items()
+        if k not in ("self", "generator") and k[0] != "_"
+    }

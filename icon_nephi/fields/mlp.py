@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from icon_nephi.fields import expansions
 from icon_nephi.fields.expansions import Expansion, through
 from icon_nephi.fields.jets import sine
-from icon_nephi.fields.layers import linear_layer, zero_layer
+from icon_nephi.fields.layers import arguments_of, linear_layer, zero_layer
 from icon_nephi.fields.protocol import displacement_at_each_point
 
 
@@ -41,13 +41,7 @@ class LatentMLP(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.arguments = {
-            "dimension": dimension,
-            "code_size": code_size,
-            "width": width,
-            "hidden_layers": hidden_layers,
-            "omega": omega,
-        }
+        self.arguments = arguments_of(locals())
         self.omega = omega
         sizes = [dimension + code_size] + [width] * hidden_layers
         self.hidden = nn.ModuleList(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from icon_nephi.fields import expansions
 from icon_nephi.fields.expansions import Expansion, through
 from icon_nephi.fields.jets import siren
-from icon_nephi.fields.layers import linear_layer, zero_layer
+from icon_nephi.fields.layers import arguments_of, linear_layer, zero_layer
 
 
 class ModulatedSiren(nn.Module):
@@ -56,17 +56,7 @@ class ModulatedSiren(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        #: What to make the same field from, as saved files do.
-        self.arguments = {
-            "dimension": dimension,
-            "code_size": code_size,
-            "width": width,
-            "hidden_layers": hidden_layers,
-            "frequencies": frequencies,
-            "frequency_scale": frequency_scale,
-            "first_omega": first_omega,
-            "omega": omega,
-        }
+        self.arguments = arguments_of(locals())
         self.first_omega, self.omega = first_omega, omega
         drawn = torch.randn(frequencies, dimension, generator=generator)
         self.register_buffer("frequencies", frequency_scale * drawn)

@@ -104,7 +104,7 @@ class TorchSteps:
         return all(bool(w.isfinite().all()) for w in self.weights)
 
     def write(self) -> None:
-        """Nothing: the weights are the network's own."""
+        """Leave the weights: they are the network's own."""
 
 
 def _copy(source: Sequence[Tensor], to: Sequence[Tensor]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from importlib import metadata
 
+from icon_nephi.core import which
+
 #: What a registration depends on.
 PACKAGES = ("icon_nephi", "icon_registration", "torch", "itk", "numpy")
 
@@ -18,5 +20,5 @@ def version(name: str) -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Return the version of each of `PACKAGES`."""
-    return {name: version(name) for name in PACKAGES}
+    """Return the version of each of `PACKAGES`, and which core ran: `core.which`."""
+    return {name: version(name) for name in PACKAGES} | {"core": which()}
