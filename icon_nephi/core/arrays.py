@@ -1,7 +1,7 @@
 """Functions of plain float32 tensors on the compiled core; they know no other room.
 
 Each has its reference in torch: `affine.search`, `features.with_features`,
-`blocks.determinants`, torch's Adam.
+`maps.jacobians.determinants`, torch's Adam.
 """
 
 from __future__ import annotations

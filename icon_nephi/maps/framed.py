@@ -17,8 +17,13 @@ from torch import Tensor
 from icon_nephi.maps.jacobians import count_folds
 from icon_nephi.maps.lattices import on_lattice
 from icon_nephi.maps.transforms import Map, value_and_jacobian
-from icon_nephi.space.frames import Array as Array
-from icon_nephi.space.frames import Geometry, apply_affine, points_as_grid, to_rows
+from icon_nephi.space.frames import (
+    Array,
+    Geometry,
+    apply_affine,
+    points_as_grid,
+    to_rows,
+)
 
 CHUNK = 50_000  # points at once: Jacobians of a wide field take about 100 MB
 # Of a box by which the far end of an axis may be askew and the axis still be straight.

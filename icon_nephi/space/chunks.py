@@ -20,8 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from icon_nephi.space.frames import Array as Array
-from icon_nephi.space.frames import Geometry, from_rows, to_rows
+from icon_nephi.space.frames import Array, Geometry, from_rows, to_rows
 from icon_nephi.space.sampling import draw_points
 
 CHUNK = 64  # voxels a side, where a file or an array has no chunks of its own
