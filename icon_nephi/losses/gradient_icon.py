@@ -152,7 +152,8 @@ class GradientICONPoints(RegistrationModule):
         samples = partial(self._samples, sampler, source)
         to_A = samples(self.phi_AB, image_B, mask_B, self.volumes)
         to_B = samples(self.phi_BA, image_A, mask_A, 1 / self.volumes)
-        forth, back = self.counts, self.counts[::-1]
+        counts_A, counts_B = self.counts
+        forth, back = (counts_A, counts_B), (counts_B, counts_A)
         unlike = compare(agreement, *to_A[:2], seen_A, seen_B, *to_A[2:], forth)
         back_unlike = compare(agreement, *to_B[:2], seen_B, seen_A, *to_B[2:], back)
         unlike = unlike + back_unlike
