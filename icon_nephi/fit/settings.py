@@ -72,6 +72,42 @@ class Settings:
     kept: float = 0.5
 
 
+@dataclass(frozen=True)
+class Lattices:
+    """How a pair is fitted on lattices, coarse to fine; see `icon_nephi.fit.dense`.
+
+    Attributes:
+        steps: at every level, coarse to fine; those of the last levels where there are
+            fewer.
+        finest: voxels between the places of the finest lattice.
+        coarsest: places along the longest side of the coarsest one, at most.
+        places: of a lattice at most, in two and in three dimensions.
+        apart: places between the nodes of the code, in two and in three dimensions.
+        between: places between those where maps are held together, in 3D.
+        radius: of the windows, in places.
+        rate: Adam's learning rate, in distances between places.
+        floor: see `PatchNCC`.
+        lmbda: weight of the gradient inverse consistency.
+        drift: weight of inverse consistency, inside that of lmbda.
+        hinge: weight of determinants near folding, inside that of lmbda.
+        tension: weight of the total variation of the displacements.
+    """
+
+    steps: tuple[int, ...] = (30, 30, 30, 20, 15)
+    finest: float = 1.0
+    coarsest: int = 40
+    places: tuple[int, int] = (2_000_000, 2_500_000)
+    apart: tuple[float, float] = (2.0, 2.0)
+    between: int = 2
+    radius: int = 2
+    rate: float = 0.15
+    floor: float = 1e-3
+    lmbda: float = 1.0
+    drift: float = 300.0
+    hinge: float = 1.0
+    tension: float = 0.0
+
+
 SIREN = Settings()
 GRID = replace(
     SIREN,

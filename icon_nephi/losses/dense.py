@@ -278,19 +278,21 @@ def _cells(differences: Tensor, axis: int) -> Tensor:
     return differences[tuple(cut)]
 
 
-def refined(code: Tensor) -> Tensor:
-    """The same map, of twice the intervals on every axis: exact knot insertion.
+def refined(code: Tensor, nodes: Sequence[int]) -> Tensor:
+    """The same maps with so many nodes a side: exact knot insertion.
 
-    Of ``[1, C, *nodes]``: an axis of n nodes, n - 2 intervals, gets 2 n - 2.
+    Of ``[1, C, *nodes]``: an axis of n nodes, n - 2 intervals, gets 2 n - 2, or stays.
+
+    Raises:
+        ValueError: other numbers of nodes.
     """
-    for axis in range(2, code.dim()):
+    for axis, n in enumerate(nodes, 2):
+        if code.shape[axis] == n:
+            continue
+        if 2 * code.shape[axis] - 2 != n:
+            raise ValueError(f"{code.shape[axis]} nodes become as many or twice less 2")
         moved = code.movedim(axis, -1)
         low, high = moved[..., :-1], moved[..., 1:]
         pairs = torch.stack([0.75 * low + 0.25 * high, 0.25 * low + 0.75 * high], -1)
         code = pairs.flatten(-2).movedim(-1, axis)
     return code
-
-
-def intervals(size: Sequence[int], apart: float) -> tuple[int, ...]:
-    """Spline intervals a side, that far apart in places of a lattice; at least 1."""
-    return tuple(max(1, math.ceil((n - 1) / apart - 1e-6)) for n in size)

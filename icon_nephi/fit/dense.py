@@ -1,0 +1,240 @@
+"""A pair fitted on lattices, coarse to fine: every voxel counts, nothing is drawn.
+
+The two maps are one spline code (see `icon_nephi.losses.dense`), which gets twice the
+intervals at each level without a change of the maps; the coarser parts stay free, so
+that large motions need few steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from icon_nephi.fit.content import ImagePair
+from icon_nephi.fit.optimize import FitOptions
+from icon_nephi.fit.settings import Lattices
+from icon_nephi.losses.dense import DenseLoss, DensePair, Side, refined
+from icon_nephi.losses.similarities import PatchNCC
+from icon_nephi.space.frames import identity_map, inside
+from icon_nephi.space.images import gaussian_blur, sample_image
+
+BETAS = (0.9, 0.99)
+# Of the learning rate, what is left at the end of a level.
+LEFT = 0.1
+# What windows without content count: enough to keep things calm there.
+ELSEWHERE = 1e-3
+
+
+@dataclass(frozen=True)
+class Level:
+    """One lattice over the fixed image's box.
+
+    Attributes:
+        apart: millimetres between its places, about.
+        size: places a side.
+        intervals: of the code, a side.
+        steps: to take.
+    """
+
+    apart: float
+    size: tuple[int, ...]
+    intervals: tuple[int, ...]
+    steps: int
+
+
+def plan(
+    size: Sequence[int], extent: Sequence[float], settings: Lattices
+) -> list[Level]:
+    """The levels for an image of that grid and extent (millimetres), coarse to fine."""
+    d = len(size)
+    voxel = min(e / (n - 1) for e, n in zip(extent, size, strict=True))
+
+    def lattice(apart: float) -> tuple[int, ...]:
+        return tuple(
+            max(4, min(n, round(e / apart) + 1))
+            for e, n in zip(extent, size, strict=True)
+        )
+
+    finest = voxel * settings.finest
+    while math.prod(lattice(finest)) > settings.places[d - 2]:
+        finest *= 1.05
+    count = 1
+    while (
+        count < len(settings.steps)
+        and max(lattice(finest * 2**count)) > settings.coarsest
+    ):
+        count += 1
+    levels: list[Level] = []
+    for number in reversed(range(count)):
+        apart = finest * 2**number
+        places = lattice(apart)
+        if not levels:
+            intervals = tuple(
+                max(2, round(e / (apart * settings.apart[d - 2]))) for e in extent
+            )
+        else:  # along a short axis there are no more than places allow
+            intervals = tuple(
+                2 * n if 2 * n * settings.apart[d - 2] <= 1.5 * (p - 1) + 4 else n
+                for n, p in zip(levels[-1].intervals, places, strict=True)
+            )
+        levels.append(Level(apart, places, intervals, settings.steps[-1 - number]))
+    return levels
+
+
+def fit_dense(
+    images: ImagePair,
+    matrix: Tensor,
+    similarity: PatchNCC,
+    settings: Lattices,
+    options: FitOptions,
+    levels: Sequence[Level] | None = None,
+) -> tuple[Tensor, list[dict[str, float]]]:
+    """The code ``[1, 2 d, *nodes]`` of both maps, and the losses of all steps.
+
+    Args:
+        images: as they are fitted.
+        matrix: ``[d + 1, d + 1]``, fixed unit box -> moving unit box.
+        similarity: local correlation; its floor and whether it is squared count.
+        settings: how.
+        options: seed is not needed; time is looked at after every step.
+        levels: those to fit; None: all of `plan`.
+    """
+    place = images.geometry_B
+    levels = levels or plan(images.image_B.shape[2:], place.extent, settings)
+    d, history = len(place.extent), list[dict[str, float]]()
+    parts: list[Tensor] = []
+    steps = sum(level.steps for level in levels)
+    silent = not options.progress
+    with tqdm(total=steps, disable=silent, desc="registering", leave=False) as bar:
+        for level, sides in zip(levels, _views(images, matrix, levels), strict=True):
+            nodes = [n + 2 for n in level.intervals]
+            parts.append(torch.zeros(1, 2 * d, *nodes))
+            apart = settings.between if d == 3 else 1
+            pair = DensePair(
+                sides,
+                tuple(max(4, -(-n // apart)) for n in level.size),
+                torch.tensor(place.extent, dtype=torch.float32),
+                radius=settings.radius,
+                squared=similarity.squared,
+                floor=settings.floor,
+                lmbda=settings.lmbda,
+                drift=settings.drift,
+                hinge=settings.hinge,
+                tension=settings.tension,
+            )
+            rate = settings.rate * level.apart / max(place.extent)
+            parts, losses = _descend(pair, parts, rate, level.steps, options, bar)
+            history += losses
+            if options.late:
+                break
+    return together(parts), history
+
+
+def together(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of codes, coarse to fine, as one of the finest's nodes; see `refined`."""
+    whole = parts[0]
+    for part in parts[1:]:
+        whole = refined(whole, part.shape[2:]) + part
+    return whole
+
+
+def _descend(
+    pair: DensePair,
+    parts: Sequence[Tensor],
+    rate: float,
+    steps: int,
+    options: FitOptions,
+    bar: tqdm,
+) -> tuple[list[Tensor], list[dict[str, float]]]:
+    """Adam on all parts of a code, with a cosine decay; the losses of the steps."""
+    parts = [part.detach().clone().requires_grad_() for part in parts]
+    means = [torch.zeros_like(part) for part in parts]
+    squares = [torch.zeros_like(part) for part in parts]
+    history: list[dict[str, float]] = []
+    for step in range(1, steps + 1):
+        whole = together(parts)
+        loss, gradient = pair.derive(whole)
+        gradients = torch.autograd.grad(whole, parts, gradient)
+        if not math.isfinite(loss.total):
+            break
+        share = 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
+        now = rate * (LEFT + (1 - LEFT) * share)
+        with torch.no_grad():
+            for part, by, mean, square in zip(
+                parts, gradients, means, squares, strict=True
+            ):
+                mean.lerp_(by, 1 - BETAS[0])
+                square.mul_(BETAS[1]).addcmul_(by, by, value=1 - BETAS[1])
+                root = (square / (1 - BETAS[1] ** step)).sqrt_().add_(1e-12)
+                part.addcdiv_(mean, root, value=-now / (1 - BETAS[0] ** step))
+        history.append(_entry(loss))
+        bar.update()
+        if options.late:
+            break
+    return [part.detach() for part in parts], history
+
+
+def _entry(loss: DenseLoss) -> dict[str, float]:
+    return {
+        "all_loss": loss.total,
+        "inverse_consistency_loss": loss.regularity,
+        "similarity_loss": loss.similarity,
+        "transform_magnitude": loss.magnitude,
+        "flips": loss.folded,
+    }
+
+
+def _views(
+    images: ImagePair, matrix: Tensor, levels: Sequence[Level]
+) -> list[tuple[Side, Side]]:
+    """What is compared at every level, of images smoothed as its lattice needs it."""
+    d = len(levels[0].size)
+    to_moving = matrix[:d].float()
+    found: list[tuple[Side, Side]] = []
+    A, B = images.image_A.float(), images.image_B.float()
+    where_A, where_B = images.where_A.float(), images.where_B.float()
+    for level in reversed(levels):
+        extent = images.geometry_A.extent
+        most = A.shape[2:]
+        size_A = [
+            max(4, min(n, round(e / level.apart) + 1))
+            for n, e in zip(most, extent, strict=True)
+        ]
+        A, B = _resized(A, size_A), _resized(B, level.size)
+        here = identity_map(level.size)
+        there = torch.einsum("ij,bj...->bi...", to_moving[:, :d], here)
+        there = there + to_moving[:, d].reshape(1, -1, *(1,) * d)
+        seen = inside(there).float()
+        outline = F.interpolate(where_B, level.size, mode="nearest")
+        centres_A = sample_image(where_A, there, mode="nearest") * seen
+        identity = torch.eye(d, d + 1)
+        found.append(
+            (
+                Side(A, to_moving, B, outline + ELSEWHERE),
+                Side(
+                    B,
+                    identity,
+                    sample_image(A, there),
+                    centres_A + ELSEWHERE,
+                    samples=seen,
+                ),
+            )
+        )
+    return found[::-1]
+
+
+def _resized(image: Tensor, size: Sequence[int]) -> Tensor:
+    """The image on fewer voxels of its box, smoothed before where they are fewer."""
+    if tuple(image.shape[2:]) == tuple(size):
+        return image
+    d = len(size)
+    ratios = [(n - 1) / (m - 1) for n, m in zip(image.shape[2:], size, strict=True)]
+    image = gaussian_blur(image, [0.5 * r if r > 1.2 else 0.0 for r in ratios])
+    mode = "bilinear" if d == 2 else "trilinear"
+    return F.interpolate(image, tuple(size), mode=mode, align_corners=True)
