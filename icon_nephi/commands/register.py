@@ -117,8 +117,9 @@ def _check_model_flags(flags: RegisterFlags) -> None:
     asked = (flags.preset, flags.similarity, flags.seeds, flags.transform)
     if flags.mass_preserving or asked != ("default", None, 1, "deformable"):
         raise ValueError(
-            "--preset, --similarity, --seeds, --transform and --mass_preserving are for "
-            "registration from scratch; with --model give --io_iterations and --io_sim"
+            "--preset, --similarity, --seeds, --transform and --mass_preserving are "
+            "for registration from scratch; with --model give --io_iterations and "
+            "--io_sim"
         )
 
 

@@ -15,8 +15,8 @@ from icon_nephi.losses.similarities import find_similarity
 from icon_nephi.maps.transforms import NeuralTransform
 from icon_nephi.space.frames import identity_map
 from icon_nephi.space.intensities import PreparedImage, prepare
+from tests.fit.moved_scene import error, pair
 from tests.fit.small_runs import PLACE, SMALL, blobs
-from tests.fit.test_affine import error, pair
 from tests.small_fits import fit_tensors
 
 OPTIONS = FitOptions(progress=False)
