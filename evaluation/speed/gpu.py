@@ -28,7 +28,10 @@ from evaluation.speed import bench
 
 Row = dict[str, Any]
 SIDE, SECONDS = 175, 480
-TESTS = ("space/test_interpolation", "maps/test_transforms", "whole/test_devices")
+TESTS = (
+    *("space/test_interpolation", "maps/test_transforms", "icon/test_losses"),
+    "whole/test_devices",
+)
 CHUNKS = tuple(2**n for n in (13, 15, 17, 19))
 POINTS = 2**19  # at which chunks are tried, a quarter with Jacobians
 COLUMNS = ("what", "seconds", "peak_mib", "notes")
