@@ -134,7 +134,9 @@ def make_pairs(
     voxels = max(shape) - 1
     u_AB, u_BA = (forward - lattice) * voxels, (moved - lattice) * voxels
     inside = [_inside(points, shape) for points in (moved, forward)]
-    weights = [0.03 + w * (0.15 + 0.82 * i) for w, i in zip(weights, inside, strict=True)]
+    weights = [
+        0.03 + w * (0.15 + 0.82 * i) for w, i in zip(weights, inside, strict=True)
+    ]
     return Pairs(*renders, u_AB, u_BA, *weights, *cleans)
 
 
@@ -383,7 +385,9 @@ def _sliding(draw: _Draw, box: float, nodes: int) -> Tensor:
     """Velocity along one axis, other on both sides of a wall along that axis."""
     d = draw.d
     wall = draw.field(1, nodes, box * draw.uniform(0.08, 0.2, 1))
-    push = draw.field(1, nodes, box * draw.uniform(0.12, 0.3, 1)) + draw.normal(1, *(1,) * d)
+    push = draw.field(1, nodes, box * draw.uniform(0.12, 0.3, 1)) + draw.normal(
+        1, *(1,) * d
+    )
     amount = draw.uniform(0.02, 0.09, 1) * draw.chance(0.3, 1)
     along = draw.whole(d)
     parts = []

@@ -28,11 +28,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from icon_nephi.fields.pyramid import PyramidEncoder, _cells, _read
+from icon_nephi.fields.pyramid import (
+    PyramidEncoder,
+    cell_middles,
+    read_lattice,
+    swapped,
+)
 from icon_nephi.io.atomic import written_whole
+from icon_nephi.space.frames import identity_map
+from icon_nephi.space.images import sample_image
 from training.synthetic import Pairs, make_pairs
 
-BEGAN = time.monotonic()
 NETWORK: dict[int, dict[str, Any]] = {
     2: {
         "widths": (16, 32, 48, 64, 96),
@@ -45,14 +51,15 @@ NETWORK: dict[int, dict[str, Any]] = {
         "reach": (1, 1, 2, 2),
     },
 }
-SIZE, BATCH = {2: 192, 3: 96}, {2: 16, 3: 4}
+SIZE, BATCH = {2: 192, 3: 96}, {2: 24, 3: 6}
 # For this share of the training images are smaller, and there are more of them.
 EARLY, SMALLER = 0.4, 2 / 3
-SAVE_EVERY, SHOW_EVERY, HELD_OUT = 30.0, 10.0, 8
+SHOW_EVERY, HELD_OUT = 10.0, 8
 AVERAGED = 0.998
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    began = time.monotonic()
     new = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -68,24 +75,27 @@ def main() -> None:
     add("--rate", type=float, default=1e-3)
     add("--workers", type=int, default=0, help="processes that make pairs, on the CPU")
     add("--seed", type=int, default=0)
-    args = new.parse_args()
+    add("--full", action="store_true", help="float32 on the GPU, too")
+    add("--save_every", type=float, default=30.0, help="seconds")
+    add("--stop_at", type=int, help=argparse.SUPPRESS)
+    args = new.parse_args(arguments)
     if (args.minutes is None) == (args.steps is None):
         new.error("give --minutes or --steps")
     args.size = args.size or SIZE[args.dim]
     args.batch = args.batch or BATCH[args.dim]
     args.out.mkdir(parents=True, exist_ok=True)
-    train(args)
+    train(args, began)
 
 
-def train(args: argparse.Namespace) -> None:
+def train(args: argparse.Namespace, began: float) -> None:
     """Train until the time is over or the steps are done."""
     device, d = torch.device(args.device), args.dim
     torch.backends.cudnn.benchmark = True
     net = PyramidEncoder(d, **NETWORK[d], generator=_seeded("cpu", args.seed, "net"))
-    net.to(device).half = device.type == "cuda"
+    net.to(device).reduced = device.type == "cuda" and not args.full
     average = {k: v.detach().clone() for k, v in net.state_dict().items()}
     optimizer = torch.optim.AdamW(net.parameters(), args.rate, weight_decay=1e-4)
-    run = _Run(args, net, average, optimizer)
+    run = _Run(args, net, average, optimizer, began)
     step = run.restore() if args.resume else 0
     first = step
     held = [
@@ -93,7 +103,7 @@ def train(args: argparse.Namespace) -> None:
     ]
     print(
         f"{sum(p.numel() for p in net.parameters())} weights, on {device}, "
-        f"{time.monotonic() - BEGAN:.1f} s to start, step {step}",
+        f"{run.seconds:.1f} s to start, step {step}",
         flush=True,
     )
     run.report(step, float("nan"), held)
@@ -101,15 +111,18 @@ def train(args: argparse.Namespace) -> None:
     batches = _batches(args, step, run)
     losses: list[Tensor] = []
     last = time.monotonic()
+    pairs = next(batches).to(device)
     while not run.over(step):
         began = time.monotonic()
-        pairs = next(batches).to(device)
-        middle = time.monotonic()
         for group in optimizer.param_groups:
             group["lr"] = args.rate * run.rate(step, first)
         loss = loss_of(net, pairs)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        middle = time.monotonic()
+        # Asked for before anything waits for the GPU, which has enough to do by then.
+        pairs = next(batches).to(device)
+        made = time.monotonic() - middle
         norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         if bool(norm.isfinite()):
             optimizer.step()
@@ -120,12 +133,14 @@ def train(args: argparse.Namespace) -> None:
         losses.append(loss.detach())
         step += 1
         now = time.monotonic()
-        making, working = making + middle - began, working + now - middle
+        making, working = making + made, working + now - began - made
         if now - last > SHOW_EVERY + run.judging:
             mean = float(torch.stack(losses).mean())
             run.report(step, mean, held)
             share = making / (making + working)
-            print(f"    {len(losses)} steps, {share:.0%} of it to get pairs", flush=True)
+            print(
+                f"    {len(losses)} steps, {share:.0%} of it to get pairs", flush=True
+            )
             making = working = 0.0
             losses, last = [], time.monotonic()
         run.save_now_and_then(step)
@@ -137,23 +152,23 @@ def loss_of(net: PyramidEncoder, pairs: Pairs) -> Tensor:
     """Distance from the true motion at every level, and what maps should be like."""
     images = torch.cat([pairs.image_A, pairs.image_B])
     size = images.shape[2:]
-    at = _cells(size, 1, images.device)
+    at = cell_middles(size, 1, images.device)
     truth = _halved(torch.cat([pairs.u_AB, pairs.u_BA]))
     weight = _halved(torch.cat([pairs.weight_B, pairs.weight_A]))
     weight = weight / weight.mean()
     grids = net.displacements(images)
     u, total = torch.zeros_like(truth), images.new_zeros(())
     for i, grid in enumerate(grids):
-        u = u + _read(grid, at)
+        u = u + read_lattice(grid, at)
         off = (u - truth).square().sum(1, keepdim=True)
         share = 1.0 if i == len(grids) - 1 else 0.25
         total = total + share * ((off + 0.05).sqrt() * weight).mean()
     # The same places in one contrast; where a place is, both maps agree; no folds.
     clean = [_halved(c) for c in (pairs.clean_A, pairs.clean_B)]
-    moving, fixed = torch.cat(clean), torch.cat(clean[::-1])
+    moving = torch.cat(clean)
+    fixed = swapped(moving)
     unlike = (_moved(moving, u) - fixed).abs()
-    back = torch.cat(u.chunk(2)[::-1])
-    uneven = sum(s.square().mean() for s in _slopes(u + _moved(back, u)))
+    uneven = sum(s.square().mean() for s in _slopes(u + _moved(swapped(u), u)))
     jacobian = torch.stack(_slopes(u), 2)
     jacobian = jacobian.movedim((1, 2), (-2, -1)) + torch.eye(len(size)).to(u)
     folds = F.relu(0.15 - _determinant(jacobian)).mean()
@@ -167,11 +182,8 @@ def _halved(values: Tensor) -> Tensor:
 def _moved(values: Tensor, u: Tensor) -> Tensor:
     """Values on cells of two voxels at x + u, u in voxels."""
     size = values.shape[2:]
-    axes = [torch.arange(n, device=u.device, dtype=u.dtype) for n in size]
-    x = torch.stack(torch.meshgrid(*axes, indexing="ij"))[None] + u / 2
     last = u.new_tensor([n - 1.0 for n in size]).view(1, -1, *(1,) * len(size))
-    where = (2 * x / last - 1).flip(1).movedim(1, -1)
-    return F.grid_sample(values, where, padding_mode="border", align_corners=True)
+    return sample_image(values, identity_map(size, device=u.device) + u / (2 * last))
 
 
 def _slopes(u: Tensor) -> list[Tensor]:
@@ -206,15 +218,17 @@ class _Run:
         net: PyramidEncoder,
         average: dict[str, Tensor],
         optimizer: torch.optim.Optimizer,
+        began: float,
     ) -> None:
         self.args, self.net, self.average = args, net, average
-        self.optimizer, self.before, self.judging = optimizer, 0.0, 0.0
+        self.optimizer, self.began = optimizer, began
+        self.before = self.judging = 0.0
         self.saved, self.saving = time.monotonic(), 1.0
         self.path = args.out / f"general{args.dim}d"
 
     @property
     def seconds(self) -> float:
-        return time.monotonic() - BEGAN
+        return time.monotonic() - self.began
 
     def done(self, step: int) -> float:
         """The share of the training that is over, 0 to 1."""
@@ -224,13 +238,13 @@ class _Run:
 
     def rate(self, step: int, first: int) -> float:
         """The learning rate as a share of the highest."""
-        warm = min(1.0, (step - first + 1) / 100) if self.args.minutes else 1.0
-        warm = min(warm, (step + 1) / 100)
+        since = step - first if self.args.minutes else step
+        warm = min(1.0, (since + 1) / 100)
         return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.done(step))))
 
     def over(self, step: int) -> bool:
         if self.args.steps:
-            return step >= self.args.steps
+            return step in (self.args.steps, self.args.stop_at)
         end = 2.0 + 1.2 * (self.judging + self.saving)
         return self.seconds + end > 60 * self.args.minutes
 
@@ -252,11 +266,11 @@ class _Run:
         print(said, flush=True)
 
     def save_now_and_then(self, step: int) -> None:
-        if time.monotonic() - self.saved > SAVE_EVERY:
+        if time.monotonic() - self.saved > self.args.save_every:
             self.save(step)
 
     def save(self, step: int) -> None:
-        """The checkpoint and the weights that are to be shipped, whole or not at all."""
+        """The checkpoint and the weights to be shipped, whole or not at all."""
         began = time.monotonic()
         seconds = self.before + self.seconds
         state = {
@@ -313,11 +327,13 @@ def judge(
     rows = []
     for pairs in held:
         images = torch.cat([pairs.image_A, pairs.image_B])
-        at = _cells(images.shape[2:], 1, images.device)
+        at = cell_middles(images.shape[2:], 1, images.device)
         truth = _halved(torch.cat([pairs.u_AB, pairs.u_BA]))
         weight = _halved(torch.cat([pairs.weight_B, pairs.weight_A]))
-        u = sum((_read(g, at) for g in net.displacements(images)), 0 * truth)
-        off, far = (((v.norm(dim=1, keepdim=True)) * weight).sum() for v in (u - truth, truth))
+        u = sum((read_lattice(g, at) for g in net.displacements(images)), 0 * truth)
+        off, far = (
+            ((v.norm(dim=1, keepdim=True)) * weight).sum() for v in (u - truth, truth)
+        )
         jacobian = torch.stack(_slopes(u), 2).movedim((1, 2), (-2, -1))
         jacobian = jacobian + torch.eye(images.dim() - 2).to(u)
         folds = (_determinant(jacobian) <= 0).float().mean()

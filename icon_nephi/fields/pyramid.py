@@ -15,6 +15,8 @@ from icon_nephi._check import check_image
 from icon_nephi.fields.codes import LatentCode
 from icon_nephi.fields.layers import arguments_of
 from icon_nephi.fields.mlp import LatentMLP
+from icon_nephi.space.frames import identity_map
+from icon_nephi.space.images import sample_image
 from icon_nephi.space.interpolation import axis_matrix
 
 _CONV: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -65,7 +67,7 @@ class PyramidEncoder(nn.Module):
         self.dimension, self.reach = d, reach = dimension, tuple(reach)
         self.hidden, count = tuple(hidden), len(widths)
         #: Convolutions in bfloat16: for training on a GPU.
-        self.half = False
+        self.reduced = False
         #: The number of code values at a point.
         self.code_size = 2 * d * sum(h > 0 for h in hidden)
         before = [1, *widths[:-1]]
@@ -120,14 +122,13 @@ class PyramidEncoder(nn.Module):
         if tuple(images.shape[2:]) != size:
             images = _on_lattice(images, size)
         steps = self.displacements(images)
-        count, batch = len(steps), len(image_B)
+        batch = len(image_B)
         scale = images.new_tensor([n - 1.0 for n in size])
         scale = scale.view(1, -1, *(1,) * self.dimension)
         codes = [
             torch.cat([grid[:batch], grid[batch:]], 1) / torch.cat([scale, scale], 1)
             for grid in steps
         ]
-        assert count
         return LatentCode(image_A.new_zeros(batch, 0), tuple(codes))
 
     def working_size(self, shape: Sequence[int]) -> tuple[int, ...]:
@@ -156,10 +157,10 @@ class PyramidEncoder(nn.Module):
                 continue
             squeeze, decide, head = next(modules)
             cells, moving = 2.0 ** (level + 1), pyramid[level]
-            fixed = torch.cat(moving.chunk(2)[::-1])
-            at = _cells(size, level + 1, images.device)
+            fixed = swapped(moving)
+            at = cell_middles(size, level + 1, images.device)
             u = sum(
-                (_read(grid, at) for grid in found),
+                (read_lattice(grid, at) for grid in found),
                 moving.new_zeros(len(moving), len(size), *moving.shape[2:]).float(),
             )
             warped, there = _warp(moving, u / cells)
@@ -189,7 +190,7 @@ class PyramidEncoder(nn.Module):
 
     def _precision(self, images: Tensor) -> torch.autocast:
         kind = images.device.type
-        return torch.autocast(kind, torch.bfloat16, enabled=self.half)
+        return torch.autocast(kind, torch.bfloat16, enabled=self.reduced)
 
 
 def reading_fields(dimension: int, grids: int) -> tuple[LatentMLP, LatentMLP]:
@@ -218,7 +219,13 @@ def reading_fields(dimension: int, grids: int) -> tuple[LatentMLP, LatentMLP]:
 # spline with one more interval than there are cells less two, see `LatentCode`.
 
 
-def _cells(size: Sequence[int], level: int, device: torch.device) -> list[Tensor]:
+def swapped(both: Tensor) -> Tensor:
+    """A batch of which the second half comes first."""
+    first, second = both.chunk(2)
+    return torch.cat([second, first])
+
+
+def cell_middles(size: Sequence[int], level: int, device: torch.device) -> list[Tensor]:
     """``[n]`` for each axis: middles of the cells of a level in the unit box."""
     step = 2**level
     return [
@@ -227,7 +234,7 @@ def _cells(size: Sequence[int], level: int, device: torch.device) -> list[Tensor
     ]
 
 
-def _read(grid: Tensor, at: Sequence[Tensor]) -> Tensor:
+def read_lattice(grid: Tensor, at: Sequence[Tensor]) -> Tensor:
     """A spline's grid ``[B, C, *nodes]`` at a lattice of the unit box."""
     for axis, places in enumerate(at, 2):
         matrix = axis_matrix(places, grid.shape[axis]).to(grid)
@@ -268,16 +275,11 @@ def _on_lattice(images: Tensor, size: Sequence[int]) -> Tensor:
 def _warp(features: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Features ``[B, C, *cells]`` at x + u (cells), and where that is inside."""
     size = features.shape[2:]
-    axes = [torch.arange(n, device=u.device, dtype=u.dtype) for n in size]
-    x = torch.stack(torch.meshgrid(*axes, indexing="ij"))[None] + u
-    last = u.new_tensor([n - 1.0 for n in size]).view(1, -1, *(1,) * len(size))
-    unit = 2 * x / last.clamp(min=1) - 1
-    where = unit.flip(1).movedim(1, -1)
-    warped = F.grid_sample(
-        features.float(), where, padding_mode="border", align_corners=True
-    )
-    there = (unit.abs() <= 1 + 1 / last.clamp(min=1)).all(1, keepdim=True)
-    return warped, there.to(u)
+    last = u.new_tensor([max(1.0, n - 1.0) for n in size])
+    last = last.view(1, -1, *(1,) * len(size))
+    x = identity_map(size, device=u.device) + u / last
+    there = ((x - 0.5).abs() <= 0.5 + 0.5 / last).all(1, keepdim=True)
+    return sample_image(features.float(), x), there.to(u)
 
 
 def _compare(fixed: Tensor, warped: Tensor, reach: int) -> Tensor:
@@ -300,12 +302,14 @@ def _expected(cost: Tensor, reach: int) -> Tensor:
     d = cost.dim() - 2
     steps = torch.arange(-reach, reach + 1, device=cost.device, dtype=cost.dtype)
     offsets = torch.cartesian_prod(*[steps] * d).reshape(-1, d)
-    return torch.tensordot(cost.softmax(1), offsets, ([1], [0])).movedim(-1, 1)
+    mean: Tensor = torch.tensordot(cost.softmax(1), offsets, ([1], [0]))
+    return mean.movedim(-1, 1)
 
 
 def _doubled(features: Tensor) -> Tensor:
     mode = "bilinear" if features.dim() == 4 else "trilinear"
-    return F.interpolate(features, scale_factor=2, mode=mode, align_corners=False)
+    size = [2 * n for n in features.shape[2:]]
+    return F.interpolate(features, size, mode=mode, align_corners=False)
 
 
 def _block(d: int, inputs: int, outputs: int, stride: int = 1) -> nn.Module:
