@@ -216,7 +216,7 @@ INNER = {
     ),
     "evaluation.paper.table2_learned": ("space.intensities", TENSORS),
     "evaluation.speed.bench": (
-        "commands.text commands.compare losses.similarities",
+        "commands.text commands.methods losses.similarities",
         "a process for each row, a table of them, a loss to time",
     ),
     "evaluation.speed.bench_export": (
@@ -224,6 +224,10 @@ INNER = {
         "times an inner room: maps.framed",
     ),
     "evaluation.speed.bench_field": ("fields", "times an inner room: fields"),
+    "evaluation.speed.gpu": (
+        "core fit.refine maps.lattices maps.transforms",
+        "times inner rooms on a device: refinement, lattices, chunks",
+    ),
     "evaluation.speed.bench_instance": ("space.intensities", TENSORS),
     "evaluation.speed.bench_regularizer": ("space.frames", TENSORS),
     "evaluation.speed.bench_scaling": (
