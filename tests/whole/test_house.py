@@ -239,6 +239,10 @@ INNER = {
         "measures the refinement of tensors",
     ),
     "training.data": ("io.atomic space.frames space.images", TENSORS),
+    "training.train_general": (
+        "fields.pyramid io.atomic space.frames space.images",
+        "the network inside, and what its levels say",
+    ),
     "training.judge": ("maps.jacobians space.frames space.images", TENSORS),
     "training.loop": ("io.atomic space.images", TENSORS),
     "training.networks": ("losses.similarities", "a similarity of blocks"),
@@ -296,6 +300,7 @@ def test_light_files_do_without_torch(room):
 OTHER_REVERSALS = {
     "commands.info": (1, "transforms, of which ITK applies the last first"),
     "fields.encoders": (2, "levels, from the coarsest up"),
+    "fields.pyramid": (3, "levels, from the coarsest up"),
     "io.volumes": (1, "levels, from the coarsest up"),
     "maps.networks": (2, "maps still to be looked at, of which the last is next"),
     "phantoms": (1, "bends undone in the other order"),
