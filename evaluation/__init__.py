@@ -25,6 +25,7 @@ from icon_nephi.io.atomic import write_csv as write_csv
 from icon_nephi.io.atomic import written_whole as written_whole
 from icon_nephi.io.itk_images import array_of as array_of
 from icon_nephi.io.itk_images import geometry_of as geometry_of
+from icon_nephi.io.itk_transforms import write_transform as write_transform
 from icon_nephi.io.versions import version as version
 from icon_nephi.maps.two_way import DIRECTIONS as DIRECTIONS
 from icon_nephi.report.metrics import landmark_summary, mean_dice, summarize

@@ -160,7 +160,8 @@ TENSORS = "images and maps as tensors"
 RIVALS = "nephi-compare's methods and rows, with more methods and rows"
 INNER = {
     "evaluation": (
-        "_memory commands.cases io.atomic io.itk_images io.versions maps.two_way",
+        "_memory commands.cases io.atomic io.itk_images io.itk_transforms io.versions "
+        "maps.two_way",
         "what most scripts need, in one place: cases, files, voxels, memory",
     ),
     "evaluation.accuracy.compare_voxel": (
