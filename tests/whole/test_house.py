@@ -329,6 +329,7 @@ STATE = {
     "fields.expansions._sums": "tables, of their arguments alone",
     "fields.expansions.monomials": "tables, of their arguments alone",
     "fields.workspace.WORKSPACE": "memory, bounded for all fields together",
+    "io.itk_modules._know_formats": "what ITK is told once it knows",
     "maps.jacobians._derives_twice": "what this torch can do never changes",
     "proofs.determinants._slopes": "tables, of their arguments alone",
 }
