@@ -168,6 +168,7 @@ def refine(
     similarity: Callable[[Tensor, Tensor], Tensor] | None = None,
     mask_A: Tensor | None = None,
     mask_B: Tensor | None = None,
+    counts: tuple[Tensor | None, Tensor | None] = (None, None),
     count: int = 200,
     size: int = 3,
     learning_rate: float = 0.01,
@@ -178,7 +179,8 @@ def refine(
 
     Adam takes so many steps at each stride (millimetres between the samples of a block,
     coarse to fine); one of 0.01 shears by 0.01 and shifts by 0.01 half extents. Once
-    the time of the options is over it is what was reached.
+    the time of the options is over it is what was reached. Of the ``counts`` of both
+    images see `GradientICONPoints`.
     """
     d = geometry_B.dimension
     similarity = similarity or PatchNCC()
@@ -197,16 +199,19 @@ def refine(
         moved: Tensor = start @ centre @ delta @ torch.linalg.inv(centre)
         return moved
 
-    on_core = compiled.agreement_of(similarity, image_A, image_B)
+    on_core = compiled.agreement_of(similarity, image_A, image_B, counts)
+    counts_A, counts_B = counts
     for stride in strides:
         for _ in range(steps):
             if options is not None and options.late:
                 return current().detach()
             matrix = in_unit_boxes(current(), geometry_B, geometry_A).to(image_B.dtype)
             loss = torch.zeros((), dtype=image_B.dtype)
-            for fixed, moving, geometry, mask, m in (
-                (image_B, image_A, geometry_B, mask_B, matrix),
-                (image_A, image_B, geometry_A, mask_A, torch.linalg.inv(matrix)),
+            back = torch.linalg.inv(matrix)
+            forth_counts, back_counts = (counts_A, counts_B), (counts_B, counts_A)
+            for fixed, moving, geometry, mask, m, known in (
+                (image_B, image_A, geometry_B, mask_B, matrix, forth_counts),
+                (image_A, image_B, geometry_A, mask_A, back, back_counts),
             ):
                 patches = Patches(count, size, voxel_stride(stride, geometry))
                 rows = draw_points(
@@ -219,7 +224,8 @@ def refine(
                     MatrixTransform(m[None]), patches, rows, fixed.shape[2:]
                 )
                 blocks = (count, *x.shape[3:])
-                loss = loss + compare(similarity, moved, x, moving, fixed, blocks)
+                images = moving, fixed, blocks, None, known
+                loss = loss + compare(similarity, moved, x, *images)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -301,6 +307,7 @@ def find_affine(
         similarity=choice.alone,
         mask_A=images.where_A.cpu(),
         mask_B=images.where_B.cpu(),
+        counts=images.counts_on("cpu"),
         generator=generator,
         options=options,
     )

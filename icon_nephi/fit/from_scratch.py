@@ -126,7 +126,8 @@ def fit_pair(
         code = net.net(*both).detached()
         where = images.where_B.cpu()
         smooth = images.blurred(2.0)
-        numbers = evidence(pair, *smooth, images.geometry_B, where, generator)
+        known = images.counts_on("cpu")
+        numbers = evidence(pair, *smooth, images.geometry_B, where, generator, known)
     numbers |= of_images(image_A, image_B)
     return Fit(
         matrix=in_unit_boxes(start, images.geometry_B, images.geometry_A),
@@ -134,7 +135,12 @@ def fit_pair(
         field_AB=net.field_AB.requires_grad_(False),
         field_BA=net.field_BA.requires_grad_(False),
         losses=course.losses,
-        warnings=course.warnings + doubts(numbers, contrast=choice.contrast),
+        warnings=[
+            *image_A.notes,
+            *image_B.notes,
+            *course.warnings,
+            *doubts(numbers, contrast=choice.contrast),
+        ],
         evidence=numbers,
     )
 
@@ -215,6 +221,7 @@ class _Work:
             extent=torch.tensor(images.geometry_B.extent, device=device),
             densities=images.densities,
             volumes=images.volumes,
+            counts=images.counts,
             dice_loss_weight=DICE if images.segmentations else 0.0,
             generator=generator,
         )
