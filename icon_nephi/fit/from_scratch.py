@@ -15,7 +15,6 @@ from icon_nephi._memory import memory_for
 from icon_nephi.fit.affine import (
     coincide,
     find_affine,
-    identity,
     in_unit_boxes,
     voxel_stride,
 )
@@ -23,6 +22,7 @@ from icon_nephi.fit.content import ImagePair
 from icon_nephi.fit.doubts import doubts, evidence, of_images
 from icon_nephi.fit.levels import fit_levels, levels_of
 from icon_nephi.fit.optimize import Course, FitOptions, Stage, optimize
+from icon_nephi.fit.search import identity
 from icon_nephi.fit.settings import Fit, Settings, find_settings, make_pair
 from icon_nephi.fit.unfold import unfold
 from icon_nephi.losses.features import FeatureDifference, FeaturesAlone
@@ -104,9 +104,9 @@ def fit_pair(
     )
     work = _Work(images, choice, settings, options)
     generator = torch.Generator().manual_seed(options.seed)
-    start = identity(image_B.place.dimension)
+    start, said = identity(image_B.place.dimension), [*image_A.notes, *image_B.notes]
     if affine:
-        aligned = find_affine(images, choice, generator, options)
+        aligned = find_affine(images, choice, generator, options, said)
         starts = [start, aligned] if coincide(*images.geometries) else [aligned]
         start = work.better_start(starts)
     loss = work.loss_from(start, generator)
@@ -136,8 +136,7 @@ def fit_pair(
         field_BA=net.field_BA.requires_grad_(False),
         losses=course.losses,
         warnings=[
-            *image_A.notes,
-            *image_B.notes,
+            *said,
             *course.warnings,
             *doubts(numbers, contrast=choice.contrast),
         ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -216,22 +216,36 @@ def _read_volumes(
     both = zip("AB", images, volumes, masks, modalities, strict=True)
     for letter, image, volume, mask, kind in both:
         values, place = volume.whole(volume.working(voxels, progress))
-        check_intensities(f"image_{letter}", values)
         inside = None
         if mask is not None:
-            inside = _mask_on(f"mask_{letter}", mask, place, voxels).to(where)
-        scale = find_scale(values.to(where), kind)
+            inside = _mask_on(f"mask_{letter}", mask, place, voxels)
+        counts, notes = what_counts(f"image_{letter}", values, inside)
+        check_intensities(f"image_{letter}", values, counts)
+        values = values.to(where)
+        if counts is not None:
+            counts = counts.to(where)
+            values = filled(values, counts)
+        scale = find_scale(values, kind, counts)
         level = PreparedImage.of(
-            scale(values.to(where)),
+            scale(values),
             place,
             whole=volume.geometry,
-            finer=volume.finer(voxels, cache, scale, where),
-            mask=inside,
+            finer=volume.finer(voxels, cache, _numbers(scale, counts), where),
+            mask=None if inside is None else inside.to(where),
+            counts=counts,
             modality=kind,
             placed=in_millimetres(image),
+            notes=notes,
         )
         levels.append(level)
     return levels
+
+
+def _numbers(
+    scale: Callable[[Tensor], Tensor], counts: Tensor | None
+) -> Callable[[Tensor], Tensor]:
+    """Return the scale; where not all voxels count it takes those that are none."""
+    return scale if counts is None else lambda values: scale(values.nan_to_num())
 
 
 def _mask_on(name: str, mask: Any, place: Geometry, voxels: int) -> Tensor:

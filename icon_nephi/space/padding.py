@@ -125,7 +125,7 @@ def _every(size: Sequence[int]) -> list[int]:
 
 
 def _steps(image: Tensor, where: Tensor) -> float:
-    """By how much values change from one side of a border to the other: quartile."""
+    """By how much values change from one side of a border to the other, where much."""
     found = []
     every = _every(image.shape[2:])
     for axis in range(2, image.dim()):
@@ -135,7 +135,7 @@ def _steps(image: Tensor, where: Tensor) -> float:
         )
         crossed = where[lines].int().diff(dim=axis) != 0
         found.append(image[lines].diff(dim=axis)[crossed].abs())
-    return float(torch.cat(found).double().quantile(0.75))
+    return float(torch.cat(found).double().quantile(0.9))
 
 
 def _is_field(valid: Tensor) -> bool:
