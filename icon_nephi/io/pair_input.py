@@ -130,7 +130,7 @@ def what_counts(
         some = values[inside.expand_as(values)][0]
         seen = torch.where(inside, values, some)
         inside = None if bool(inside.all()) else inside
-    padding = find_padding(seen)
+    padding = find_padding(seen[0])
     if padding is None:
         return inside, ()
     counts = ~padding.where if inside is None else inside & ~padding.where

@@ -50,17 +50,17 @@ class Padding:
 
 
 def find_padding(image: Tensor) -> Padding | None:
-    """What is no part of ``[1, C, *grid]``, if anything: NaN, or one constant value.
+    """What is no part of ``[C, *grid]``, if anything: NaN, or one constant value.
 
     That is the lowest or the highest value of an image of one channel, on its border,
     and far from all others or around a convex field of view.
     """
-    known = image.isfinite().all(1, keepdim=True)
+    known = image.isfinite().all(0, keepdim=True)
     if not bool(known.all()):
         if bool(image.isinf().any()) or not _usable(~known):
             return None
         return Padding(_grown(~known), math.nan)
-    if image.shape[1] > 1:
+    if len(image) > 1:
         return None
     for value in (float(image.min()), float(image.max())):
         where = image == value
@@ -100,7 +100,7 @@ def _usable(where: Tensor) -> bool:
         return False
     return any(
         bool(where.select(axis, end).any())
-        for axis in range(2, where.dim())
+        for axis in range(1, where.dim())
         for end in (0, -1)
     )
 
@@ -127,11 +127,11 @@ def _every(size: Sequence[int]) -> list[int]:
 def _steps(image: Tensor, where: Tensor) -> float:
     """By how much values change from one side of a border to the other, where much."""
     found = []
-    every = _every(image.shape[2:])
-    for axis in range(2, image.dim()):
-        lines = (slice(None),) * 2 + tuple(
-            slice(None) if a == axis else slice(None, None, every[a - 2])
-            for a in range(2, image.dim())
+    every = _every(image.shape[1:])
+    for axis in range(1, image.dim()):
+        lines = (slice(None),) + tuple(
+            slice(None) if a == axis else slice(None, None, every[a - 1])
+            for a in range(1, image.dim())
         )
         crossed = where[lines].int().diff(dim=axis) != 0
         found.append(image[lines].diff(dim=axis)[crossed].abs())
@@ -164,7 +164,7 @@ def _is_field(valid: Tensor) -> bool:
 
 
 def _grown(where: Tensor) -> Tensor:
-    """One voxel more on every side."""
-    pool = F.max_pool2d if where.dim() == 4 else F.max_pool3d
-    grown: Tensor = pool(where.float(), 3, 1, 1) > 0
+    """``[1, 1, *grid]``: one voxel more on every side."""
+    pool = F.max_pool2d if where.dim() == 3 else F.max_pool3d
+    grown: Tensor = pool(where.float()[None], 3, 1, 1) > 0
     return grown

@@ -6,9 +6,14 @@ import pytest
 import torch
 
 from icon_nephi.space.intensities import check_intensities, missing_slices, prepare
-from icon_nephi.space.padding import filled, find_padding
+from icon_nephi.space import padding
+from icon_nephi.space.padding import filled
 
 SIZE = 60
+
+
+def find_padding(image):
+    return padding.find_padding(image[0])
 
 
 @pytest.fixture
