@@ -129,9 +129,9 @@ def _steps(image: Tensor, where: Tensor) -> float:
     found = []
     every = _every(image.shape[1:])
     for axis in range(1, image.dim()):
-        lines = (slice(None),) + tuple(
-            slice(None) if a == axis else slice(None, None, every[a - 1])
-            for a in range(1, image.dim())
+        lines = tuple(
+            slice(None) if a in (0, axis) else slice(None, None, every[a - 1])
+            for a in range(image.dim())
         )
         crossed = where[lines].int().diff(dim=axis) != 0
         found.append(image[lines].diff(dim=axis)[crossed].abs())

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from icon_nephi.space.intensities import check_intensities, missing_slices, prepare
 from icon_nephi.space import padding
+from icon_nephi.space.intensities import check_intensities, missing_slices, prepare
 from icon_nephi.space.padding import filled
 
 SIZE = 60
