@@ -140,10 +140,8 @@ def _steps(image: Tensor, where: Tensor) -> float:
 
 def _is_field(valid: Tensor) -> bool:
     """Whether voxels fill a convex region that reaches the sides of an image."""
-    every = _every(valid.shape[2:])
-    coarse: Array = (
-        valid[0, 0][tuple(slice(None, None, e) for e in every)].cpu().numpy()
-    )
+    every = _every(valid.shape[1:])
+    coarse: Array = valid[0][tuple(slice(None, None, e) for e in every)].cpu().numpy()
     coarse = ndimage.binary_opening(coarse, iterations=1)
     at = np.argwhere(coarse)
     if not len(at):
