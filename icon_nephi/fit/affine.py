@@ -6,6 +6,7 @@ fixed-image millimetres -> moving-image millimetres.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
