@@ -15,7 +15,6 @@ from icon_nephi._memory import memory_for
 from icon_nephi.fit.affine import (
     coincide,
     find_affine,
-    identity,
     in_unit_boxes,
     voxel_stride,
 )
@@ -25,6 +24,7 @@ from icon_nephi.fit.doubts import doubts, evidence, of_images
 from icon_nephi.fit.levels import fit_levels, levels_of
 from icon_nephi.fit.likeness import Likeness
 from icon_nephi.fit.optimize import Course, FitOptions, Stage, optimize
+from icon_nephi.fit.search import identity
 from icon_nephi.fit.settings import GRID, Fit, Settings, find_settings, make_pair
 from icon_nephi.fit.simpler import Simpler, check_transform, headers_or, simpler
 from icon_nephi.fit.unfold import unfold
@@ -106,13 +106,15 @@ def fit_pair(
     both = image_A, image_B
     work = _Work.of(*both, choice, settings, options, mass_preserving=mass_preserving)
     generator = torch.Generator().manual_seed(options.seed)
-    rigid = transform == "rigid"
+    rigid, said = transform == "rigid", [*image_A.notes, *image_B.notes]
     aligned = identity(image_B.place.dimension)
     if affine:
-        aligned = find_affine(work.images, choice, generator, options, rigid=rigid)
+        how = work.images, choice, generator, options, said
+        aligned = find_affine(*how, rigid=rigid)
     if similarity in (None, AUTO) and not mass_preserving:
-        how = {"search": affine, "rigid": rigid}
-        name, aligned = find_contrast(work.likeness, aligned, options, **how)
+        name, aligned = find_contrast(
+            work.likeness, aligned, options, search=affine, rigid=rigid
+        )
         if name != choice.name:
             choice = find_similarity(name, settings.floor)
             work = _Work.of(*both, choice, settings, options)
@@ -139,7 +141,8 @@ def fit_pair(
     with torch.no_grad():
         code = net.net(images.image_A, images.image_B).detached()
         where, place = images.where_B.cpu(), images.geometry_B
-        numbers = evidence(pair, *images.smooth, place, where, generator)
+        counts = images.counts_on("cpu")
+        numbers = evidence(pair, *images.smooth, place, where, generator, counts)
     numbers |= of_images(image_A, image_B)
     return Fit(
         matrix=in_unit_boxes(start, place, images.geometry_A),
@@ -148,6 +151,7 @@ def fit_pair(
         field_BA=net.field_BA.requires_grad_(False),
         losses=course.losses,
         warnings=[
+            *said,
             *warnings,
             *course.warnings,
             *doubts(numbers, contrast=choice.contrast),
@@ -289,6 +293,7 @@ class _Work:
             extent=torch.tensor(images.geometry_B.extent, device=device),
             densities=images.densities,
             volumes=images.volumes,
+            counts=images.counts,
             dice_loss_weight=DICE if images.segmentations else 0.0,
             generator=generator,
         )

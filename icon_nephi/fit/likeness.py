@@ -83,7 +83,7 @@ class Likeness:
             moving, fixed = self._towards(self.images.smooth, number)
             x = points_as_grid(self.places[number][0])
             moved = self._moved(phi, x)
-            there = inside(moved).float().flatten()
+            there = self._in_both(moved, x, number).flatten()
             values = sample_image(moving, moved)[0].flatten(1)
             shared = score.counted(values, sample_image(fixed, x)[0].flatten(1), there)
             common.append(float(shared.mean() * there.mean().sqrt()))
@@ -137,6 +137,15 @@ class Likeness:
         """Where a map, on the images' device, takes points of the CPU."""
         return phi(x.to(self.images.image_B)).float().cpu()
 
+    def _in_both(self, moved: Tensor, x: Tensor, number: int) -> Tensor:
+        """1 where both images are, and count, else 0: ``[1, 1, *any]``."""
+        tag = (inside(moved) & inside(x)).float()
+        moving, fixed = self.images.counts_on("cpu")[:: -1 if number else 1]
+        for known, place in ((moving, moved), (fixed, x)):
+            if known is not None:
+                tag = tag * sample_image(known.to(tag), place, mode="nearest")
+        return tag
+
     def _towards(self, pair: tuple[Tensor, Tensor], number: int) -> tuple[Tensor, ...]:
         """(moving, fixed) of the map of that number, on the CPU."""
         A, B = (image.cpu() for image in pair)
@@ -152,7 +161,7 @@ class Likeness:
         patches = Patches(BLOCKS, SIZE, stride)
         rows = self.places[number][0][:, :BLOCKS]
         x, moved = patch_maps(partial(self._moved, phi), patches, rows, fixed.shape[2:])
-        tag = (inside(moved) & inside(x)).float()
+        tag = self._in_both(moved, x, number)
         shape = (BLOCKS, *x.shape[3:])
         values = sample_image(moving, moved), sample_image(fixed, x), tag
         return [as_blocks(v, shape).flatten(2) for v in values]

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from icon_nephi.fit.affine import identity, improved
+from icon_nephi.fit.affine import improved
 from icon_nephi.fit.likeness import Likeness
 from icon_nephi.fit.optimize import FitOptions
+from icon_nephi.fit.search import identity
 from icon_nephi.maps.transforms import Map
 
 #: What a registration may be.

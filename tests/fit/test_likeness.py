@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from icon_nephi.fit.affine import find_affine, identity, in_unit_boxes
+from icon_nephi.fit.affine import find_affine, in_unit_boxes
 from icon_nephi.fit.content import ImagePair
 from icon_nephi.fit.contrast import OTHERS, find_contrast
 from icon_nephi.fit.likeness import Likeness
 from icon_nephi.fit.optimize import FitOptions
+from icon_nephi.fit.search import identity
 from icon_nephi.fit.simpler import headers_or, simpler
 from icon_nephi.losses.similarities import find_similarity
 from icon_nephi.maps.transforms import NeuralTransform
