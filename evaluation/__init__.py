@@ -20,7 +20,7 @@ import numpy as np
 from icon_nephi._memory import held_memory as held_memory
 from icon_nephi._memory import peak_memory as peak_memory
 from icon_nephi.commands.cases import Case as Case
-from icon_nephi.io import itk_images
+from icon_nephi.io import image_files, itk_images
 from icon_nephi.io.atomic import write_csv as write_csv
 from icon_nephi.io.atomic import written_whole as written_whole
 from icon_nephi.io.itk_images import array_of as array_of
@@ -65,12 +65,12 @@ def image_from(array: np.ndarray, like: Any = None) -> Any:
 
 def read_image(path: Path) -> Any:
     """Return a float image; colours become grey (ITK's luminance weights)."""
-    return itk_images.read_image("image", path, as_float=True)
+    return image_files.read_image("image", path, as_float=True)
 
 
 def read_labels(path: Path) -> Any:
     """Return a label map in an integer type."""
-    return itk_images.check_label_map("labels", itk_images.read_image("labels", path))
+    return itk_images.check_label_map("labels", image_files.read_image("labels", path))
 
 
 # --- scores -------------------------------------------------------------------------

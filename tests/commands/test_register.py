@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from icon_nephi import cli
-from icon_nephi.io import itk_images, itk_transforms
+from icon_nephi.io import image_files, itk_images, itk_transforms
 from icon_nephi.io.image_input import voxel_geometry
 from icon_nephi.registration.result import Registration, load
 from tests.commands.command_files import (
@@ -305,7 +305,7 @@ def test_register_through_a_model(folder, tiny_lung):
     for name in ("T.hdf5", "I.h5"):
         transform = itk_transforms.read_transform("T", folder.path / "out" / name)
         assert transform.GetNumberOfTransforms() == 3
-    warped = itk_images.read_image("w", folder.path / "out" / "w.nrrd")
+    warped = image_files.read_image("w", folder.path / "out" / "w.nrrd")
     assert itk_images.geometry_of(warped).size == PLACE_B.size
 
 

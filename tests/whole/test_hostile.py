@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from icon_nephi.io import itk_images
+from icon_nephi.io import image_files, itk_images
 from icon_nephi.io.nephi import save_fit
 from icon_nephi.io.points import FORMATS, read_points
 from icon_nephi.io.raw import find_voxels, geometry_in
@@ -250,7 +250,7 @@ def test_images(tmp_path, ending, reader, data):
     path.write_bytes(data.draw(damaged(IMAGES[ending])))
     read = {
         "mapped": a_mapped_box,
-        "read": lambda p: itk_images.read_image("--fixed", p),
+        "read": lambda p: image_files.read_image("--fixed", p),
     }[reader]
     numbers_or_refused(read, path)
 
@@ -263,7 +263,7 @@ def test_a_nifti_that_places_no_voxel_is_refused(tmp_path):
         {"rows": np.full((3, 3), np.nan)},
     ):
         path.write_bytes(nifti(**changed))
-        image = numbers_or_refused(lambda p: itk_images.read_image("--fixed", p), path)
+        image = numbers_or_refused(lambda p: image_files.read_image("--fixed", p), path)
         if image is not None:  # ITK mends some of them: then they are whole
             place = itk_images.geometry_of(image)
             assert np.isfinite(place.unit_to_physical()).all()
@@ -282,7 +282,7 @@ def test_images_that_are_said_to_be_huge_are_refused_at_once(tmp_path, ending):
     path = tmp_path / f"image{ending}"
     path.write_bytes(data)
     with pytest.raises(ValueError, match="--fixed"):
-        itk_images.read_image("--fixed", path)
+        image_files.read_image("--fixed", path)
 
 
 def test_a_zip_bomb_is_not_blown_up(tmp_path):
@@ -298,7 +298,7 @@ def test_a_zip_bomb_is_not_blown_up(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gzip.GzipFile, "read", count)
-        image = itk_images.read_image("--fixed", path)
+        image = image_files.read_image("--fixed", path)
     assert itk_images.array_of(image).shape == (2, 3, 4)
     assert sum(opened) < 10**7
 
