@@ -31,18 +31,18 @@ def write_jacobian(flags: JacobianFlags) -> tuple[str, list[str]]:
         place = geometry_of(reference)
     else:
         place = mapping.geometry_A if flags.inverse else mapping.geometry_B
-    check_holds(
-        "--out", out, place, components=place.dimension**2 if flags.tensor else None
-    )
+    warnings: list[str] = []
+    numbers = place.dimension**2 if flags.tensor else None
+    check_holds("--out", out, place, components=numbers, said=warnings)
     if flags.tensor:
         image = mapping.jacobian(reference, direction)
-        numbers = array_of(image).astype(float)
+        matrices = array_of(image).astype(float)
         d = image.GetImageDimension()
-        values = np.linalg.det(numbers.reshape(*numbers.shape[:-1], d, d))
+        values = np.linalg.det(matrices.reshape(*matrices.shape[:-1], d, d))
     else:
         image = mapping.jacobian_determinant(reference, direction)
         values = array_of(image)
-    folds, warnings = count_folds(values), []
+    folds = count_folds(values)
     if flags.log:
         logs = np.log(np.where(values > 0, values, np.nan)).astype(np.float32)
         image = image_of(logs, geometry_of(image))

@@ -78,20 +78,20 @@ def _check_name(flag: str, path: Path, endings: Sequence[str]) -> None:
         raise ValueError(f"--{flag}: {path} must end in {', '.join(endings)}")
     if path.name.lower() in endings:
         raise ValueError(f"--{flag}: {path} has nothing before its ending")
-    if path.is_dir():
-        raise ValueError(f"--{flag}: {path} is a folder; give a file name in it")
     if not path.parent.is_dir():
         raise ValueError(f"--{flag}: the folder {path.parent} does not exist")
+    longest, length = _longest_name(path.parent), len(os.fsencode(path.name))
+    if length > longest:
+        raise ValueError(
+            f"--{flag}: the name {path.name[:40]}... has {length} bytes, more than the "
+            f"{longest} that names may have there; shorten it"
+        )
+    if path.is_dir():
+        raise ValueError(f"--{flag}: {path} is a folder; give a file name in it")
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
         raise ValueError(
             f"--{flag}: {path} is a link to {target}, whose folder does not exist"
-        )
-    longest = _longest_name(target.parent)
-    if len(os.fsencode(path.name)) > longest:
-        raise ValueError(
-            f"--{flag}: the name {path.name[:40]}... has {len(os.fsencode(path.name))} "
-            f"bytes, more than the {longest} that names may have there; shorten it"
         )
     if not os.access(target.parent, os.W_OK):
         raise ValueError(f"--{flag}: the folder {path.parent} cannot be written to")

@@ -151,7 +151,8 @@ def check_places(outputs: dict[str, Path], inputs: Inputs) -> None:
         side = "moving" if name == "inverse_displacement_out" else "fixed"
         place = geometry_of(inputs.images[side])
         vectors = place.dimension if OUTPUTS[name] == VECTORS else None
-        check_holds(f"--{name}", path, place, components=vectors)
+        said = inputs.warnings
+        check_holds(f"--{name}", path, place, components=vectors, said=said)
 
 
 def run(flags: RegisterFlags, command: list[str]) -> dict[str, Any]:

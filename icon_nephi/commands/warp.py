@@ -156,7 +156,8 @@ def _read(
     if task.kind == "points":
         return _read_points(task, flags, mapping, reference, direction, warnings)
     name = f"--{task.kind}"
-    image = read_image(name, task.path, components=True, said=warnings)
+    colours = task.kind == "image"
+    image = read_image(name, task.path, components=colours, said=warnings)
     if task.kind == "labels":
         image = check_label_map(f"{name}: {task.path}", image)
     modes = MODES[task.kind]
@@ -169,7 +170,8 @@ def _read(
     place = _place_of(reference, mapping, direction)
     if place is not None and place.dimension == image.GetImageDimension():
         kind = type_of_result(voxels, mode)
-        check_holds("--out", task.out, place, kind, None if channels == 1 else channels)
+        several = None if channels == 1 else channels
+        check_holds("--out", task.out, place, kind, several, warnings)
 
     def write(part: Path) -> str:
         warped = mapping.warp(image, mode, reference, inverse=inverse, outside=outside)

@@ -7,6 +7,7 @@ from typing import Any
 
 # Of the distance between slices: what they may lie off, and be read as evenly spaced.
 _EVEN = 0.01
+_UNEVEN = "ITK_non_uniform_sampling_deviation"
 
 
 def read_series(folder: Path) -> Any:
@@ -41,9 +42,8 @@ def read_series(folder: Path) -> Any:
         raise ValueError("holds one DICOM file only; give it as the file it is")
     reader = _reader(itk, files)
     image = reader.GetOutput()
-    told = image.GetMetaDataDictionary()
-    if told.HasKey("ITK_non_uniform_sampling_deviation"):
-        off = float(_number(told, "ITK_non_uniform_sampling_deviation"))
+    if image.GetMetaDataDictionary().HasKey(_UNEVEN):
+        off = float(image[_UNEVEN])
         if off > _EVEN * float(image.GetSpacing()[2]):
             raise ValueError(
                 f"holds DICOM slices that are not evenly spaced, up to {off:.3g} mm "
@@ -68,7 +68,3 @@ def _reader(itk: Any, files: list[str]) -> Any:
     reader.ForceOrthogonalDirectionOff()
     reader.Update()
     return reader
-
-
-def _number(told: Any, key: str) -> Any:
-    return told.Get(key).GetMetaDataObjectValue()

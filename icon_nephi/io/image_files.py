@@ -38,8 +38,11 @@ from icon_nephi.space.frames import Array, Geometry
 _QUIET, _STRAIGHTENED = 0.01, 0.5
 # What a format may place the last voxel off, in voxels: rounding of its numbers.
 _HELD = 0.05
-# Of ITK's types, those of whole numbers of which its Python has no images.
-_WHOLE = ("CHAR", "LONG", "LONGLONG", "ULONG", "ULONGLONG")
+_PICTURES = (".tif", ".tiff", ".png")
+# Of ITK's types of whole numbers those of which its Python has no images, and those
+# that may be too large for float64.
+_UNKNOWN = ("char", "long", "long_long")
+_WIDE = (*_UNKNOWN, "unsigned_long", "unsigned_long_long")
 
 
 def read_image(
@@ -74,7 +77,9 @@ def read_image(
             if path.is_dir():
                 image = read_series(path)
             else:
-                image = _read_file(path, as_float=as_float, notes=notes)
+                image = _read_file(
+                    path, as_float=as_float, components=components, notes=notes
+                )
     except (ValueError, MemoryError) as error:
         raise ValueError(f"{where} {error}") from error
     except Exception as error:  # ITK raises RuntimeError, AttributeError, KeyError...
@@ -86,7 +91,9 @@ def read_image(
     return image
 
 
-def _read_file(path: Path, *, as_float: bool, notes: list[str]) -> Any:
+def _read_file(
+    path: Path, *, as_float: bool, components: bool, notes: list[str]
+) -> Any:
     """Return the image of a file, whatever it holds; nothing is missing in it."""
     with plain_name(path) as named:
         nifti = find_nifti(path) if _ends(path, ENDINGS) else None
@@ -104,26 +111,38 @@ def _read_file(path: Path, *, as_float: bool, notes: list[str]) -> Any:
             )
         _check_memory(int(header.GetImageSizeInBytes()))
         check_complete(path, header)
-        kind = header.GetComponentType()
-        if parts > 1:
-            grey = as_float and d == 2 < parts < 5  # of vectors ITK reads nonsense
-            return itk.imread(str(named), itk.F if grey else None)
-        if as_float:
-            return itk.imread(str(named), itk.F)
-        try:
-            return itk.imread(str(named))
-        except (KeyError, RuntimeError, AttributeError, TypeError):
-            image = itk.imread(str(named), itk.D)  # int8 and int64, which it has not
-        values = array_of(image)
-        known = [getattr(itk.CommonEnums, f"IOComponent_{name}") for name in _WHOLE]
-        if kind not in known:
-            return image
-        if np.abs(values).max(initial=0) > EXACT:
+        grey = as_float and d == 2 < parts < 5  # of vectors ITK reads nonsense
+        if parts > 1 and not (grey or components):
             raise ValueError(
-                "holds whole numbers above 2^53, which cannot be told apart; number "
-                "its labels anew"
+                f"has {parts} numbers per voxel, expected one; take one component, or "
+                "convert colours to grey (a segmentation in layers: export its "
+                "segments to one label map)"
+            )
+        if as_float and (grey or parts == 1):
+            return itk.imread(str(named), itk.F)
+        kind = header.GetComponentTypeAsString(header.GetComponentType())
+        if parts > 1:
+            return _read_components(named, kind)
+        image = itk.imread(str(named), itk.D if kind in _UNKNOWN else None)
+        if kind not in _WIDE:
+            return image
+        values = array_of(image)
+        if np.abs(values.astype(np.float64)).max(initial=0) >= EXACT:
+            raise ValueError(
+                "holds whole numbers of 2^53 and more, which cannot be told apart; "
+                "number its labels anew, below 2^53"
             )
         return image_of(values.astype(np.int64), geometry_of(image))
+
+
+def _read_components(path: Path, kind: str) -> Any:
+    """Return an image of several numbers a voxel, in the nearest type there is."""
+    try:
+        return itk.imread(str(path))
+    except (KeyError, RuntimeError, AttributeError, TypeError):
+        types = {"unsigned_char": itk.UC, "short": itk.SS, "unsigned_short": itk.US}
+        types |= {"float": itk.F}
+        return itk.imread(str(path), itk.VariableLengthVector[types.get(kind, itk.D)])
 
 
 def _check_memory(least: int) -> None:
@@ -203,6 +222,8 @@ def _told_place(
     header.ReadImageInformation()
     axes = range(len(size))
     columns = [[float(header.GetDirection(a)[b]) for b in axes] for a in axes]
+    if abs(np.linalg.det(columns)) < 1e-6:
+        raise RuntimeError("its axes lie in one plane")
     return Geometry(
         size=size,
         spacing=tuple(float(header.GetSpacing(a)) for a in axes),
@@ -292,8 +313,11 @@ def check_holds(
     place: Geometry,
     kind: npt.DTypeLike = np.float32,
     components: int | None = None,
+    said: list[str] | None = None,
 ) -> None:
     """Raise unless the format of a path can hold an image: tried with a tiny one.
+
+    Of plain pictures in 2D only pixels are expected.
 
     Args:
         name: of the argument, for errors.
@@ -301,6 +325,7 @@ def check_holds(
         place: of the image.
         kind: of its numbers.
         components: numbers a voxel, None: one.
+        said: takes a sentence where a picture loses its origin or spacing.
 
     Raises:
         ValueError: its voxels would lie elsewhere, or it has no such numbers.
@@ -312,7 +337,9 @@ def check_holds(
     with TemporaryDirectory() as folder, no_stderr():
         tried = Path(folder) / f"tried{ending}"
         try:
-            itk.imwrite(image_of(np.zeros(shape, kind), small), str(tried))
+            writer = itk.ImageFileWriter.New(image_of(np.zeros(shape, kind), small))
+            writer.SetFileName(str(tried))
+            writer.Update()
             read = read_header(tried)
         except Exception as error:  # ITK raises RuntimeError, AttributeError, ...
             what = np.dtype(kind).name
@@ -331,6 +358,14 @@ def check_holds(
         )
     if len(axes) < d or _farthest(place, held) > _HELD:
         tilted = np.array(place.direction)
+        picture = d == 2 and ending in _PICTURES
+        if picture and np.allclose(tilted, np.eye(2), rtol=0, atol=1e-6):
+            if said is not None:
+                said.append(
+                    f"{name}: {path}: a {ending} file holds pixels, not where they lie "
+                    f"(origin, spacing); {advice} to keep that"
+                )
+            return
         why = "origin and direction"
         if np.abs(tilted.T @ tilted - np.eye(d)).max() > 1e-6:
             why, advice = "axes that are not at right angles", "choose .nrrd or .mha"

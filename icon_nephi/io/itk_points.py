@@ -63,11 +63,10 @@ def _field(transform: Any, d: int) -> Rows:
     import itk
     from scipy.ndimage import map_coordinates
 
-    image = transform.GetDisplacementField()
-    values = np.moveaxis(itk.array_from_image(image), -1, 0)
-    steps = itk.array_from_matrix(image.GetDirection()) * np.array(image.GetSpacing())
-    into, origin = np.linalg.inv(steps), np.array(image.GetOrigin())
-    last = np.array(other_order(values.shape[1:])) - 1.0
+    size, origin, into = _grid(transform, d)
+    values = itk.array_from_vnl_vector(transform.GetParameters())
+    values = np.moveaxis(values.reshape(*other_order(size.tolist()), d), -1, 0)
+    last = size - 1.0
 
     def rows(points: Array) -> Array:
         index = (points - origin) @ into.T
@@ -81,16 +80,21 @@ def _field(transform: Any, d: int) -> Rows:
     return rows
 
 
+def _grid(transform: Any, d: int) -> tuple[Array, Array, Array]:
+    """Return size and origin of a transform's grid, and the matrix into its steps."""
+    told = transform.GetFixedParameters()
+    numbers = np.array([told.GetElement(i) for i in range(told.Size())])
+    origin, spacing = numbers[d : 2 * d], numbers[2 * d : 3 * d]
+    steps = numbers[3 * d : 3 * d + d * d].reshape(d, d) * spacing
+    return numbers[:d].astype(int), origin, np.linalg.inv(steps)
+
+
 def _spline(transform: Any, d: int) -> Rows:
     """A cubic spline of coefficients; where some would be missing nothing is moved."""
     import itk
     from scipy.ndimage import map_coordinates
 
-    told = transform.GetFixedParameters()
-    numbers = np.array([told.GetElement(i) for i in range(told.Size())])
-    size = numbers[:d].astype(int)
-    origin, spacing = numbers[d : 2 * d], numbers[2 * d : 3 * d]
-    into = np.linalg.inv(numbers[3 * d :].reshape(d, d) * spacing)
+    size, origin, into = _grid(transform, d)
     values = itk.array_from_vnl_vector(transform.GetParameters())
     values = values.reshape(d, *other_order(size.tolist()))
 

@@ -9,7 +9,7 @@ import itk
 import numpy as np
 
 from icon_nephi.io.image_files import read_image
-from icon_nephi.io.itk_images import array_of, geometry_of, image_of
+from icon_nephi.io.itk_images import array_of, geometry_of
 from icon_nephi.io.itk_transforms import affine_transform, read_transform
 from icon_nephi.space.frames import Array, Geometry
 
@@ -123,10 +123,13 @@ def _field(name: str, path: Path) -> Any:
         raise ValueError(
             f"{name}: {path} has displacements that are not finite; set them to 0"
         )
-    kind = itk.Image[itk.Vector[itk.D, d], d]
-    doubles = np.ascontiguousarray(values, dtype=np.float64)
-    vectors = itk.image_from_array(doubles, ttype=(kind,))
-    vectors.CopyInformation(image_of(values[..., 0], place))
     transform = itk.DisplacementFieldTransform[itk.D, d].New()
-    transform.SetDisplacementField(vectors)
+    numbers = [*place.itk_size, *place.origin, *place.spacing]
+    numbers += np.array(place.direction).ravel().tolist()
+    parameters = itk.OptimizerParameters[itk.D]
+    transform.SetFixedParameters(parameters([float(x) for x in numbers]))
+    vectors = parameters(values.size)
+    doubles = np.ascontiguousarray(values, dtype=np.float64).ravel()
+    vectors.update(itk.vnl_vector_from_array(doubles), 0)
+    transform.SetParameters(vectors)
     return transform

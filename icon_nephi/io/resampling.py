@@ -127,7 +127,9 @@ def _cubic(voxels: Array) -> Callable[[Array], Array]:
             if hole.all():
                 channel[:] = 0
             else:
-                nearest = distance_transform_edt(hole, False, True)
+                nearest = distance_transform_edt(
+                    hole, return_distances=False, return_indices=True
+                )
                 channel = channel[tuple(nearest)]
         splines.append(spline_filter(channel, mode="mirror"))
 
