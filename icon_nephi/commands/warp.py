@@ -221,7 +221,7 @@ def _read_points(
 
     def write(part: Path) -> str:
         content = file.moved(lambda p: mapping.transform_points(p, direction))
-        if flags.errors:
+        if isinstance(mapping, Registration) and flags.errors:
             expected = error_estimate(mapping, points, (), direction)
             content = with_column(content, "expected_error_mm", expected)
         part.write_bytes(content)

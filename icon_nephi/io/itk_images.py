@@ -99,8 +99,8 @@ def image_of(array: Array, geometry: Geometry) -> Any:
         image = itk.image_from_array(np.ascontiguousarray(_in_known_type(array)))
     elif array.dtype == np.uint8 and array.shape[-1] in (3, 4):
         pixel = (itk.RGBPixel, itk.RGBAPixel)[array.shape[-1] - 3]
-        kind = itk.Image[pixel[itk.UC], d]
-        image = itk.image_from_array(np.ascontiguousarray(array), ttype=(kind,))
+        colours = itk.Image[pixel[itk.UC], d]
+        image = itk.image_from_array(np.ascontiguousarray(array), ttype=(colours,))
     else:
         values = np.ascontiguousarray(array, dtype=np.float32)
         kind: dict[str, Any] = {"is_vector": True}

@@ -175,6 +175,6 @@ def _is_placed(point: dict[str, Any]) -> bool:
     if status is not None and status != "defined":
         return False
     position = point.get("position")
-    if status is None or position is None:
-        return bool(position) and None not in position
-    return True
+    if status == "defined":
+        return True
+    return isinstance(position, list) and bool(position) and None not in position
