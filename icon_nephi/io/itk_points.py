@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from icon_nephi.io.itk_modules import specialized
 from icon_nephi.space.frames import Array, other_components, other_order
 
 Rows = Callable[[Array], Array]
@@ -23,9 +24,7 @@ def rows_through(transform: Any) -> Rows:
     for all points at once, by the numbers in them; of any other each point is asked for
     alone.
     """
-    import itk
-
-    transform = itk.down_cast(transform)
+    transform = specialized(transform)
     d = int(transform.GetInputSpaceDimension())
     if hasattr(transform, "GetNumberOfTransforms"):
         count = int(transform.GetNumberOfTransforms())

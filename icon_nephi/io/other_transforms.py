@@ -10,6 +10,7 @@ import numpy as np
 
 from icon_nephi.io.image_files import read_image
 from icon_nephi.io.itk_images import array_of, geometry_of
+from icon_nephi.io.itk_modules import itk_class
 from icon_nephi.io.itk_transforms import affine_transform, read_transform
 from icon_nephi.space.frames import Array, Geometry
 
@@ -123,10 +124,10 @@ def _field(name: str, path: Path) -> Any:
         raise ValueError(
             f"{name}: {path} has displacements that are not finite; set them to 0"
         )
-    transform = itk.DisplacementFieldTransform[itk.D, d].New()
+    transform = itk_class("DisplacementFieldTransform", f"D{d}").New()
     numbers = [*place.itk_size, *place.origin, *place.spacing]
     numbers += np.array(place.direction).ravel().tolist()
-    parameters = itk.OptimizerParameters[itk.D]
+    parameters = itk_class("OptimizerParameters", "D")
     transform.SetFixedParameters(parameters([float(x) for x in numbers]))
     vectors = parameters(values.size)
     doubles = np.ascontiguousarray(values, dtype=np.float64).ravel()

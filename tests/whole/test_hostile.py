@@ -54,7 +54,7 @@ POINTS = {
     b"property float y\nproperty float z\nelement face 1\n"
     b"property list uchar int vertex_indices\nend_header\n"
     b"0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n",
-    ".vtp": b'<?xml version="1.0"?>\n<VTKFile type="PolyData" byte_order="LittleEndian">'
+    ".vtp": b'<VTKFile type="PolyData" byte_order="LittleEndian">'
     b'<PolyData><Piece NumberOfPoints="3"><PointData Normals="N"><DataArray '
     b'type="Float32" Name="N" NumberOfComponents="3" format="binary">JAAAAAAAAAAAAAAAAA'
     b"CAPwAAAAAAAAAAAACAPwAAAAAAAAAAAACAPw==</DataArray></PointData><Points><DataArray "
