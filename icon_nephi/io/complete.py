@@ -34,7 +34,7 @@ def check_complete(path: Path, header: Any) -> None:
     count = int(header.GetImageSizeInBytes())
     if kind in SUFFIXES:
         try:
-            raw = find_voxels(path)
+            raw = find_voxels(path, several=True)
         except ValueError:  # compressed, in many files, ...: ITK misses what it misses
             return
         whole = count <= raw.path.stat().st_size - max(raw.offset, 0)
