@@ -163,6 +163,9 @@ exit codes: 0 done, 1 some pairs of --pairs failed, 2 wrong input or out of memo
         "CT: what is stretched gets thinner, intensities times the determinant", False
     )
     no_affine: bool = _how("trust the headers, no affine start", False)
+    allow_mirror: bool = _how(
+        "the moving image may be turned over, as a section on its slide", False
+    )
     seed: int = _how(_SEED, 0)
     seeds: int = _how(
         "register N times; how far the results lie apart sharpens the expected error, "

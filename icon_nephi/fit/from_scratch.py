@@ -15,7 +15,6 @@ from icon_nephi._memory import memory_for
 from icon_nephi.fit.affine import (
     coincide,
     find_affine,
-    identity,
     in_unit_boxes,
     voxel_stride,
 )
@@ -23,6 +22,7 @@ from icon_nephi.fit.content import ImagePair
 from icon_nephi.fit.doubts import doubts, evidence, of_images
 from icon_nephi.fit.levels import fit_levels, levels_of
 from icon_nephi.fit.optimize import Course, FitOptions, Stage, optimize
+from icon_nephi.fit.search import identity
 from icon_nephi.fit.settings import Fit, Settings, find_settings, make_pair
 from icon_nephi.fit.unfold import unfold
 from icon_nephi.losses.features import FeatureDifference, FeaturesAlone
@@ -104,9 +104,9 @@ def fit_pair(
     )
     work = _Work(images, choice, settings, options)
     generator = torch.Generator().manual_seed(options.seed)
-    start = identity(image_B.place.dimension)
+    start, said = identity(image_B.place.dimension), [*image_A.notes, *image_B.notes]
     if affine:
-        aligned = find_affine(images, choice, generator, options)
+        aligned = find_affine(images, choice, generator, options, said)
         starts = [start, aligned] if coincide(*images.geometries) else [aligned]
         start = work.better_start(starts)
     loss = work.loss_from(start, generator)
@@ -126,7 +126,8 @@ def fit_pair(
         code = net.net(*both).detached()
         where = images.where_B.cpu()
         smooth = images.blurred(2.0)
-        numbers = evidence(pair, *smooth, images.geometry_B, where, generator)
+        known = images.counts_on("cpu")
+        numbers = evidence(pair, *smooth, images.geometry_B, where, generator, known)
     numbers |= of_images(image_A, image_B)
     return Fit(
         matrix=in_unit_boxes(start, images.geometry_B, images.geometry_A),
@@ -134,7 +135,11 @@ def fit_pair(
         field_AB=net.field_AB.requires_grad_(False),
         field_BA=net.field_BA.requires_grad_(False),
         losses=course.losses,
-        warnings=course.warnings + doubts(numbers, contrast=choice.contrast),
+        warnings=[
+            *said,
+            *course.warnings,
+            *doubts(numbers, contrast=choice.contrast),
+        ],
         evidence=numbers,
     )
 
@@ -215,6 +220,7 @@ class _Work:
             extent=torch.tensor(images.geometry_B.extent, device=device),
             densities=images.densities,
             volumes=images.volumes,
+            counts=images.counts,
             dice_loss_weight=DICE if images.segmentations else 0.0,
             generator=generator,
         )

@@ -26,6 +26,7 @@ def register(
     similarity: Any = None,
     field: str | Settings = "auto",
     affine: bool = True,
+    allow_mirror: bool = False,
     mass_preserving: bool = False,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -56,6 +57,8 @@ def register(
             siren), or `icon_nephi.models.Settings`.
         affine: start from an affine map. Without, from where the headers (tensors:
             the unit boxes) put the images.
+        allow_mirror: image_A may be turned over, as a section on its slide; without, a
+            pair that fits better so is only named in `warnings`.
         mass_preserving: lung CT: what is stretched gets thinner, see `fit_pair`.
         seed: of every random number.
         device: default: the tensors' own; for ITK images a GPU if there is one.
@@ -69,7 +72,7 @@ def register(
         TypeError: an argument of another kind than this.
         ValueError: images or masks that cannot be registered; one sentence says why.
     """
-    options = FitOptions(seed, progress, time_limit, keep_on_interrupt)
+    options = FitOptions(seed, progress, time_limit, keep_on_interrupt, allow_mirror)
     modalities = modality if isinstance(modality, tuple) else (modality, modality)
     images = (image_A, image_B, mask_A, mask_B)
     labels = (segmentation_A, segmentation_B)
@@ -79,6 +82,7 @@ def register(
     with torch.enable_grad():
         fit = fit_pair(A, B, **choices, options=options)
     choices |= {"modality": modality, "seed": seed, "time_limit": time_limit}
+    choices["allow_mirror"] = allow_mirror
     choices |= {"memory_limit": memory_limit, "keep_on_interrupt": keep_on_interrupt}
     choices |= {"peak_memory": peak_memory(), "seconds": options.seconds}
     choices["segmentations"] = A.labels is not None
