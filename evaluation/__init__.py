@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from icon_nephi.commands.cases import Case
     from icon_nephi.io.itk_images import array_of as array_of
     from icon_nephi.io.itk_images import geometry_of as geometry_of
+    from icon_nephi.io.itk_transforms import write_transform as write_transform
 
 STATISTICS = ("mean", "median", "p95")  # of landmark errors
 RANDOM_POINTS = 100_000
@@ -37,6 +38,8 @@ def __getattr__(name: str) -> Any:
     """What comes with ITK, when it is asked for."""
     if name == "Case":
         from icon_nephi.commands.cases import Case as found
+    elif name == "write_transform":
+        from icon_nephi.io.itk_transforms import write_transform as found
     elif name in ("array_of", "geometry_of"):
         found = getattr(_itk_images(), name)
     else:

@@ -160,7 +160,8 @@ TENSORS = "images and maps as tensors"
 RIVALS = "nephi-compare's methods and rows, with more methods and rows"
 INNER = {
     "evaluation": (
-        "_memory commands.cases io.atomic io.itk_images io.versions maps.two_way",
+        "_memory commands.cases io.atomic io.itk_images io.itk_transforms io.versions "
+        "maps.two_way",
         "what most scripts need, in one place: cases, files, voxels, memory",
     ),
     "evaluation.accuracy.compare_voxel": (
@@ -337,6 +338,7 @@ STATE = {
     "fields.expansions._sums": "tables, of their arguments alone",
     "fields.expansions.monomials": "tables, of their arguments alone",
     "fields.workspace.WORKSPACE": "memory, bounded for all fields together",
+    "io.itk_modules._know_formats": "what ITK is told once it knows",
     "maps.jacobians._derives_twice": "what this torch can do never changes",
     "proofs.determinants._slopes": "tables, of their arguments alone",
 }
