@@ -145,8 +145,13 @@ exit codes: 0 done, 1 some pairs of --pairs failed, 2 wrong input or out of memo
     )
     similarity: str | None = _how(
         "mind or mi for other modalities, lncc2 where contrasts may be inverted "
-        "(default: lncc)",
-        choices=("ncc", "lncc", "lncc2", "mind", "mi"),
+        "(default: auto, lncc unless the images show another contrast)",
+        choices=("auto", "ncc", "lncc", "lncc2", "mind", "mi"),
+    )
+    transform: str = _how(
+        "rigid or affine: no deformation (one person's T1 onto the T2)",
+        "deformable",
+        choices=("rigid", "affine", "deformable"),
     )
     model: str = _how("start from this network's map", "none", choices=MODELS)
     network_weights: Path | None = _how("its weights (default: downloaded once)")
