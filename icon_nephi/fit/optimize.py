@@ -32,6 +32,7 @@ class FitOptions:
         progress: show a bar.
         time_limit: seconds for all of the fit, after which its searches stop early.
         keep_on_interrupt: once a step is done Ctrl-C only ends the optimisation.
+        allow_mirror: the affine start may be a mirror image.
 
     Raises:
         ValueError: a limit that is not positive.
@@ -41,6 +42,7 @@ class FitOptions:
     progress: bool = True
     time_limit: float | None = None
     keep_on_interrupt: bool = False
+    allow_mirror: bool = False
     began: float = field(default_factory=lambda: time.monotonic(), repr=False)
 
     def __post_init__(self) -> None:
@@ -110,6 +112,7 @@ def optimize(
     spacing_B: Sequence[float] | None = None,
     patience: int | None = None,
     callback: Callable[[int, ICONLoss], None] | None = None,
+    ended: Callable[[], None] | None = None,
     options: FitOptions | None = None,
 ) -> Course:
     """The `Course` of the losses; the network is left at its optimum.
@@ -122,8 +125,9 @@ def optimize(
     parameters are Adam's groups, each with its ``lr``. A ``similarity`` is taken in
     place of the loss's own, by the number of steps done. A stage ends early after
     ``patience`` steps without a new lowest moving average of the loss (default: never).
-    The callback is called after every step with its number and ICONLoss. The default
-    options have no bar and no limit of time.
+    The callback is called after every step with its number and ICONLoss, and ``ended``
+    after every stage, when the network has the weights. The default options have no bar
+    and no limit of time.
 
     Raises:
         ValueError: the loss was not finite at once.
@@ -178,6 +182,9 @@ def optimize(
                 lowest = min(lowest, average)
                 if options.late or (patience is not None and waited >= patience):
                     break
+            if ended is not None and steps.finite():
+                steps.write()
+                ended()
             if options.late:
                 break
     except KeyboardInterrupt:

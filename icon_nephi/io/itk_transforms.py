@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from icon_nephi.io import itk_modules
 from icon_nephi.io.itk_images import no_stderr
+from icon_nephi.io.itk_modules import itk_class
 from icon_nephi.io.splines import spline_nodes, spline_solver
 from icon_nephi.maps.framed import FramedMap, linear_part, over_grid
 from icon_nephi.maps.transforms import Map
@@ -21,7 +23,8 @@ from icon_nephi.space.frames import Array, Geometry, apply_affine, other_order
 #: Nodes of an exported field, each three doubles: where an axis has steps finer than
 #: the voxels at most the first number (70 MB as a file), else the second (200 MB).
 FINE_NODES, MOST_NODES = 6_000_000, 2**24
-#: Of an exported field: of points in millimetres, and of Jacobian determinants.
+#: Of an exported field: of points in millimetres (in voxels where these are below 1 mm
+#: or above 100, as in microscopy), and of Jacobian determinants.
 TOLERANCES = 1e-3, 1e-3
 _MARGIN = 0.05  # share of the image that the field has on every side of it
 
@@ -36,7 +39,7 @@ def read_transform(name: str, path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{name}: {path} does not exist")
     try:
         with no_stderr():
-            transforms = list(itk.transformread(str(path)))
+            transforms = itk_modules.read_transforms(Path(path))
     except Exception as error:
         raise ValueError(f"{name}: {path} cannot be read as a transform") from error
     if len(transforms) != 1:
@@ -100,8 +103,10 @@ def composite_transform(
 
     finest = min(FINE_NODES, max(10**6, 4**d * int(np.prod(source.size))))
     limits = max(MOST_NODES, finest), finest
-    nodes, *off = spline_nodes(mapped, into, source.size, smooth, TOLERANCES, limits)
-    missed = any(x > most for x, most in zip(off, TOLERANCES, strict=True))
+    voxel = min(*source.spacing, *target.spacing)
+    allowed = TOLERANCES[0] * (voxel if voxel < 1 or voxel > 100 else 1), TOLERANCES[1]
+    nodes, *off = spline_nodes(mapped, into, source.size, smooth, allowed, limits)
+    missed = any(x > most for x, most in zip(off, allowed, strict=True))
     if said is not None and missed:
         said.append(
             f"the ITK transform has no room for more nodes: between voxels it is up to "
@@ -113,16 +118,16 @@ def composite_transform(
     frame = grid.unit_to_physical()
     field = over_grid(beside, grid.size, frame, d, np.float64, mapped=mapped)
     solvers = [_coefficients(n, p) for n, p in zip(nodes, pads, strict=True)]
-    quantum = 2.0 ** np.floor(np.log2(TOLERANCES[0] / 200))  # so that files compress
+    quantum = 2.0 ** np.floor(np.log2(allowed[0] / 200))  # so that files compress
     for component in range(d):
         values = field[..., component]
         for axis, solve in enumerate(solvers):
             values = np.moveaxis(np.tensordot(solve, values, (1, axis)), 0, axis)
         field[..., component] = np.round(values / quantum) * quantum
-    spline = itk.BSplineTransform[itk.D, d, 3].New()
+    spline = itk_class("BSplineTransform", f"D{d}3").New()
     numbers = [*grid.itk_size, *grid.origin, *grid.spacing]
     numbers += np.array(grid.direction).ravel().tolist()
-    parameters = itk.OptimizerParameters[itk.D]
+    parameters = itk_class("OptimizerParameters", "D")
     spline.SetFixedParameters(parameters([float(x) for x in numbers]))
     values = parameters(field.size)
     # Copied as a block: from a sequence, ITK makes a Python object of every number.
@@ -133,7 +138,7 @@ def composite_transform(
 
 def affine_transform(matrix: Array, shift: Array) -> Any:
     """Return the ``itk.AffineTransform`` of a matrix ``[d, d]`` and a shift ``[d]``."""
-    affine = itk.AffineTransform[itk.D, len(shift)].New()
+    affine = itk_class("AffineTransform", f"D{len(shift)}").New()
     affine.SetMatrix(itk.matrix_from_array(matrix))
     affine.SetTranslation(shift.tolist())
     return affine
@@ -141,7 +146,8 @@ def affine_transform(matrix: Array, shift: Array) -> Any:
 
 def composed(first: Any, second: Any) -> Any:
     """Return the ``itk.CompositeTransform`` of one transform, then another."""
-    both = itk.CompositeTransform[itk.D, first.GetInputSpaceDimension()].New()
+    d = first.GetInputSpaceDimension()
+    both = itk_class("CompositeTransform", f"D{d}").New()
     both.AddTransform(second)  # ITK applies the one added last first
     both.AddTransform(first)
     return both
@@ -181,7 +187,7 @@ def write_transform(transform: Any, path: Path) -> None:
         ValueError: ITK could not.
     """
     try:
-        itk.transformwrite(transform, str(path), compression=True)
+        itk_modules.write_transforms(transform, path)
     except RuntimeError as error:
         raise ValueError(
             f"a {path.suffix} transform could not be written: is the disk full?"
