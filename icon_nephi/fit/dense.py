@@ -16,17 +16,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from icon_nephi.fit.adam import Adam
 from icon_nephi.fit.content import ImagePair
 from icon_nephi.fit.optimize import FitOptions
+from icon_nephi.fields import make_field
+from icon_nephi.fields.codes import LatentCodeTable
 from icon_nephi.fit.settings import Lattices
 from icon_nephi.losses.dense import DenseLoss, DensePair, Side, refined
 from icon_nephi.losses.similarities import PatchNCC
+from icon_nephi.maps.jacobians import determinants
+from icon_nephi.maps.networks import NePhi
 from icon_nephi.space.frames import identity_map, inside
 from icon_nephi.space.images import gaussian_blur, sample_image
+from icon_nephi.space.interpolation import axis_matrix
 
-BETAS = (0.9, 0.99)
 # Of the learning rate, what is left at the end of a level.
 LEFT = 0.1
+# Determinants below it are mended, in that many rounds at most.
+NEAR, ROUNDS = 0.1, 40
 # What windows without content count: enough to keep things calm there.
 ELSEWHERE = 1e-3
 
@@ -133,7 +140,81 @@ def fit_dense(
             history += losses
             if options.late:
                 break
-    return together(parts), history
+    return mended(together(parts), levels[-1].size, pair.scale), history
+
+
+def mended(code: Tensor, size: Sequence[int], scale: Tensor) -> Tensor:
+    """The code, smoothed around the places of a lattice where its maps nearly fold.
+
+    Args:
+        code: ``[1, 2 d, *nodes]``.
+        size: places of the lattice a side.
+        scale: ``[d]``, see `DensePair.scale`.
+    """
+    d = len(size)
+    nodes = code.shape[2:]
+    ends = [torch.linspace(0, 1, n) for n in size]
+    reads = [axis_matrix(x, n) for x, n in zip(ends, nodes, strict=True)]
+    slopes = [
+        axis_matrix(x, n, gradient=True) for x, n in zip(ends, nodes, strict=True)
+    ]
+    pool = F.max_pool2d if d == 2 else F.max_pool3d
+    for _ in range(ROUNDS):
+        clean = True
+        for first in (0, d):
+            part = code[:, first : first + d]
+            columns = [
+                _along(part, [*reads[:a], slopes[a], *reads[a + 1 :]]) for a in range(d)
+            ]
+            jacobians = torch.stack(columns, -1)[0].movedim(0, -2)
+            jacobians = jacobians * scale[:, None] + torch.eye(d)
+            bad = (determinants(jacobians.flatten(0, d - 1)) < NEAR).reshape(size)
+            if not bad.any():
+                continue
+            clean = False
+            near = _along(bad[None, None].float(), [read.T for read in reads])
+            near = pool((near > 0).float(), 3, stride=1, padding=1) > 0
+            code = code.clone()
+            code[:, first : first + d] = torch.where(near, _smoother(part), part)
+        if clean:
+            break
+    return code
+
+
+def _along(values: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """Values ``[1, C, *n]`` times one matrix along each axis."""
+    for matrix in matrices:
+        values = torch.tensordot(values, matrix, ([2], [1]))  # the axis comes last
+    return values
+
+
+def _smoother(code: Tensor) -> Tensor:
+    """Each node averaged with its neighbours along every axis."""
+    for axis in range(2, code.dim()):
+        n = code.shape[axis]
+        before = code.index_select(axis, torch.arange(-1, n - 1).clamp(min=0))
+        after = code.index_select(axis, torch.arange(1, n + 1).clamp(max=n - 1))
+        code = 0.5 * code + 0.25 * (before + after)
+    return code
+
+
+def spline_pair(code: Tensor, scale: Tensor) -> NePhi:
+    """The two maps of a code ``[1, 2 d, *nodes]``: linear fields that pick channels.
+
+    A field is a network without hidden layers on the code's channels; see `DensePair`
+    for the scale ``[d]``.
+    """
+    d = len(scale)
+    table = LatentCodeTable(
+        1, grids=[tuple(code.shape[2:])], channels=(2 * d,), global_size=0
+    )
+    arguments = {"dimension": d, "code_size": 2 * d, "hidden_layers": 0}
+    fields = [make_field("LatentMLP", arguments) for _ in "AB"]
+    with torch.no_grad():
+        table.local_codes[0].copy_(code)
+        for first, field in zip((d, 2 * d), fields, strict=True):
+            field.last.weight[:, first : first + d] = torch.diag(scale)
+    return NePhi(table, *fields)
 
 
 def together(parts: Sequence[Tensor]) -> Tensor:
@@ -154,25 +235,18 @@ def _descend(
 ) -> tuple[list[Tensor], list[dict[str, float]]]:
     """Adam on all parts of a code, with a cosine decay; the losses of the steps."""
     parts = [part.detach().clone().requires_grad_() for part in parts]
-    means = [torch.zeros_like(part) for part in parts]
-    squares = [torch.zeros_like(part) for part in parts]
+    optimizer = Adam([{"params": parts, "lr": rate}])
     history: list[dict[str, float]] = []
-    for step in range(1, steps + 1):
+    for step in range(steps):
         whole = together(parts)
         loss, gradient = pair.derive(whole)
-        gradients = torch.autograd.grad(whole, parts, gradient)
         if not math.isfinite(loss.total):
             break
-        share = 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
-        now = rate * (LEFT + (1 - LEFT) * share)
-        with torch.no_grad():
-            for part, by, mean, square in zip(
-                parts, gradients, means, squares, strict=True
-            ):
-                mean.lerp_(by, 1 - BETAS[0])
-                square.mul_(BETAS[1]).addcmul_(by, by, value=1 - BETAS[1])
-                root = (square / (1 - BETAS[1] ** step)).sqrt_().add_(1e-12)
-                part.addcdiv_(mean, root, value=-now / (1 - BETAS[0] ** step))
+        optimizer.zero_grad()
+        whole.backward(gradient)
+        share = 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = rate * (LEFT + (1 - LEFT) * share)
+        optimizer.step()
         history.append(_entry(loss))
         bar.update()
         if options.late:
