@@ -153,6 +153,75 @@ def breathing_thorax(
     )
 
 
+@dataclass(frozen=True, eq=False)
+class ThoraxCycle:
+    """Images of one breathing thorax, and where every place is in each.
+
+    ``images[k](maps[k](x)) = scene(x)`` up to noise, for places x of the breathed-out
+    thorax, which is phase 0.
+
+    Attributes:
+        images: of each phase, [1, 1, *shape], float32, in HU.
+        points: the same vessel forks in each, [phases, N, d], float32, unit box.
+        maps: from the breathed-out thorax to each phase, [B, d, *any] in the unit box.
+        inverses: their inverses.
+        spacing: mm between voxels, one for each array axis.
+    """
+
+    images: tuple[Tensor, ...]
+    points: Tensor
+    maps: tuple[_Map, ...]
+    inverses: tuple[_Map, ...]
+    spacing: tuple[float, ...]
+
+
+def breathing_cycle(
+    shape: Sequence[int] = (96, 80, 96),
+    phases: int = 10,
+    seed: int = 0,
+    amplitude: float = 20.0,
+    noise: float = 20.0,
+) -> ThoraxCycle:
+    """Return the thorax of `breathing_thorax` at evenly spaced times of one breath.
+
+    The diaphragm goes down and up as a raised cosine; the chest follows a twentieth of
+    a breath later, so the way out is not the way in. Arguments are as there.
+
+    Raises:
+        ValueError: as `breathing_thorax`, or fewer than 2 phases.
+    """
+    if phases < 2:
+        raise ValueError(f"phases must be at least 2, got {phases}")
+    whole = breathing_thorax(shape, None, seed, amplitude, noise)
+    anatomy = _Anatomy([0, 1, 2] if len(shape) == 3 else [0, 2], _generator(seed))
+    strengths, waves, _ = whole.phi_AB.args  # type: ignore[attr-defined]
+    generator = torch.Generator().manual_seed(seed + 1)
+    images, maps, inverses = [], [], []
+    for phase in range(phases):
+        share = [
+            0.5 - 0.5 * math.cos(2 * math.pi * (phase / phases - 0.05 * bool(axis)))
+            for axis in range(len(strengths))
+        ]
+        lag = 0.5 - 0.5 * math.cos(2 * math.pi * 0.05)  # phase 0 is the scene itself
+        now = [
+            strength * (s - lag * bool(axis))
+            for axis, (strength, s) in enumerate(zip(strengths, share, strict=True))
+        ]
+        forth, back = (partial(_breathe, now, waves, way) for way in (False, True))
+        image = _paint(anatomy, tuple(whole.image_A.shape[2:]), back)[1]
+        images.append(image + noise * torch.randn(image.shape, generator=generator))
+        maps.append(forth)
+        inverses.append(back)
+    rows = whole.points_B.T[None]
+    points = torch.stack([phi(rows)[0].T for phi in maps])
+    ways = tuple(maps), tuple(inverses)
+    return ThoraxCycle(tuple(images), points, *ways, whole.spacing)
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 # Breathing along z, y, x: profiles over the own coordinate, at most 1 in size. They
 # and their slopes vanish at both ends, so nothing leaves the box. z peaks at the
 # diaphragm (1/3) and dies off slowly towards the apex; x moves the two lungs apart.

@@ -29,7 +29,7 @@ from icon_nephi.losses.features import FeatureDifference, FeaturesAlone
 from icon_nephi.losses.gradient_icon import GradientICONPoints
 from icon_nephi.losses.regularity import guarded_term
 from icon_nephi.losses.similarities import Comparison, find_similarity
-from icon_nephi.maps.networks import AffinePair
+from icon_nephi.maps.networks import AffinePair, NePhi
 from icon_nephi.space.intensities import PreparedImage
 from icon_nephi.space.sampling import Patches, Points
 
@@ -79,30 +79,10 @@ def fit_pair(
         MemoryError: smaller parts did not help either.
     """
     options = options or FitOptions()
-    check_both("segmentation", image_A.labels, image_B.labels)
-    modality = image_A.modality if image_A.modality == image_B.modality else None
-    finest = image_B.finer[-1].shape[2:] if image_B.finer else image_B.place.size
-    settings = find_settings(field, finest, modality)
+    choices = similarity, field, mass_preserving, options
+    work = work_on(image_A, image_B, *choices)
+    images, settings, choice = work.images, work.settings, work.choice
     in_parts = bool(image_A.finer or image_B.finer)
-    if in_parts:  # what the corners of the blocks miss is found on the finer levels
-        settings = replace(settings, exact=(False,) * len(settings.exact))
-    choice = find_similarity(similarity, settings.floor)
-    if mass_preserving and (modality != "ct" or choice.contrast):
-        raise ValueError(
-            "mass_preserving takes intensities for densities: both images must be of "
-            "modality ct, and similarity 'lncc', 'ncc' or a callable"
-        )
-    if choice.features != "beside":
-        settings = replace(settings, features=0.0)
-    if not choice.points:
-        settings = _suited(settings, max(image_A.noise, image_B.noise))
-    images = ImagePair(
-        image_A,
-        image_B,
-        featured=bool(settings.features) or choice.features == "only",
-        mass_preserving=mass_preserving,
-    )
-    work = _Work(images, choice, settings, options)
     generator = torch.Generator().manual_seed(options.seed)
     start = identity(image_B.place.dimension)
     if affine:
@@ -139,6 +119,44 @@ def fit_pair(
     )
 
 
+def work_on(
+    image_A: PreparedImage,
+    image_B: PreparedImage,
+    similarity: str | Callable[[Tensor, Tensor], Tensor] | None,
+    field: str | Settings,
+    mass_preserving: bool,
+    options: FitOptions,
+) -> Work:
+    """The deformable part of a pair, with the settings that suit its images.
+
+    Arguments and errors are those of `fit_pair`.
+    """
+    check_both("segmentation", image_A.labels, image_B.labels)
+    modality = image_A.modality if image_A.modality == image_B.modality else None
+    finest = image_B.finer[-1].shape[2:] if image_B.finer else image_B.place.size
+    settings = find_settings(field, finest, modality)
+    if image_A.finer or image_B.finer:
+        # What the corners of the blocks miss is found on the finer levels.
+        settings = replace(settings, exact=(False,) * len(settings.exact))
+    choice = find_similarity(similarity, settings.floor)
+    if mass_preserving and (modality != "ct" or choice.contrast):
+        raise ValueError(
+            "mass_preserving takes intensities for densities: both images must be of "
+            "modality ct, and similarity 'lncc', 'ncc' or a callable"
+        )
+    if choice.features != "beside":
+        settings = replace(settings, features=0.0)
+    if not choice.points:
+        settings = _suited(settings, max(image_A.noise, image_B.noise))
+    images = ImagePair(
+        image_A,
+        image_B,
+        featured=bool(settings.features) or choice.features == "only",
+        mass_preserving=mass_preserving,
+    )
+    return Work(images, choice, settings, options)
+
+
 def _suited(settings: Settings, level: float) -> Settings:
     """The settings for images with noise of that standard deviation."""
     if level > CLEAN:
@@ -150,7 +168,7 @@ def _suited(settings: Settings, level: float) -> Settings:
 
 
 @dataclass(frozen=True)
-class _Work:
+class Work:
     """The deformable part of one pair, and by what it is done."""
 
     images: ImagePair
@@ -195,11 +213,11 @@ class _Work:
         return starts[results.index(max(results))]
 
     def loss_from(
-        self, start: Tensor, generator: torch.Generator
+        self, start: Tensor, generator: torch.Generator, net: NePhi | None = None
     ) -> GradientICONPoints:
-        """What is minimised, of intensities; its pair is untrained, behind a start."""
+        """What is minimised, of intensities; behind a start its pair, or a new one."""
         images, settings = self.images, self.settings
-        net = make_pair(settings, images.geometry_B.extent, generator)
+        net = net or make_pair(settings, images.geometry_B.extent, generator)
         matrix = in_unit_boxes(start, images.geometry_B, images.geometry_A)
         pair = AffinePair(net, matrix.to(images.image_B.dtype))
         device = images.image_B.device
@@ -219,21 +237,23 @@ class _Work:
             generator=generator,
         )
 
-    def fit(self, loss: GradientICONPoints) -> Course:
+    def fit(self, loss: GradientICONPoints, *, codes_alone: bool = False) -> Course:
         """Codes and fields moved to where the loss is least, coarse to fine."""
         images, settings = self.images, self.settings
         net: Any = loss.regis_net.net
         fields = [*net.field_AB.parameters(), *net.field_BA.parameters()]
         featured = settings.features or self.choice.features == "only"
         both = images.featured if featured else (images.image_A, images.image_B)
+        groups: list[dict[str, object]] = [
+            {"params": list(net.net.parameters()), "lr": settings.code_rate}
+        ]
+        if not codes_alone:
+            groups.append({"params": fields, "lr": settings.field_rate})
         return optimize(
             loss,
             *both,
             self._stages(),
-            [
-                {"params": list(net.net.parameters()), "lr": settings.code_rate},
-                {"params": fields, "lr": settings.field_rate},
-            ],
+            groups,
             mask_A=images.where_A,
             mask_B=images.where_B,
             extras=images.segmentations,

@@ -1,0 +1,333 @@
+"""Many images laid on one frame: the fit of a pair, image by image, in rounds.
+
+The frame belongs to none of the images: what stands in it is their mean, made anew
+before every round, and the mean of all displacements is taken out of it. The two fields
+are shared and an image is a code; the fields learn while blocks are wide, in the last
+round they stay and only codes move, so that no image undoes what another has found.
+
+Every image gets the same random numbers in a round: equal images get equal maps, and
+their order matters as little as a seed does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from icon_nephi._memory import memory_for
+from icon_nephi.fields.codes import LatentCode, shares_at
+from icon_nephi.fit.affine import find_affine, identity, in_unit_boxes
+from icon_nephi.fit.content import ImagePair
+from icon_nephi.fit.doubts import doubts, evidence, of_images
+from icon_nephi.fit.from_scratch import Work, work_on
+from icon_nephi.fit.mean_image import (
+    affine_mean,
+    content,
+    mean_image,
+    most_like_the_others,
+)
+from icon_nephi.fit.optimize import Course, FitOptions
+from icon_nephi.fit.settings import Fit, Settings, make_pair
+from icon_nephi.fit.unfold import unfold
+from icon_nephi.maps.networks import AffinePair, NePhi
+from icon_nephi.maps.transforms import NeuralTransform
+from icon_nephi.space.frames import Geometry, apply_affine
+from icon_nephi.space.intensities import PreparedImage
+
+# Of the steps of a pair, what an image gets in all rounds together; of a round, what it
+# spends at the blocks of the round before.
+SHARE, AGAIN = 0.4, 0.3
+# Times the rate of a pair's codes: there are fewer steps to get as far.
+RATE = 2.0
+# Weight of a code's own value beside those of its neighbours in time, before the last
+# round.
+OWN = 0.5
+
+#: Reads an image, whenever it is needed.
+Source = Callable[[], PreparedImage]
+
+
+@dataclass(frozen=True)
+class GroupFit:
+    """What laying many images on one frame gives; image k is the moving one of a pair.
+
+    Attributes:
+        place: the grid of the frame.
+        matrices: ``[K, d + 1, d + 1]`` float64, frame unit box -> image unit box.
+        code: of all images, batch K.
+        field_AB: of every psi_AB, frame to image; phi_AB = matrix o psi_AB.
+        field_BA: of every psi_BA, back; phi_BA = psi_BA o matrix^-1.
+        losses: of each image, one entry a step.
+        warnings: of each image, in words.
+        evidence: of each image, see `icon_nephi.fit.doubts`.
+        rounds: how many are done.
+    """
+
+    place: Geometry
+    matrices: Tensor
+    code: LatentCode
+    field_AB: nn.Module
+    field_BA: nn.Module
+    losses: list[list[dict[str, float]]]
+    warnings: list[list[str]]
+    evidence: list[dict[str, float]] = field(default_factory=list)
+    rounds: int = 0
+
+    def __len__(self) -> int:
+        return len(self.matrices)
+
+    def pair(self, k: int) -> Fit:
+        """The frame (fixed) and image k (moving)."""
+        evidence = self.evidence[k] if self.evidence else {}
+        own = self.losses[k], self.warnings[k], evidence
+        fields = self.field_AB, self.field_BA
+        return Fit(self.matrices[k], self.code.item(k), *fields, *own)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """When the images were taken.
+
+    Attributes:
+        times: one for each, increasing; None: they have no order.
+        period: after which the first comes again; None: never.
+    """
+
+    times: Sequence[float] | None = None
+    period: float | None = None
+
+
+@memory_for("the registration")
+def fit_group(
+    sources: Sequence[Source],
+    *,
+    moments: Moments | None = None,
+    affine: bool = True,
+    similarity: Any = None,
+    field: str | Settings = "auto",
+    options: FitOptions | None = None,
+    begun: GroupFit | None = None,
+    keep: Callable[[GroupFit], None] | None = None,
+) -> GroupFit:
+    """Lay images on their mean.
+
+    Args:
+        sources: of the images.
+        moments: of a series: each image begins where its neighbour in time is.
+        affine: look for the affine maps to the frame; else headers put the images
+            there.
+        similarity: as of `fit_pair`.
+        field: as of `fit_pair`.
+        options: seed, bar, limit of time for all.
+        begun: what ``keep`` was given by a fit of the same that did not end.
+        keep: is given what there is after every round.
+
+    Raises:
+        ValueError: unknown field or similarity.
+        MemoryError: smaller parts did not help either.
+    """
+    options, moments = options or FitOptions(), moments or Moments()
+    group = _Group(sources, moments, (similarity, field, False), options)
+    fit = begun or group.start(affine)
+    rounds = group.rounds
+    silent = not options.progress
+    total = (len(rounds) - fit.rounds) * len(sources)
+    with tqdm(total=total, disable=silent, desc="registering", leave=False) as bar:
+        for number in range(fit.rounds, len(rounds)):
+            fit = group.round(fit, number, bar)
+            if keep is not None:
+                keep(fit)
+            if options.late or any(fit.warnings):
+                break
+    return group.end(fit)
+
+
+class _Group:
+    """Images, and by what they are laid on their mean."""
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        moments: Moments,
+        choices: tuple[Any, Any, bool],
+        options: FitOptions,
+    ) -> None:
+        self.sources, self.moments = sources, moments
+        self.options = replace(options, progress=False)
+        self.choices = choices
+        self.model = most_like_the_others(sources)
+        first = sources[self.model]()
+        blank = replace(first, values=torch.zeros_like(first.values), mask=None)
+        self.frame = replace(blank, labels=None, finer=(), whole=first.place)
+        work = work_on(first, self.frame, *choices, self.options)
+        strides = range(len(work.settings.strides))
+        self.settings = work.settings
+        self.rounds = [slice(max(0, n - 1), n + 1) for n in strides]
+
+    def start(self, affine: bool) -> GroupFit:
+        """Untrained fields and codes, behind the affine maps."""
+        place, count = self.frame.place, len(self.sources)
+        generator = torch.Generator().manual_seed(self.options.seed)
+        net: Any = make_pair(self.settings, place.extent, generator)
+        code = net.net(None, None).detached()
+        matrices = torch.stack([identity(place.dimension)] * count)
+        if affine:
+            matrices, place = self._affine()
+        boxes = [
+            in_unit_boxes(m, place, source().place)
+            for m, source in zip(matrices, self.sources, strict=True)
+        ]
+        fields = net.field_AB, net.field_BA
+        codes = LatentCode.of([code] * count)
+        none: list[Any] = [[] for _ in self.sources]
+        return GroupFit(place, torch.stack(boxes), codes, *fields, none, none)
+
+    def _affine(self) -> tuple[Tensor, Geometry]:
+        """``[K, d + 1, d + 1]``: mean frame -> images, millimetres; where it lies."""
+        reference, found = self.sources[self.model](), []
+        d, place = reference.place.dimension, reference.place
+        for number, source in enumerate(self.sources):
+            if number == self.model:
+                found.append(identity(d))
+                continue
+            generator = torch.Generator().manual_seed(self.options.seed)
+            work = work_on(source(), reference, *self.choices, self.options)
+            ways = work.images, work.choice, generator, self.options
+            found.append(find_affine(*ways))
+        half = torch.full((1, d), 0.5, dtype=torch.float64)
+        centre = apply_affine(place.unit_to_physical(), half)[0]
+        matrices, middle = affine_mean(torch.stack(found), centre)
+        origin = torch.tensor(place.origin) + middle - centre
+        return matrices, replace(place, origin=tuple(origin.tolist()))
+
+    def mean(self, fit: GroupFit, *, centred: bool = True) -> PreparedImage:
+        """The mean of all images as they lie on the frame."""
+        with torch.no_grad():
+            maps = [
+                NeuralTransform(fit.field_AB, fit.code.item(k), owned=False)
+                for k in range(len(fit))
+            ]
+        values = mean_image(
+            fit.place.size, self.sources, maps, fit.matrices, centred=centred
+        )
+        frame = replace(self.frame, values=values, place=fit.place, whole=fit.place)
+        return replace(frame, mask=content(frame))
+
+    def round(self, fit: GroupFit, number: int, bar: Any) -> GroupFit:
+        """Every image fitted to the mean of all once."""
+        last = number == len(self.rounds) - 1
+        learning = not last
+        times = self.moments.times
+        # A blurred mean of what is not aligned yet is like all of them as they are.
+        frame = self.mean(fit) if number else self.sources[self.model]()
+        rows = [fit.code.item(k) for k in range(len(fit))]
+        if number == 1:
+            # About the codes of the same maps behind the mean of all displacements: the
+            # model's own code is one of no displacement.
+            middle = fit.code.mixed([1 / len(rows)] * len(rows))
+            none = rows[self.model]
+            parts = [LatentCode.of([row, middle, none]) for row in rows]
+            rows = [part.mixed([1, -1, 1]) for part in parts]
+        if times is not None and last and len(fit) > 2:
+            rows = _smoothed(rows, self.moments)
+        losses, warnings = [list(x) for x in fit.losses], list(fit.warnings)
+        for k, source in enumerate(self.sources):
+            if times is not None and number == 0 and k:
+                rows[k] = rows[k - 1]
+            work = self._work(source(), frame, number)
+            loss = self._loss(work, fit, k, rows[k])
+            course: Course = work.fit(loss, codes_alone=not learning)
+            net: Any = loss.regis_net
+            rows[k] = net.net.net(None, None).detached()
+            losses[k] += course.losses
+            warnings[k] = warnings[k] + course.warnings
+            bar.update()
+            if self.options.late or course.warnings:
+                break
+        codes = LatentCode.of(rows)
+        known = {"losses": losses, "warnings": warnings, "rounds": number + 1}
+        return replace(fit, code=codes, **known)
+
+    def _work(self, image: PreparedImage, frame: PreparedImage, number: int) -> Work:
+        work = work_on(image, frame, *self.choices, self.options)
+        settings, part = work.settings, self.rounds[number]
+        count = max(4, round(SHARE * settings.steps / len(self.rounds)))
+        first = (AGAIN, 1 - AGAIN) if part.stop - part.start > 1 else (1.0,)
+        settings = replace(
+            settings,
+            steps=count,
+            strides=settings.strides[part],
+            shares=first,
+            exact=settings.exact[part],
+            code_rate=RATE * settings.code_rate,
+        )
+        return replace(work, settings=settings)
+
+    def _loss(self, work: Work, fit: GroupFit, k: int, code: LatentCode) -> Any:
+        """What is minimised for an image, by the fields that all share."""
+        generator = torch.Generator().manual_seed(self.options.seed)
+        net: Any = make_pair(work.settings, fit.place.extent, generator)
+        net = NePhi(net.net, fit.field_AB, fit.field_BA)
+        with torch.no_grad():
+            net.net.global_codes.copy_(code.global_code)
+            for grid, values in zip(net.net.local_codes, code.local_codes, strict=True):
+                grid.copy_(values)
+        images = work.images
+        out, into = images.geometry_A.unit_to_physical(), fit.place.physical_to_unit()
+        return work.loss_from(out @ fit.matrices[k] @ into, generator, net)
+
+    def end(self, fit: GroupFit) -> GroupFit:
+        """Folds repaired, and what is doubtful."""
+        frame = self.mean(fit, centred=False)
+        rows, warnings, numbers = [], [], []
+        for k, source in enumerate(self.sources):
+            image = source()
+            work = work_on(image, frame, *self.choices, self.options)
+            loss = self._loss(work, fit, k, fit.code.item(k))
+            pair: Any = loss.regis_net
+            images: ImagePair = work.images
+            both = images.image_A, images.image_B
+            generator = torch.Generator().manual_seed(self.options.seed)
+            rate = 0.04 * work.settings.code_rate
+            table = pair.net.net
+            unfold(pair, table.parameters(), *both, rate=rate, generator=generator)
+            rows.append(table(None, None).detached())
+            evident = self._evidence(pair, images, generator)
+            evident |= of_images(image, frame)
+            numbers.append(evident)
+            doubtful = doubts(evident, contrast=work.choice.contrast)
+            warnings.append(fit.warnings[k] + doubtful)
+        fields = (f.requires_grad_(False) for f in (fit.field_AB, fit.field_BA))
+        known: dict[str, Any] = dict(zip(("field_AB", "field_BA"), fields, strict=True))
+        known |= {"code": LatentCode.of(rows), "warnings": warnings}
+        return replace(fit, evidence=numbers, **known)
+
+    def _evidence(
+        self, pair: AffinePair, images: ImagePair, generator: torch.Generator
+    ) -> dict[str, float]:
+        with torch.no_grad():
+            smooth, where = images.blurred(2.0), images.where_B.cpu()
+            return evidence(pair, *smooth, images.geometry_B, where, generator)
+
+
+def _smoothed(rows: Sequence[LatentCode], moments: Moments) -> list[LatentCode]:
+    """Each code, and beside it what its neighbours in time say of it."""
+    assert moments.times is not None
+    result, table = [], LatentCode.of(rows)
+    for k, row in enumerate(rows):
+        if moments.period is None and k in (0, len(rows) - 1):
+            result.append(row)
+            continue
+        rest = [n for n in range(len(rows)) if n != k]
+        times = [moments.times[n] for n in rest]
+        shares = [OWN] * len(rows)
+        said = shares_at(moments.times[k], times, moments.period)
+        for n, share in zip(rest, said, strict=True):
+            shares[n] = (1 - OWN) * share
+        result.append(table.mixed(shares))
+    return result
