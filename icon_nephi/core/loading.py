@@ -12,7 +12,7 @@ from pathlib import Path
 VARIABLE = "NEPHI_CORE"
 BUILDS = ("avx512", "avx2", "baseline")  # the quickest first
 # Of the functions below; a library of another version is not used.
-VERSION = 1
+VERSION = 2
 
 _I64, _F32, _F64 = ctypes.c_int64, ctypes.c_float, ctypes.c_double
 _POINTER = ctypes.c_void_p
@@ -46,7 +46,12 @@ class Field(ctypes.Structure):
 class Image(ctypes.Structure):
     """NephiImage of source/blocks.cpp."""
 
-    _fields_ = [("intensities", _POINTER), ("features", _POINTER), ("size", _I64 * 3)]
+    _fields_ = [
+        ("intensities", _POINTER),
+        ("features", _POINTER),
+        ("counts", _POINTER),
+        ("size", _I64 * 3),
+    ]
 
 
 class Blocks(ctypes.Structure):

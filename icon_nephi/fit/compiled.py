@@ -140,7 +140,7 @@ class PairSteps:
         self._collect(net, groups)
         measure = find_measure(similarity or loss.similarity, image_A.shape[1])
         assert measure is not None
-        self.images = Channels.of((image_A, image_B), measure)
+        self.images = Channels.of((image_A, image_B), measure, loss.counts)
         self.shapes = image_A.shape[2:], image_B.shape[2:]
         self.channels = image_A.shape[1]
         self.masks = mask_A, mask_B

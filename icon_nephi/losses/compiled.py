@@ -61,10 +61,21 @@ class Channels:
         image: ``[1, C, *grid]``.
         measure: which channels are intensities, and which features.
         bits: of a feature, 32 or 16; 16 are for numbers from 0 to 1.
+        counts: ``[1, 1, *grid]``: samples at voxels of 0 are left out; None: none is.
     """
 
-    def __init__(self, image: Tensor, measure: Measure, bits: int = 32) -> None:
+    def __init__(
+        self,
+        image: Tensor,
+        measure: Measure,
+        bits: int = 32,
+        counts: Tensor | None = None,
+    ) -> None:
         self.size = tuple(image.shape[2:])
+        self.counts: Tensor | None = None
+        if counts is not None:
+            assert counts.shape[2:] == image.shape[2:]
+            self.counts = (counts[0, 0] > 0).to(torch.uint8).contiguous()
         self.intensities = image[0, measure.first : measure.last].contiguous()
         self.features: Tensor | None = None
         self.bits, self.count = bits, 0
@@ -82,7 +93,11 @@ class Channels:
             pack(features, self.features)
 
     @staticmethod
-    def of(images: Sequence[Tensor], measure: Measure) -> list[Channels]:
+    def of(
+        images: Sequence[Tensor],
+        measure: Measure,
+        counts: Sequence[Tensor | None] = (None, None),
+    ) -> list[Channels]:
         """Images that are compared; features in 16 bits where that suits them all.
 
         What is read waits for memory, of which that is half.
@@ -92,7 +107,8 @@ class Channels:
             for image in images:
                 low, high = torch.aminmax(image[0, measure.last :])
                 bits = bits if low >= 0 and high <= 1 else 32
-        return [Channels(image, measure, bits) for image in images]
+        both = zip(images, counts, strict=False)
+        return [Channels(image, measure, bits, known) for image, known in both]
 
     def raw(self) -> loading.Image:
         """The struct; its memory is this object's."""
@@ -100,6 +116,7 @@ class Channels:
         return loading.Image(
             address(self.intensities),
             address(self.features),
+            address(self.counts),
             (ctypes.c_int64 * 3)(*size),
         )
 
@@ -312,7 +329,10 @@ _agreement = cast(Callable[..., Tensor], _Agreement.apply)
 
 
 def agreement_of(
-    similarity: object, image_A: Tensor, image_B: Tensor
+    similarity: object,
+    image_A: Tensor,
+    image_B: Tensor,
+    counts: Sequence[Tensor | None] = (None, None),
 ) -> Callable[[Tensor, Tensor, Patches, bool], Tensor] | None:
     """The similarity of blocks under affine maps; None where torch has to do it.
 
@@ -320,6 +340,7 @@ def agreement_of(
         similarity: of blocks.
         image_A: moving ``[1, C, *grid]``.
         image_B: fixed.
+        counts: of both, where samples count, see `Channels`.
 
     Returns:
         A function, differentiable by its matrix: of a matrix ``[d + 1, d + 1]`` from
@@ -329,7 +350,7 @@ def agreement_of(
     measure = find_measure(similarity, image_A.shape[1])
     if measure is None or not arrays.suit(image_A, image_B):
         return None
-    A, B = Channels.of((image_A, image_B), measure)
+    A, B = Channels.of((image_A, image_B), measure, counts)
 
     def agreement(
         matrix: Tensor, centres: Tensor, patches: Patches, forth: bool

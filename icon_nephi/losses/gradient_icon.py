@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -74,6 +74,9 @@ class GradientICONPoints(RegistrationModule):
         densities: how many channels, from the first, hold densities whose mass the maps
             keep: the moving image's are multiplied by det J before they are compared.
         volumes: of the box of A over that of B, for that determinant.
+        counts: of A and of B ``[1, 1, *grid]``: samples that lie, at either end of a
+            map, where one is 0 are left out of a similarity with ``isInterpolated``;
+            None: all count.
         generator: source of the sample positions.
     """
 
@@ -92,6 +95,7 @@ class GradientICONPoints(RegistrationModule):
         dice_loss_weight: float = 0.0,
         densities: int = 0,
         volumes: float = 1.0,
+        counts: tuple[Tensor | None, Tensor | None] = (None, None),
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -101,7 +105,7 @@ class GradientICONPoints(RegistrationModule):
         self.regularity_sampler = regularity_sampler or Points(500)
         self.regularity, self.sigma, self.extent = regularity, sigma, extent
         self.dice_loss_weight, self.generator = dice_loss_weight, generator
-        self.densities, self.volumes = densities, volumes
+        self.densities, self.volumes, self.counts = densities, volumes, counts
         self.image_A: Any = None
         self.image_B: Any = None
         self.phi_AB: Any = None
@@ -148,8 +152,11 @@ class GradientICONPoints(RegistrationModule):
         samples = partial(self._samples, sampler, source)
         to_A = samples(self.phi_AB, image_B, mask_B, self.volumes)
         to_B = samples(self.phi_BA, image_A, mask_A, 1 / self.volumes)
-        unlike = compare(agreement, *to_A[:2], seen_A, seen_B, *to_A[2:])
-        unlike = unlike + compare(agreement, *to_B[:2], seen_B, seen_A, *to_B[2:])
+        counts_A, counts_B = self.counts
+        forth, back = (counts_A, counts_B), (counts_B, counts_A)
+        unlike = compare(agreement, *to_A[:2], seen_A, seen_B, *to_A[2:], forth)
+        back_unlike = compare(agreement, *to_B[:2], seen_B, seen_A, *to_B[2:], back)
+        unlike = unlike + back_unlike
         regularity, magnitude, flips = self._regularity(image_A, image_B, source)
         loss = unlike + self.lmbda * regularity
         if self.dice_loss_weight:
@@ -281,19 +288,24 @@ def compare(
     fixed: Image,
     blocks: tuple[int, ...] | None = None,
     gain: Tensor | None = None,
+    counts: Sequence[Tensor | None] = (None, None),
 ) -> Tensor:
     """Similarity of the moving image at moved points and the fixed image at points.
 
     Both ``[B, d, *any]``, each in its image's ICON frame. ICON's similarities with
-    ``isInterpolated`` get the in-bounds tag. Of samples of blocks their shape is told,
+    ``isInterpolated`` get the in-bounds tag, which is 0 as well where the nearest voxel
+    of ``counts``, of the moving and of the fixed image ``[1, 1, *grid]``, is. Of samples of blocks their shape is told,
     see `as_blocks`; a gain ``[B or blocks, k, *any]`` is that of the first k channels
     of the moving image.
     """
     warped, target = readable(moving).sample(moved), readable(fixed).sample(at)
     if getattr(similarity, "isInterpolated", False):
         # Beyond either image there is only its repeated border.
-        tag = inside(moved) & inside(at)
-        warped = torch.cat([warped, tag.to(warped.dtype)], 1)
+        tag = (inside(moved) & inside(at)).to(warped.dtype)
+        for known, place in zip(counts, (moved, at), strict=True):
+            if known is not None:
+                tag = tag * sample_image(known.to(tag), place.detach(), mode="nearest")
+        warped = torch.cat([warped, tag], 1)
     if blocks is not None:
         warped, target = (as_blocks(i, blocks) for i in (warped, target))
     if gain is not None:

@@ -84,6 +84,7 @@ def make_loss(
     channels=1,
     corners=True,
     masked=False,
+    counted=False,
     size=3,
     field="small",
     count=60,
@@ -97,6 +98,12 @@ def make_loss(
     ]
     masks = [
         torch.rand(1, 1, *s, generator=g) > 0.3 if masked else None for s in shapes
+    ]
+    counts = [
+        (gaussian_blur(torch.rand(1, 1, *s, generator=g), [1.0] * dimension) > 0.47)
+        if counted
+        else None
+        for s in shapes
     ]
     similarity = PatchNCC(1e-3, squared=kind == "squared")
     if kind in ("features", "mind"):
@@ -124,6 +131,7 @@ def make_loss(
         regularity_sampler=Points(100),
         regularity=partial(guarded_term, consistency=30.0, weight=2.0),
         extent=torch.tensor(extent),
+        counts=tuple(counts),
         generator=torch.Generator().manual_seed(5),
     )
     return loss, images, masks

@@ -54,6 +54,7 @@ def check(loss, images, masks, close=1e-5):
     channels=st.integers(1, 3),
     corners=st.booleans(),
     masked=st.booleans(),
+    counted=st.booleans(),
     size=st.integers(2, 5),
     field=st.sampled_from(["small", "sines"]),
     count=st.integers(1, 70),
@@ -71,7 +72,7 @@ def test_any_step_is_as_torch(core):
 
 @pytest.mark.parametrize("kind", ["plain", "features"])
 def test_a_step_in_its_usual_size(core, dimension, kind):
-    check(*make_loss(dimension, kind, masked=True, count=300))
+    check(*make_loss(dimension, kind, masked=True, counted=True, count=300))
 
 
 def test_identity_on_the_border(core, dimension):

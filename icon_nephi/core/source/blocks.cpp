@@ -15,6 +15,7 @@ extern "C" {
 struct NephiImage {
     const float* intensities;  // [channels, *size]
     const void* features;      // [*size, stored], see `bits`
+    const uint8_t* counts;     // [*size]: 0 where a voxel does not; null: all do
     int64_t size[3];
 };
 
@@ -117,6 +118,18 @@ void place_samples(const NephiBlocks& s, int64_t block, const float* at, const f
             in &= (x >= zero) & (x <= one) & (y >= zero) & (y <= one);
         }
         store(w.tag + k, in ? load(w.valid + k) : zero);
+    }
+}
+
+// Samples whose nearest voxel does not count are no longer inside.
+template <int D>
+void leave_out(const NephiImage& image, const Spots<D>& spots, int count, float* tag) {
+    if (image.counts == nullptr) return;
+    for (int k = 0; k < count; k++) {
+        int64_t voxel = spots.voxel[k], step = 1;
+        for (int a = D - 1; a >= 0; step *= image.size[a--])
+            if (spots.share[a][k] > 0.5f) voxel += step;
+        if (image.counts[voxel] == 0) tag[k] = 0.0f;
     }
 }
 
@@ -227,13 +240,15 @@ template <int D>
 void compare_block(const NephiBlocks& s, int64_t block, const float* at, const float* u,
                    Scratch<D>& w, Totals& sums, float* by_u, float* by_features) {
     place_samples<D>(s, block, at, u, w);
+    locate<D>(w.moved, w.padded_samples, s.moving.size, w.moving);
+    locate<D>(w.at, w.padded_samples, s.fixed.size, w.fixed);
+    leave_out<D>(s.moving, w.moving, int(s.samples), w.tag);
+    leave_out<D>(s.fixed, w.fixed, int(s.samples), w.tag);
     vec inside_{};
     for (int k = 0; k < w.padded_samples; k += LANES) inside_ += load(w.tag + k);
     const float inside = sum_of(inside_);
     sums.inside += inside;
     sums.share += double(inside) / double(s.samples) * double(s.channels);
-    locate<D>(w.moved, w.padded_samples, s.moving.size, w.moving);
-    locate<D>(w.at, w.padded_samples, s.fixed.size, w.fixed);
     compare_intensities<D>(s, w, inside, sums);
     places_gradient<D>(s, block, w, w.total, by_u);
     if (s.features == 0) return;
