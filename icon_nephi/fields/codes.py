@@ -140,7 +140,8 @@ class LatentCode:
 
         def summed(values: Tensor) -> Tensor:
             weights = torch.tensor(shares, dtype=values.dtype, device=values.device)
-            return torch.tensordot(weights, values, 1)[None]
+            total: Tensor = torch.tensordot(weights, values, 1)
+            return total[None]
 
         return replace(
             self,

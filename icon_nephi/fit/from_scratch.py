@@ -24,6 +24,7 @@ from icon_nephi.fit.doubts import doubts, evidence, of_images
 from icon_nephi.fit.levels import fit_levels, levels_of
 from icon_nephi.fit.optimize import Course, FitOptions, Stage, optimize
 from icon_nephi.fit.settings import Fit, Settings, find_settings, make_pair
+from icon_nephi.fit.steps import Steps, make_steps
 from icon_nephi.fit.unfold import unfold
 from icon_nephi.losses.features import FeatureDifference, FeaturesAlone
 from icon_nephi.losses.gradient_icon import GradientICONPoints
@@ -237,23 +238,20 @@ class Work:
             generator=generator,
         )
 
-    def fit(self, loss: GradientICONPoints, *, codes_alone: bool = False) -> Course:
+    def fit(
+        self,
+        loss: GradientICONPoints,
+        *,
+        codes_alone: bool = False,
+        make: Callable[..., Steps] = make_steps,
+    ) -> Course:
         """Codes and fields moved to where the loss is least, coarse to fine."""
-        images, settings = self.images, self.settings
-        net: Any = loss.regis_net.net
-        fields = [*net.field_AB.parameters(), *net.field_BA.parameters()]
-        featured = settings.features or self.choice.features == "only"
-        both = images.featured if featured else (images.image_A, images.image_B)
-        groups: list[dict[str, object]] = [
-            {"params": list(net.net.parameters()), "lr": settings.code_rate}
-        ]
-        if not codes_alone:
-            groups.append({"params": fields, "lr": settings.field_rate})
+        images = self.images
         return optimize(
             loss,
-            *both,
+            *self.sides,
             self._stages(),
-            groups,
+            self.weights(loss, codes_alone=codes_alone),
             mask_A=images.where_A,
             mask_B=images.where_B,
             extras=images.segmentations,
@@ -261,7 +259,29 @@ class Work:
             spacing_A=images.geometry_A.tensor_spacing,
             spacing_B=images.geometry_B.tensor_spacing,
             options=self.options,
+            make=make,
         )
+
+    @property
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """Both images as they are compared."""
+        images = self.images
+        if self.settings.features or self.choice.features == "only":
+            return images.featured
+        return images.image_A, images.image_B
+
+    def weights(
+        self, loss: GradientICONPoints, *, codes_alone: bool = False
+    ) -> list[dict[str, object]]:
+        """Adam's groups of what moves."""
+        net: Any = loss.regis_net.net
+        groups: list[dict[str, object]] = [
+            {"params": list(net.net.parameters()), "lr": self.settings.code_rate}
+        ]
+        if not codes_alone:
+            fields = [*net.field_AB.parameters(), *net.field_BA.parameters()]
+            groups.append({"params": fields, "lr": self.settings.field_rate})
+        return groups
 
     def _similarity(self, step: int) -> Callable[..., Tensor]:
         """What is compared after so many steps: features fade, or are all there is."""

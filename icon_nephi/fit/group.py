@@ -33,20 +33,24 @@ from icon_nephi.fit.mean_image import (
 )
 from icon_nephi.fit.optimize import Course, FitOptions
 from icon_nephi.fit.settings import Fit, Settings, make_pair
+from icon_nephi.fit.steps import Steps, StepsInTurn, make_steps
 from icon_nephi.fit.unfold import unfold
 from icon_nephi.maps.networks import AffinePair, NePhi
 from icon_nephi.maps.transforms import NeuralTransform
 from icon_nephi.space.frames import Geometry, apply_affine
 from icon_nephi.space.intensities import PreparedImage
 
-# Of the steps of a pair, what an image gets in all rounds together; of a round, what it
-# spends at the blocks of the round before.
-SHARE, AGAIN = 0.4, 0.3
-# Times the rate of a pair's codes: there are fewer steps to get as far.
-RATE = 2.0
+# Of the steps of a pair, what an image gets in each round; times the rate of a pair's
+# codes: there are fewer steps to get as far. In the last round only codes move.
+SHARES, RATES = (0.14, 0.1, 0.12), (2.0, 1.0, 1.0)
+# Of a round's steps, those with its wider blocks.
+WIDER = 0.4
 # Weight of a code's own value beside those of its neighbours in time, before the last
 # round.
 OWN = 0.5
+
+# Images that fields are learned from, at most.
+MOST = 10
 
 #: Reads an image, whenever it is needed.
 Source = Callable[[], PreparedImage]
@@ -84,9 +88,8 @@ class GroupFit:
     def pair(self, k: int) -> Fit:
         """The frame (fixed) and image k (moving)."""
         evidence = self.evidence[k] if self.evidence else {}
-        own = self.losses[k], self.warnings[k], evidence
-        fields = self.field_AB, self.field_BA
-        return Fit(self.matrices[k], self.code.item(k), *fields, *own)
+        own = self.matrices[k], self.code.item(k), self.field_AB, self.field_BA
+        return Fit(*own, self.losses[k], self.warnings[k], evidence)
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,21 @@ def fit_group(
     return group.end(fit)
 
 
+def group_mean(
+    fit: GroupFit, sources: Sequence[Source], *, centred: bool = False
+) -> Tensor:
+    """``[1, C, *grid]``: the robust mean of images on their frame.
+
+    ``centred``: with the mean of all displacements taken out of the frame.
+    """
+    maps = [
+        NeuralTransform(fit.field_AB, fit.code.item(k), owned=False)
+        for k in range(len(fit))
+    ]
+    with torch.no_grad():
+        return mean_image(fit.place.size, sources, maps, fit.matrices, centred=centred)
+
+
 class _Group:
     """Images, and by what they are laid on their mean."""
 
@@ -165,9 +183,13 @@ class _Group:
         blank = replace(first, values=torch.zeros_like(first.values), mask=None)
         self.frame = replace(blank, labels=None, finer=(), whole=first.place)
         work = work_on(first, self.frame, *choices, self.options)
-        strides = range(len(work.settings.strides))
         self.settings = work.settings
-        self.rounds = [slice(max(0, n - 1), n + 1) for n in strides]
+        ends = [len(work.settings.strides) - n for n in (2, 1, 0)]
+        #: The strides of each round, of the settings': two of them where there are.
+        self.rounds = [slice(max(0, end - 2), max(1, end)) for end in ends]
+        # The images that fields are learned from, which are held in memory together.
+        apart = max(1.0, len(sources) / MOST)
+        self.learning = sorted({int(n * apart) for n in range(min(MOST, len(sources)))})
 
     def start(self, affine: bool) -> GroupFit:
         """Untrained fields and codes, behind the affine maps."""
@@ -207,21 +229,13 @@ class _Group:
 
     def mean(self, fit: GroupFit, *, centred: bool = True) -> PreparedImage:
         """The mean of all images as they lie on the frame."""
-        with torch.no_grad():
-            maps = [
-                NeuralTransform(fit.field_AB, fit.code.item(k), owned=False)
-                for k in range(len(fit))
-            ]
-        values = mean_image(
-            fit.place.size, self.sources, maps, fit.matrices, centred=centred
-        )
+        values = group_mean(fit, self.sources, centred=centred)
         frame = replace(self.frame, values=values, place=fit.place, whole=fit.place)
         return replace(frame, mask=content(frame))
 
     def round(self, fit: GroupFit, number: int, bar: Any) -> GroupFit:
         """Every image fitted to the mean of all once."""
         last = number == len(self.rounds) - 1
-        learning = not last
         times = self.moments.times
         # A blurred mean of what is not aligned yet is like all of them as they are.
         frame = self.mean(fit) if number else self.sources[self.model]()
@@ -236,35 +250,73 @@ class _Group:
         if times is not None and last and len(fit) > 2:
             rows = _smoothed(rows, self.moments)
         losses, warnings = [list(x) for x in fit.losses], list(fit.warnings)
+        together = [] if last else self.learning
+        if together:
+            works = [self._work(self.sources[k](), frame, number) for k in together]
+            course, learned = self._learn(works, fit, together, rows)
+            for n, k in enumerate(together):
+                rows[k] = learned[n]
+                losses[k] += course.losses[n :: len(together)]
+                warnings[k] = warnings[k] + course.warnings
+            bar.update(len(together))
         for k, source in enumerate(self.sources):
-            if times is not None and number == 0 and k:
-                rows[k] = rows[k - 1]
+            if k in together:
+                continue
+            if self.options.late or any(warnings):
+                break
+            if number == 0:
+                near = [abs(n - k) for n in together]
+                rows[k] = rows[together[near.index(min(near))]]
             work = self._work(source(), frame, number)
             loss = self._loss(work, fit, k, rows[k])
-            course: Course = work.fit(loss, codes_alone=not learning)
-            net: Any = loss.regis_net
-            rows[k] = net.net.net(None, None).detached()
+            course = work.fit(loss, codes_alone=True)
+            rows[k] = _code_of(loss)
             losses[k] += course.losses
             warnings[k] = warnings[k] + course.warnings
             bar.update()
-            if self.options.late or course.warnings:
-                break
         codes = LatentCode.of(rows)
-        known = {"losses": losses, "warnings": warnings, "rounds": number + 1}
-        return replace(fit, code=codes, **known)
+        known: dict[str, Any] = {"losses": losses, "warnings": warnings}
+        return replace(fit, code=codes, rounds=number + 1, **known)
+
+    def _learn(
+        self,
+        works: Sequence[Work],
+        fit: GroupFit,
+        numbers: Sequence[int],
+        rows: Sequence[LatentCode],
+    ) -> tuple[Course, list[LatentCode]]:
+        """Fields and codes of several images moved in one optimisation."""
+        both = list(zip(works, numbers, strict=True))
+        losses = [self._loss(work, fit, k, rows[k]) for work, k in both]
+
+        def in_turn(*given: Any) -> Steps:
+            extras, samplers, similarity = given[3], *given[5:]
+            each: list[Steps] = []
+            for work, loss in zip(works, losses, strict=True):
+                masks = work.images.where_A, work.images.where_B
+                own = loss, work.sides, masks, extras, work.weights(loss)
+                beside = each[0] if each else None
+                each.append(make_steps(*own, samplers, similarity, beside))
+            return StepsInTurn(each, [work.sides for work in works])
+
+        first = works[0]
+        steps = first.settings.steps * len(works)
+        longer = replace(first, settings=replace(first.settings, steps=steps))
+        course = longer.fit(losses[0], make=in_turn)
+        return course, [_code_of(loss) for loss in losses]
 
     def _work(self, image: PreparedImage, frame: PreparedImage, number: int) -> Work:
         work = work_on(image, frame, *self.choices, self.options)
         settings, part = work.settings, self.rounds[number]
-        count = max(4, round(SHARE * settings.steps / len(self.rounds)))
-        first = (AGAIN, 1 - AGAIN) if part.stop - part.start > 1 else (1.0,)
+        count = max(4, round(SHARES[number] * settings.steps))
+        first = (WIDER, 1 - WIDER) if part.stop - part.start > 1 else (1.0,)
         settings = replace(
             settings,
             steps=count,
             strides=settings.strides[part],
             shares=first,
             exact=settings.exact[part],
-            code_rate=RATE * settings.code_rate,
+            code_rate=RATES[number] * settings.code_rate,
         )
         return replace(work, settings=settings)
 
@@ -313,6 +365,11 @@ class _Group:
         with torch.no_grad():
             smooth, where = images.blurred(2.0), images.where_B.cpu()
             return evidence(pair, *smooth, images.geometry_B, where, generator)
+
+
+def _code_of(loss: Any) -> LatentCode:
+    code: LatentCode = loss.regis_net.net.net(None, None).detached()
+    return code
 
 
 def _smoothed(rows: Sequence[LatentCode], moments: Moments) -> list[LatentCode]:

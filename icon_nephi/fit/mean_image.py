@@ -122,7 +122,6 @@ def affine_mean(matrices: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     return about @ torch.linalg.inv(mean), mean[:d, d]
 
 
-
 def most_like_the_others(sources: Sequence[Callable[[], PreparedImage]]) -> int:
     """The number of the image that is nearest to the mean of all, on a coarse grid."""
     views = []

@@ -111,6 +111,7 @@ def optimize(
     patience: int | None = None,
     callback: Callable[[int, ICONLoss], None] | None = None,
     options: FitOptions | None = None,
+    make: Callable[..., Steps] = make_steps,
 ) -> Course:
     """The `Course` of the losses; the network is left at its optimum.
 
@@ -123,7 +124,7 @@ def optimize(
     place of the loss's own, by the number of steps done. A stage ends early after
     ``patience`` steps without a new lowest moving average of the loss (default: never).
     The callback is called after every step with its number and ICONLoss. The default
-    options have no bar and no limit of time.
+    options have no bar and no limit of time; ``make`` makes the steps, as `make_steps`.
 
     Raises:
         ValueError: the loss was not finite at once.
@@ -144,7 +145,7 @@ def optimize(
                 for image, spacing in ((image_A, spacing_A), (image_B, spacing_B))
             ]
             if steps is None:
-                steps = make_steps(
+                steps = make(
                     loss,
                     images,
                     masks,
