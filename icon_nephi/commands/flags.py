@@ -58,6 +58,10 @@ def _iterations(text: str) -> int | None:
     return count
 
 
+_NUMBER = (
+    "of nephi-series and nephi-template: which image moves, the first is 0; the fixed "
+    "image is the reference"
+)
 _FORMATS = f".nephi, {', '.join(TRANSFORMS)}"
 _SCALE = "how to scale intensities: ct takes Hounsfield units (default: none)"
 _CLIP = "clip its intensities to these"
@@ -216,6 +220,7 @@ Coordinates are LPS mm, unless the file says RAS: .fcsv and .mrk.json name their
 .vtk may (SPACE=RAS), .gii is RAS. Other columns, triangles and data are kept."""
 
     transform: Path = flag(f"of nephi-register ({_FORMATS})", required=True)
+    number: int | None = flag(_NUMBER)
     image: Path | None = _what("image to warp", required=True)
     labels: Path | None = _what("label map to warp")
     points: Path | None = _what(
@@ -259,6 +264,7 @@ are exact, of an ITK transform central differences a twentieth of a voxel to eac
 In Python a tensor is itk.imread(path, itk.VariableLengthVector[itk.F])."""
 
     transform: Path = flag(f"of nephi-register ({_FORMATS})", required=True)
+    number: int | None = flag(_NUMBER)
     out: Path = flag("image, fixed grid or the reference's", required=True)
     reference: Path | None = flag(
         "image whose grid the result gets (default: the fixed image's)"

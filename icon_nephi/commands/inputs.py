@@ -14,7 +14,9 @@ from icon_nephi.io.itk_transforms import read_transform
 from icon_nephi.io.points import read_points
 from icon_nephi.maps.two_way import Mapping
 from icon_nephi.registration.itk_pair import ItkPair
-from icon_nephi.registration.result import Registration, load
+from icon_nephi.registration.result import Registration
+from icon_nephi.registration.saved import load
+from icon_nephi.registration.series import Series
 from icon_nephi.space.frames import Array
 
 
@@ -111,15 +113,20 @@ def _windowed(flags: RegisterFlags, side: str, image: Any) -> Any:
     return itk_images.image_of(clipped, itk_images.geometry_of(image))
 
 
-def read_map(path: Path, way: str | None) -> Registration | ItkPair:
+def read_map(
+    path: Path, way: str | None, number: int | None = None
+) -> Registration | ItkPair:
     """Return what ``--transform`` holds; of an ITK transform there is one direction.
 
-    ``way`` is what was typed to ask for a direction, if anything.
+    ``way`` is what was typed to ask for a direction, if anything; ``number`` of an
+    image, of a series or a template.
 
     Raises:
         ValueError: neither, a registration of tensors, or a way of an ITK transform.
     """
     if not is_own("--transform", path):
+        if number is not None:
+            raise ValueError("--number needs a .nephi file of nephi-series")
         if way is not None:
             raise ValueError(
                 f"--{'inverse' if way == 'inverse' else 'to'} needs a .nephi file; of "
@@ -128,6 +135,15 @@ def read_map(path: Path, way: str | None) -> Registration | ItkPair:
             )
         return ItkPair(read_transform("--transform", path))
     registration = load(path)
+    if isinstance(registration, Series):
+        if number is None:
+            raise ValueError(
+                f"--transform: {path} holds {len(registration)} images; say which one "
+                f"with --number, 0 to {len(registration) - 1}"
+            )
+        registration = registration.from_reference(number)
+    elif number is not None:
+        raise ValueError(f"--number: {path} holds one pair")
     if not registration.itk:
         raise ValueError(
             f"--transform: {path} holds a registration of tensors, which have no place "

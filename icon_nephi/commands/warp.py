@@ -42,7 +42,8 @@ def warp_file(flags: WarpFlags) -> tuple[str, list[str]]:
     # An image comes from where its points are looked up, so it goes the other way.
     home = "moving" if kind == "points" else "fixed"
     inverse = flags.inverse if flags.to is None else flags.to != home
-    mapping = read_map(flags.transform, "inverse" if flags.inverse else flags.to)
+    way = "inverse" if flags.inverse else flags.to
+    mapping = read_map(flags.transform, way, flags.number)
     if flags.errors and (isinstance(mapping, ItkPair) or endings != (".csv",)):
         raise ValueError("--errors needs a .nephi file and --points in a .csv")
     if kind == "points":

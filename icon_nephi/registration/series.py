@@ -30,6 +30,8 @@ class Between(Registration):
     consistent: i -> j -> k is i -> k but for what Newton's method leaves.
     """
 
+    proper = False
+
     def __init__(
         self,
         fixed: Registration,
@@ -213,15 +215,18 @@ class Series:
         Raises:
             ValueError: a loaded series, which has no images.
         """
+        return self._mean(self.warped(), self.place)
+
+    def _mean(self, images: Iterator[Any], place: Geometry) -> Any:
         total: Any = 0.0
-        for image in self.warped():
+        for image in images:
             values = image if isinstance(image, torch.Tensor) else _array(image)
             total = total + values / len(self)
         if not self.told.itk:
             return total
         from icon_nephi.io.itk_images import image_of
 
-        return image_of(total.astype(np.float32), self.place)
+        return image_of(total.astype(np.float32), place)
 
     def displacement_fields(self) -> Iterator[Any]:
         """Yield for every image mapped minus own place on the grid of the reference."""
@@ -258,6 +263,30 @@ class Series:
         steps = torch.tensor(self.fit.place.size).double() - 1
         mean = torch.stack(moves).mean(0).flatten(2)[0] * steps[:, None]
         return float(mean.square().sum(0).mean().sqrt())
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What a slider says of each image: its time, or its name."""
+        if self.told.times is None:
+            return tuple(os.path.basename(name) for name in self.names)
+        return tuple(f"time {time:g}" for time in self.told.times)
+
+    @property
+    def losses(self) -> list[dict[str, float]]:
+        """The losses of all steps, of one image after the other."""
+        return [step for losses in self.fit.losses for step in losses]
+
+    def shown(self, number: int) -> Registration:
+        """Return the maps of the mean and an image, with both images, for a page."""
+        way = self.on_frame(number)
+        way.images = self.image(number), self._mean_on_frame, None, None
+        way.made_with = self.made_with
+        return way
+
+    @cached_property
+    def _mean_on_frame(self) -> Any:
+        ways = ((self.on_frame(k), self.image(k)) for k in range(len(self)))
+        return self._mean((way.warp(image) for way, image in ways), self.fit.place)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one .nephi file that `icon_nephi.load` reads, whole or not at all."""
