@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-baseline test-torch matrix bench core sanitize wheel docs lint fuzz clean
+.PHONY: help demo test test-baseline test-torch matrix bench gpu core sanitize wheel docs lint fuzz clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
@@ -40,6 +40,10 @@ bench: $(INSTALLED) ## measure the speed and memory of the core
 	$(BIN)/python -m evaluation.speed.bench_scaling
 	$(BIN)/python -m evaluation.speed.bench_core
 
+GPU_OUT ?= gpu_output
+gpu: $(INSTALLED) ## test and measure on a CUDA device, eight minutes at most
+	$(BIN)/python -m evaluation.speed.gpu --out $(GPU_OUT)
+
 core: $(INSTALLED) ## build the compiled core again, after a change of its sources
 	$(BIN)/python setup.py build_ext --inplace --force
 
@@ -62,7 +66,7 @@ fuzz: $(INSTALLED) ## give damaged and hostile files to every reader for ten min
 	OMP_NUM_THREADS=1 .ci/fuzz --seconds $(SECONDS)
 
 clean: ## delete what the other targets wrote, except .venv and evaluation results
-	rm -rf $(DEMO_OUT) build dist *.egg-info .hypothesis .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(DEMO_OUT) $(GPU_OUT) build dist *.egg-info .hypothesis .pytest_cache .ruff_cache .mypy_cache
 	find icon_nephi evaluation training tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(INSTALLED): setup.py constraints.txt

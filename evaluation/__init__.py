@@ -3,8 +3,8 @@
 What most of them need of the package's inner rooms comes by way of this file.
 
 Points are LPS mm; arrays of images have x last, indices and points have x first.
-Nothing here is installed with the package. ITK, which every method needs, loads torch
-by itself: what the package adds to a process, some 30 MB, is the same for all of them.
+Nothing here is installed with the package. ITK is imported by what needs it, so that
+what only times tensors runs where there is no ITK.
 """
 
 import argparse
@@ -12,31 +12,54 @@ import platform
 import re
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import itk
 import numpy as np
 
 from icon_nephi._memory import held_memory as held_memory
 from icon_nephi._memory import peak_memory as peak_memory
-from icon_nephi.commands.cases import Case as Case
-from icon_nephi.io import itk_images
 from icon_nephi.io.atomic import write_csv as write_csv
 from icon_nephi.io.atomic import written_whole as written_whole
-from icon_nephi.io.itk_images import array_of as array_of
-from icon_nephi.io.itk_images import geometry_of as geometry_of
 from icon_nephi.io.versions import version as version
 from icon_nephi.maps.two_way import DIRECTIONS as DIRECTIONS
 from icon_nephi.report.metrics import landmark_summary, mean_dice, summarize
 
+if TYPE_CHECKING:
+    from icon_nephi.commands.cases import Case
+    from icon_nephi.io.itk_images import array_of as array_of
+    from icon_nephi.io.itk_images import geometry_of as geometry_of
+    from icon_nephi.io.itk_transforms import write_transform as write_transform
+
 STATISTICS = ("mean", "median", "p95")  # of landmark errors
 RANDOM_POINTS = 100_000
+
+
+def __getattr__(name: str) -> Any:
+    """What comes with ITK, when it is asked for."""
+    if name == "Case":
+        from icon_nephi.commands.cases import Case as found
+    elif name == "write_transform":
+        from icon_nephi.io.itk_transforms import write_transform as found
+    elif name in ("array_of", "geometry_of"):
+        found = getattr(_itk_images(), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return found
+
+
+def _itk_images() -> Any:
+    from icon_nephi.io import itk_images
+
+    return itk_images
+
 
 # --- images -------------------------------------------------------------------------
 
 
 def geometry(image: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return origin ``[d]``, index-to-mm matrix ``[d, d]``, size ``[d]``, x first."""
+    import itk
+
     matrix = itk.array_from_matrix(image.GetDirection()) * np.array(itk.spacing(image))
     return np.array(itk.origin(image)), matrix, np.array(itk.size(image))
 
@@ -55,6 +78,8 @@ def to_index(image: Any, points: np.ndarray) -> np.ndarray:
 
 def image_from(array: np.ndarray, like: Any = None) -> Any:
     """Return an ITK image of an array (last axis x), with the geometry of another."""
+    import itk
+
     image = itk.image_from_array(np.ascontiguousarray(array))
     if like is not None:
         image.SetOrigin(like.GetOrigin())
@@ -65,30 +90,31 @@ def image_from(array: np.ndarray, like: Any = None) -> Any:
 
 def read_image(path: Path) -> Any:
     """Return a float image; colours become grey (ITK's luminance weights)."""
-    return itk_images.read_image("image", path, as_float=True)
+    return _itk_images().read_image("image", path, as_float=True)
 
 
 def read_labels(path: Path) -> Any:
     """Return a label map in an integer type."""
-    return itk_images.check_label_map("labels", itk_images.read_image("labels", path))
+    rooms = _itk_images()
+    return rooms.check_label_map("labels", rooms.read_image("labels", path))
 
 
 # --- scores -------------------------------------------------------------------------
 
 
-def before(pair: Case) -> dict[str, Any]:
+def before(pair: "Case") -> dict[str, Any]:
     """Return the errors of the identity."""
     row: dict[str, Any] = {}
     if pair.fixed_points is not None:
         errors = landmark_summary(pair.fixed_points, pair.moving_points)
         row["before_tre_mm"] = errors["mean"]
     if pair.fixed_labels is not None:
-        same = itk_images.resample_to(pair.moving_labels, pair.fixed_labels)
+        same = _itk_images().resample_to(pair.moving_labels, pair.fixed_labels)
         row["before_dice"] = _mean_dice(pair, same)
     return row
 
 
-def score(pair: Case, result: Any) -> dict[str, Any]:
+def score(pair: "Case", result: Any) -> dict[str, Any]:
     """Return the errors of a registration and the faults of its transform."""
     row: dict[str, Any] = {}
     points = [pair.fixed_points, pair.moving_points]
@@ -122,8 +148,9 @@ def score(pair: Case, result: Any) -> dict[str, Any]:
     return row
 
 
-def _mean_dice(pair: Case, warped: Any) -> float:
-    return mean_dice(array_of(pair.fixed_labels), array_of(warped), pair.label_ids)
+def _mean_dice(pair: "Case", warped: Any) -> float:
+    labels = [_itk_images().array_of(image) for image in (pair.fixed_labels, warped)]
+    return mean_dice(*labels, pair.label_ids)
 
 
 def _ask(result: Any, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -145,7 +172,7 @@ def random_points(image: Any, count: int = RANDOM_POINTS, seed: int = 0) -> np.n
 # --- what scripts share -----------------------------------------------------------
 
 
-def register(case: Case, *, masks: bool = True, **options: Any) -> Any:
+def register(case: "Case", *, masks: bool = True, **options: Any) -> Any:
     """Return icon_nephi's `Registration` of a case; masks may be left out."""
     import icon_nephi
 

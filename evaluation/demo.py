@@ -13,7 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation import DIRECTIONS, image_from, peak_memory, to_physical
+from evaluation import (
+    DIRECTIONS,
+    image_from,
+    peak_memory,
+    to_physical,
+    write_transform,
+)
 from icon_nephi.report.metrics import landmark_summary, summarize
 
 
@@ -49,7 +55,7 @@ def main(out: Path, shape: tuple[int, ...] = (96, 80, 96), seed: int = 0) -> Non
     names = ("pair.nephi", "transform.hdf5", "warped.nii.gz", "report.html", "demo.png")
     saved, transform, warped, report, picture = (out / name for name in names)
     result.save(saved)
-    itk.transformwrite(result.phi_AB, str(transform), compression=True)
+    write_transform(result.phi_AB, transform)
     image = result.warp(moving)
     itk.imwrite(image, str(warped), compression=True)
     landmarks = {f"landmarks_{name}": rows for name, rows in points.items()}

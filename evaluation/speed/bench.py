@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import icon_nephi
 from evaluation import csv_file, held_memory, machine, peak_memory, version, write_csv
-from icon_nephi.commands.compare import alone as alone
+from icon_nephi.commands.methods import alone as alone
 from icon_nephi.commands.text import aligned
 from icon_nephi.losses.similarities import PatchNCC
 

@@ -19,37 +19,46 @@ METHODS = ("tallUNet2", "default field", "by points", "paper's field")
 COLUMNS = ("side", "method", "cpu_seconds", "mib_beside_output", "ratio", "error")
 
 
-def export(method: str, side: int) -> Any:
-    """Return a function that makes the displacement on a cube of voxels."""
+def make_map(method: str, side: int, device: str = "cpu") -> Any:
+    """Return a neural map of a cube's unit box, of the default or the paper's field."""
     import torch
 
     import icon_nephi
-    from icon_nephi.commands.methods import voxel_step
     from icon_nephi.fit.settings import PRESETS, make_pair
+    from icon_nephi.transforms import NeuralTransform
+
+    generator = torch.Generator().manual_seed(0)
+    if method != "paper's field":
+        pair = make_pair(PRESETS["grid"][3], (side,) * 3, generator).to(device)
+        code, field = pair.net(None, None), pair.field_AB
+    else:
+        table = icon_nephi.LatentCodeTable(generator=generator).to(device)
+        code = table(None, None)
+        field = icon_nephi.ModulatedSiren(3, generator=generator).to(device)
+    return NeuralTransform(field, code, owned=True)
+
+
+def export(method: str, side: int, device: str = "cpu") -> Any:
+    """Return a function that makes the displacement on a cube of voxels."""
+    import torch
+
+    from icon_nephi.commands.methods import voxel_step
     from icon_nephi.maps.framed import FramedMap, over_grid
     from icon_nephi.space.frames import Geometry
-    from icon_nephi.transforms import NeuralTransform
 
     size = (side,) * 3
     if method == "tallUNet2":
         torch.manual_seed(0)
-        A, B = (torch.rand(1, 1, *size) for _ in "AB")
-        network = voxel_step(A.shape).eval()
+        A, B = (torch.rand(1, 1, *size, device=device) for _ in "AB")
+        network = voxel_step(A.shape).eval().to(device)
 
         def infer() -> Any:
             with torch.no_grad():
                 return network.net(A, B)
 
         return infer
-    generator = torch.Generator().manual_seed(0)
-    if method != "paper's field":
-        pair = make_pair(PRESETS["grid"][3], size, generator)
-        code, field = pair.net(None, None), pair.field_AB
-    else:
-        code = icon_nephi.LatentCodeTable(generator=generator)(None, None)
-        field = icon_nephi.ModulatedSiren(3, generator=generator)
     frame = Geometry.unit(size).unit_to_physical()
-    phi = FramedMap(NeuralTransform(field, code, owned=True), frame, frame)
+    phi = FramedMap(make_map(method, side, device), frame, frame, device)
     if method == "by points":
         return lambda: over_grid(lambda points: phi(points) - points, size, frame, 3)
     return lambda: over_grid(

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -18,7 +14,14 @@ from tqdm import tqdm
 from icon_nephi.commands import cases, methods
 from icon_nephi.commands.cases import Case
 from icon_nephi.commands.flags import CompareFlags, check_output
-from icon_nephi.commands.methods import MapPair, Method, Options, now, peak_gib
+from icon_nephi.commands.methods import (
+    MapPair,
+    Method,
+    Options,
+    alone,
+    now,
+    peak_gib,
+)
 from icon_nephi.io.atomic import write_csv
 from icon_nephi.io.image_input import choose_device, read_input
 from icon_nephi.io.itk_images import resample_to
@@ -132,18 +135,6 @@ def compare_cases(
             if told is options and "seconds" in row:
                 told = replace(options, seconds=row["seconds"])
             yield {"case": name, "method": label} | row
-
-
-def alone(function: Callable[..., Row], *arguments: Any) -> Row:
-    """Return what a function returns in a fresh process, or ``{"error": sentence}``."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, warnings.simplefilter, ("ignore",)) as pool:
-        try:
-            return pool.submit(function, *arguments).result()
-        except BrokenProcessPool:
-            return {"error": "the process was ended (out of memory?)"}
-        except Exception as error:  # the other rows go on
-            return {"error": " ".join(f"{type(error).__name__}: {error}".split())}
 
 
 def _read_and_measure(read: Callable[[], Any], method: Method, options: Options) -> Row:

@@ -6,17 +6,20 @@ A *method* takes a `Case` and `Options` and returns a `MapPair`.
 from __future__ import annotations
 
 import math
+import multiprocessing
 import time
+import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from icon_nephi._memory import peak_memory
-from icon_nephi.commands.cases import Case
 from icon_nephi.commands.flags import SIDES
 from icon_nephi.fit.settings import find_settings
 from icon_nephi.io.image_input import choose_device, read_input
@@ -25,6 +28,9 @@ from icon_nephi.registration.register import register
 from icon_nephi.space.frames import Geometry
 from icon_nephi.space.images import resize_image
 from icon_nephi.space.intensities import prepare
+
+if TYPE_CHECKING:  # ITK, which reads cases, is not needed here
+    from icon_nephi.commands.cases import Case
 
 SMALLEST = 17  # voxels a side that ICON's tallUNet2 needs in 3D
 LARGEST = 175  # voxels a side of ICON's published lung network
@@ -59,7 +65,19 @@ class MapPair:
     warnings: Sequence[str] = ()
 
 
-Method: TypeAlias = Callable[[Case, Options], MapPair]
+Method: TypeAlias = "Callable[[Case, Options], MapPair]"
+
+
+def alone(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """Return what a function returns in a fresh process, or ``{"error": sentence}``."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, warnings.simplefilter, ("ignore",)) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            return {"error": "the process was ended (out of memory?)"}
+        except Exception as error:  # the other rows go on
+            return {"error": " ".join(f"{type(error).__name__}: {error}".split())}
 
 
 def now(device: torch.device) -> float:

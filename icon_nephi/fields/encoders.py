@@ -9,10 +9,10 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 from icon_nephi._check import check_image
 from icon_nephi.fields.codes import LatentCode
+from icon_nephi.fields.layers import bare
 
 # Fewest nodes a side of a local code: a quadratic B-spline reads three.
 _LEAST_NODES = 4
@@ -105,9 +105,9 @@ class HybridEncoder(nn.Module):
         self.global_head = (
             nn.Sequential(
                 nn.Flatten(),
-                skip_init(nn.Linear, wide[-1] * math.prod(self.pooled), hidden),
+                bare(nn.Linear, wide[-1] * math.prod(self.pooled), hidden),
                 nn.LeakyReLU(_SLOPE),
-                skip_init(nn.Linear, hidden, global_size),
+                bare(nn.Linear, hidden, global_size),
             )
             if global_size
             else None
@@ -177,7 +177,7 @@ def _closest(sizes: list[list[int]], nodes: int) -> int:
 
 def _conv(dimension: int, inputs: int, outputs: int, stride: int = 1) -> nn.Module:
     kind, more = _CONV[dimension], {"stride": stride, "padding": 1}
-    return cast(nn.Module, skip_init(kind, inputs, outputs, 3, **more))
+    return cast(nn.Module, bare(kind, inputs, outputs, 3, **more))
 
 
 def _initialise(

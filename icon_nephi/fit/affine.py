@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from icon_nephi.core import arrays
+from icon_nephi.fit.adam import Adam
 from icon_nephi.fit.content import ImagePair
 from icon_nephi.fit.optimize import FitOptions
 from icon_nephi.losses import compiled
@@ -186,10 +187,8 @@ def refine(
     centre = identity(d)
     centre[:d, d] = _middle(geometry_B)
     change = torch.zeros(d, d + 1, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.Adam([change], lr=learning_rate, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-        optimizer, steps * len(strides), eta_min=learning_rate / 20
-    )
+    optimizer = Adam([{"params": [change], "lr": learning_rate}], (0.9, 0.95))
+    total = steps * len(strides)
 
     def current() -> Tensor:
         scaled = torch.cat([change[:, :d], change[:, d:] * half], 1)
@@ -223,7 +222,8 @@ def refine(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            schedule.step()
+            left = (1 + math.cos(math.pi * optimizer.done / total)) / 2
+            optimizer.param_groups[0]["lr"] = learning_rate * (0.05 + 0.95 * left)
     return current().detach()
 
 

@@ -13,6 +13,7 @@ from icon_registration.losses import ICONLoss
 from torch import Tensor
 
 from icon_nephi.fit import compiled
+from icon_nephi.fit.adam import Adam
 from icon_nephi.losses.gradient_icon import GradientICONPoints
 from icon_nephi.space.images import Image
 from icon_nephi.space.sampling import Patches, Points
@@ -66,7 +67,7 @@ class TorchSteps:
         groups: Sequence[dict[str, Any]],
     ) -> None:
         self.loss, self.masks, self.extras = loss, masks, extras
-        self.optimizer = torch.optim.Adam(groups, betas=BETAS, fused=True)
+        self.optimizer = Adam(groups, BETAS)
         self.rates = [group["lr"] for group in groups]
         self.weights: list[Tensor] = [w for group in groups for w in group["params"]]
         self.before = [w.detach().clone() for w in self.weights]
@@ -91,7 +92,7 @@ class TorchSteps:
         _copy(self.weights, self.before)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * part
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         self.result.all_loss.backward()
         self.optimizer.step()
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from icon_nephi.fit.adam import Adam
 from icon_nephi.losses.regularity import hinge, relative_determinant
 from icon_nephi.maps.transforms import value_and_jacobian
 from icon_nephi.space.frames import points_as_grid
@@ -30,7 +31,7 @@ def unfold(
 
     Only the codes of the pair move, by Adam at that rate, and only around the folds.
     """
-    optimizer = torch.optim.Adam(codes, lr=rate)
+    optimizer = Adam([{"params": codes, "lr": rate}])
     d = image_B.dim() - 2
     folded = [torch.zeros(1, 0, d)] * 2
     for _ in range(UNFOLD_ROUNDS):
@@ -55,6 +56,6 @@ def unfold(
                 at = points_as_grid(torch.cat([near, others], 1).to(total))
                 slopes = value_and_jacobian(phi, at)[1]
                 total = total + hinge(slopes, 2 * UNFOLD_BELOW)
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             total.backward()
             optimizer.step()

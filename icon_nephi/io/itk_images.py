@@ -17,6 +17,7 @@ from torch import Tensor
 
 from icon_nephi._check import check_labels
 from icon_nephi._memory import machine_memory
+from icon_nephi.io.itk_modules import itk_class
 from icon_nephi.space.frames import Array, Geometry, other_order
 
 _HEADER = 348  # bytes of the smallest NIfTI header
@@ -228,19 +229,22 @@ def resample(
             "of the same registration"
         )
     # ITK's Python interpolates few pixel types; these two hold all the others.
-    kind = np.float32 if mode == "linear" else np.float64
+    linear = mode == "linear"
+    kind = np.float32 if linear else np.float64
+    letter, way = ("F", "Linear") if linear else ("D", "NearestNeighbor")
     values = array_of(image)
     moving = image_of(values.astype(kind), geometry_of(image))
-    way = "Linear" if mode == "linear" else "NearestNeighbor"
-    interpolate = getattr(itk, f"{way}InterpolateImageFunction")
-    result = itk.resample_image_filter(
-        moving,
-        interpolator=interpolate.New(moving),
-        use_reference_image=True,
-        reference_image=reference,
-        default_pixel_value=float(outside),
-        **({} if transform is None else {"transform": transform}),
-    )
+    resampled = itk_class("ResampleImageFilter", f"I{letter}{d}I{letter}{d}").New()
+    resampled.SetInput(moving)
+    interpolate = itk_class(f"{way}InterpolateImageFunction", f"I{letter}{d}D")
+    resampled.SetInterpolator(interpolate.New())
+    resampled.UseReferenceImageOn()
+    resampled.SetReferenceImage(reference)
+    resampled.SetDefaultPixelValue(float(outside))
+    if transform is not None:
+        resampled.SetTransform(transform)
+    resampled.Update()
+    result = resampled.GetOutput()
     if mode == "linear":
         return result
     return image_of(array_of(result).astype(values.dtype), geometry_of(result))

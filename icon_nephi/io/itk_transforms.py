@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from icon_nephi.io import itk_modules
 from icon_nephi.io.itk_images import no_stderr
+from icon_nephi.io.itk_modules import itk_class
 from icon_nephi.io.splines import spline_nodes, spline_solver
 from icon_nephi.maps.framed import FramedMap, linear_part, over_grid
 from icon_nephi.maps.transforms import Map
@@ -36,7 +38,7 @@ def read_transform(name: str, path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{name}: {path} does not exist")
     try:
         with no_stderr():
-            transforms = list(itk.transformread(str(path)))
+            transforms = itk_modules.read_transforms(Path(path))
     except Exception as error:
         raise ValueError(f"{name}: {path} cannot be read as a transform") from error
     if len(transforms) != 1:
@@ -119,10 +121,10 @@ def composite_transform(
         for axis, solve in enumerate(solvers):
             values = np.moveaxis(np.tensordot(solve, values, (1, axis)), 0, axis)
         field[..., component] = np.round(values / quantum) * quantum
-    spline = itk.BSplineTransform[itk.D, d, 3].New()
+    spline = itk_class("BSplineTransform", f"D{d}3").New()
     numbers = [*grid.itk_size, *grid.origin, *grid.spacing]
     numbers += np.array(grid.direction).ravel().tolist()
-    parameters = itk.OptimizerParameters[itk.D]
+    parameters = itk_class("OptimizerParameters", "D")
     spline.SetFixedParameters(parameters([float(x) for x in numbers]))
     values = parameters(field.size)
     # Copied as a block: from a sequence, ITK makes a Python object of every number.
@@ -133,7 +135,7 @@ def composite_transform(
 
 def affine_transform(matrix: Array, shift: Array) -> Any:
     """Return the ``itk.AffineTransform`` of a matrix ``[d, d]`` and a shift ``[d]``."""
-    affine = itk.AffineTransform[itk.D, len(shift)].New()
+    affine = itk_class("AffineTransform", f"D{len(shift)}").New()
     affine.SetMatrix(itk.matrix_from_array(matrix))
     affine.SetTranslation(shift.tolist())
     return affine
@@ -141,7 +143,8 @@ def affine_transform(matrix: Array, shift: Array) -> Any:
 
 def composed(first: Any, second: Any) -> Any:
     """Return the ``itk.CompositeTransform`` of one transform, then another."""
-    both = itk.CompositeTransform[itk.D, first.GetInputSpaceDimension()].New()
+    d = first.GetInputSpaceDimension()
+    both = itk_class("CompositeTransform", f"D{d}").New()
     both.AddTransform(second)  # ITK applies the one added last first
     both.AddTransform(first)
     return both
@@ -181,7 +184,7 @@ def write_transform(transform: Any, path: Path) -> None:
         ValueError: ITK could not.
     """
     try:
-        itk.transformwrite(transform, str(path), compression=True)
+        itk_modules.write_transforms(transform, path)
     except RuntimeError as error:
         raise ValueError(
             f"a {path.suffix} transform could not be written: is the disk full?"

@@ -11,7 +11,6 @@ from icon_registration import RegistrationModule
 from torch import Tensor, nn
 
 from icon_nephi.maps.transforms import (
-    CHUNK_SIZE,
     Composition,
     Map,
     MatrixTransform,
@@ -61,7 +60,7 @@ class FunctionFromNeuralField(RegistrationModule):
     """
 
     def __init__(
-        self, net: nn.Module, field: nn.Module, chunk_size: int = CHUNK_SIZE
+        self, net: nn.Module, field: nn.Module, chunk_size: int | None = None
     ) -> None:
         super().__init__()
         self.net, self.field, self.chunk_size = net, field, chunk_size
@@ -87,7 +86,7 @@ class NePhi(RegistrationModule):
         net: nn.Module,
         field_AB: nn.Module,
         field_BA: nn.Module,
-        chunk_size: int = CHUNK_SIZE,
+        chunk_size: int | None = None,
     ) -> None:
         super().__init__()
         self.net, self.field_AB, self.field_BA = net, field_AB, field_BA

@@ -32,6 +32,7 @@ from icon_nephi.space.frames import from_rows, to_rows, within
 
 Map = Callable[[Tensor], Tensor]
 CHUNK_SIZE = 2**13  # its layers fit the caches of a core (docs/performance.md)
+GPU_CHUNK_SIZE = 2**15  # enough work for a GPU: `evaluation.speed.gpu` tries others
 _LEAST = 2**8  # points at once, however little memory there is
 _TWICE = (
     b"autograd cannot derive a neural map twice: get its exact Jacobian from "
@@ -69,6 +70,7 @@ class NeuralTransform(Composed):
         field: see `icon_nephi.fields`.
         code: what the field reads.
         chunk_size: points evaluated at once; with its Jacobian one counts as 1 + d.
+            Default: `CHUNK_SIZE`, and `GPU_CHUNK_SIZE` where the code is on no CPU.
         owned: take a copy of the weights (default: when gradients are off).
     """
 
@@ -77,14 +79,16 @@ class NeuralTransform(Composed):
         field: fields.Field,
         code: LatentCode,
         *,
-        chunk_size: int = CHUNK_SIZE,
+        chunk_size: int | None = None,
         owned: bool | None = None,
     ) -> None:
         if owned or (owned is None and not torch.is_grad_enabled()):
             code = code.detached()
             if isinstance(field, nn.Module):
                 field = copy.deepcopy(field).requires_grad_(False)
-        self.field, self.code, self.chunk_size = field, code, chunk_size
+        self.field, self.code = field, code
+        on_cpu = code.global_code.device.type == "cpu"
+        self.chunk_size = chunk_size or (CHUNK_SIZE if on_cpu else GPU_CHUNK_SIZE)
 
     def __call__(self, coordinates: Tensor) -> Tensor:
         """phi of ICON-frame coordinates ``[B, d, *any]``."""

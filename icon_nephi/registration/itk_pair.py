@@ -13,6 +13,7 @@ import torch
 from icon_nephi._check import check_dimension
 from icon_nephi.io import itk_images
 from icon_nephi.io.itk_images import array_of, geometry_of, image_of
+from icon_nephi.io.itk_modules import itk_class
 from icon_nephi.io.itk_transforms import affine_transform, composed
 from icon_nephi.io.resampling import least_value, reader
 from icon_nephi.maps.framed import over_grid
@@ -208,8 +209,7 @@ def _shifted(place: Geometry, by: Array) -> Geometry:
 def _displacements(transform: Any, place: Geometry) -> Array:
     """Return ``[*grid, d]`` float32: mapped minus own place, LPS mm."""
     d = place.dimension
-    kind = itk.Image[itk.Vector[itk.F, d], d]
-    field = itk.TransformToDisplacementFieldFilter[kind, itk.D].New()
+    field = itk_class("TransformToDisplacementFieldFilter", f"IVF{d}{d}D").New()
     field.SetTransform(transform)
     field.SetSize(place.itk_size)
     field.SetOutputSpacing(place.spacing)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from icon_nephi import cli
-from icon_nephi.io import itk_images
+from icon_nephi.io import itk_images, itk_modules
 from icon_nephi.registration.result import Registration
 from tests.commands.command_files import (
     PLACE_B,
@@ -228,7 +228,7 @@ EVERYTHING = {
 }
 
 
-@pytest.mark.parametrize("writer", ["imwrite", "transformwrite", "save"])
+@pytest.mark.parametrize("writer", ["imwrite", "write_transforms", "save"])
 @pytest.mark.parametrize("kind", [OSError, RuntimeError])
 def test_a_full_disk(writer, kind, folder, monkeypatch, capfd):
     def full(*arguments, **options):
@@ -244,7 +244,8 @@ def test_a_full_disk(writer, kind, folder, monkeypatch, capfd):
             pytest.skip("only ITK says so")
         monkeypatch.setattr(Registration, "save", full)
     else:
-        monkeypatch.setattr(itk, writer, full)
+        home = itk if writer == "imwrite" else itk_modules
+        monkeypatch.setattr(home, writer, full)
     words = "No space left" if kind is OSError else "disk"
     refused(cli.register, [*pair(**EVERYTHING), "--quiet"], words, folder.path, capfd)
     assert not list((folder.path / "out").iterdir())

@@ -20,7 +20,7 @@ from icon_nephi.commands import cases, info
 from icon_nephi.commands import register as register_command
 from icon_nephi.fit import optimize as optimize_room
 from icon_nephi.fit.optimize import FitOptions
-from icon_nephi.io import atomic, itk_images
+from icon_nephi.io import atomic, itk_images, itk_modules
 from icon_nephi.io import blocks as block_files
 from icon_nephi.maps.transforms import NeuralTransform
 from icon_nephi.phantoms import triangles_and_circles
@@ -164,7 +164,7 @@ def test_a_stopped_registration_writes_nothing(folder, monkeypatch, capfd, place
     module, name = {
         "read": (itk_images, "read_image"),
         "fit": (registration, "fit_pair"),
-        "write": (itk, "transformwrite"),
+        "write": (itk_modules, "write_transforms"),
     }[place]
     monkeypatch.setattr(module, name, press)
     outputs = {"transform_out": "out/t.hdf5", "save": "out/p.nephi"}

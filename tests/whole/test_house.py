@@ -160,7 +160,8 @@ TENSORS = "images and maps as tensors"
 RIVALS = "nephi-compare's methods and rows, with more methods and rows"
 INNER = {
     "evaluation": (
-        "_memory commands.cases io.atomic io.itk_images io.versions maps.two_way",
+        "_memory commands.cases io.atomic io.itk_images io.itk_transforms io.versions "
+        "maps.two_way",
         "what most scripts need, in one place: cases, files, voxels, memory",
     ),
     "evaluation.accuracy.compare_voxel": (
@@ -216,7 +217,7 @@ INNER = {
     ),
     "evaluation.paper.table2_learned": ("space.intensities", TENSORS),
     "evaluation.speed.bench": (
-        "commands.text commands.compare losses.similarities",
+        "commands.text commands.methods losses.similarities",
         "a process for each row, a table of them, a loss to time",
     ),
     "evaluation.speed.bench_export": (
@@ -224,6 +225,10 @@ INNER = {
         "times an inner room: maps.framed",
     ),
     "evaluation.speed.bench_field": ("fields", "times an inner room: fields"),
+    "evaluation.speed.gpu": (
+        "core fit.refine maps.lattices maps.transforms",
+        "times inner rooms on a device: refinement, lattices, chunks",
+    ),
     "evaluation.speed.bench_instance": ("space.intensities", TENSORS),
     "evaluation.speed.bench_regularizer": ("space.frames", TENSORS),
     "evaluation.speed.bench_scaling": (
@@ -235,6 +240,10 @@ INNER = {
         "measures the refinement of tensors",
     ),
     "training.data": ("io.atomic space.frames space.images", TENSORS),
+    "training.train_general": (
+        "fields.pyramid io.atomic space.frames space.images",
+        "the network inside, and what its levels say",
+    ),
     "training.judge": ("maps.jacobians space.frames space.images", TENSORS),
     "training.loop": ("io.atomic space.images", TENSORS),
     "training.networks": ("losses.similarities", "a similarity of blocks"),
@@ -292,6 +301,7 @@ def test_light_files_do_without_torch(room):
 OTHER_REVERSALS = {
     "commands.info": (1, "transforms, of which ITK applies the last first"),
     "fields.encoders": (2, "levels, from the coarsest up"),
+    "fields.pyramid": (3, "levels, from the coarsest up"),
     "io.volumes": (1, "levels, from the coarsest up"),
     "maps.networks": (2, "maps still to be looked at, of which the last is next"),
     "phantoms": (1, "bends undone in the other order"),
@@ -328,6 +338,7 @@ STATE = {
     "fields.expansions._sums": "tables, of their arguments alone",
     "fields.expansions.monomials": "tables, of their arguments alone",
     "fields.workspace.WORKSPACE": "memory, bounded for all fields together",
+    "io.itk_modules._know_formats": "what ITK is told once it knows",
     "maps.jacobians._derives_twice": "what this torch can do never changes",
     "proofs.determinants._slopes": "tables, of their arguments alone",
 }
