@@ -50,7 +50,7 @@ def _group(path: Path) -> dict[str, Any]:
         },
         "images": images,
         "left_out": list(told.left_out),
-        "warnings": sum(fit.warnings, []),
+        "warnings": [text for texts in fit.warnings for text in texts],
     }
 
 

@@ -1,12 +1,10 @@
-"""Many images laid on one frame: the fit of a pair, image by image, in rounds.
+"""Many images laid on one frame: the fit of a pair, of many in turn, in rounds.
 
-The frame belongs to none of the images: what stands in it is their mean, made anew
-before every round, and the mean of all displacements is taken out of it. The two fields
-are shared and an image is a code; the fields learn while blocks are wide, in the last
-round they stay and only codes move, so that no image undoes what another has found.
-
-Every image gets the same random numbers in a round: equal images get equal maps, and
-their order matters as little as a seed does.
+The frame is the grid of one image, like which the others are most. In the first round
+that image stands in it, then the mean of all as they lie on it. The two fields are
+shared and learn from all images, an image is a code. No image is special in the end:
+what is asked for goes from image to image, or has the mean of all taken out of it (see
+`Centre`).
 """
 
 from __future__ import annotations
@@ -26,7 +24,6 @@ from icon_nephi.fit.content import ImagePair
 from icon_nephi.fit.doubts import doubts, evidence, of_images
 from icon_nephi.fit.from_scratch import Work, work_on
 from icon_nephi.fit.mean_image import (
-    affine_mean,
     content,
     mean_image,
     most_like_the_others,
@@ -37,17 +34,18 @@ from icon_nephi.fit.steps import Steps, StepsInTurn, make_steps
 from icon_nephi.fit.unfold import unfold
 from icon_nephi.maps.networks import AffinePair, NePhi
 from icon_nephi.maps.transforms import NeuralTransform
-from icon_nephi.space.frames import Geometry, apply_affine
+from icon_nephi.space.frames import Geometry
 from icon_nephi.space.intensities import PreparedImage
 
 # Of the steps of a pair, what an image gets in each round; times the rate of a pair's
-# codes: there are fewer steps to get as far. In the last round only codes move.
-SHARES, RATES = (0.14, 0.1, 0.12), (2.0, 1.0, 1.0)
-# Of a round's steps, those with its wider blocks.
-WIDER = 0.4
+# codes: there are fewer steps to get as far.
+SHARES, RATES = (0.18, 0.18), (2.0, 1.0)
+# In a step so many times fewer blocks and points are looked at than for a pair, and so
+# many times more steps are taken: fields learn from all images.
+FEWER = 2
 # Weight of a code's own value beside those of its neighbours in time, before the last
 # round.
-OWN = 0.5
+OWN = 0.8
 
 # Images that fields are learned from, at most.
 MOST = 10
@@ -84,6 +82,18 @@ class GroupFit:
 
     def __len__(self) -> int:
         return len(self.matrices)
+
+    def taken(self, numbers: Sequence[int]) -> GroupFit:
+        """The same of images by their numbers, some more than once."""
+        rows = [self.code.item(k) for k in numbers]
+        return replace(
+            self,
+            matrices=self.matrices[list(numbers)],
+            code=LatentCode.of(rows),
+            losses=[self.losses[k] for k in numbers],
+            warnings=[self.warnings[k] for k in numbers],
+            evidence=[self.evidence[k] for k in numbers if self.evidence],
+        )
 
     def pair(self, k: int) -> Fit:
         """The frame (fixed) and image k (moving)."""
@@ -150,21 +160,6 @@ def fit_group(
     return group.end(fit)
 
 
-def group_mean(
-    fit: GroupFit, sources: Sequence[Source], *, centred: bool = False
-) -> Tensor:
-    """``[1, C, *grid]``: the robust mean of images on their frame.
-
-    ``centred``: with the mean of all displacements taken out of the frame.
-    """
-    maps = [
-        NeuralTransform(fit.field_AB, fit.code.item(k), owned=False)
-        for k in range(len(fit))
-    ]
-    with torch.no_grad():
-        return mean_image(fit.place.size, sources, maps, fit.matrices, centred=centred)
-
-
 class _Group:
     """Images, and by what they are laid on their mean."""
 
@@ -184,9 +179,11 @@ class _Group:
         self.frame = replace(blank, labels=None, finer=(), whole=first.place)
         work = work_on(first, self.frame, *choices, self.options)
         self.settings = work.settings
-        ends = [len(work.settings.strides) - n for n in (2, 1, 0)]
-        #: The strides of each round, of the settings': two of them where there are.
-        self.rounds = [slice(max(0, end - 2), max(1, end)) for end in ends]
+        count = len(work.settings.strides)
+        half = max(1, count // 2)
+        #: The strides of each round, of the settings'; the second begins with one that
+        #: the first had.
+        self.rounds = [slice(0, half), slice(half - 1 if count > 2 else 0, count)]
         # The images that fields are learned from, which are held in memory together.
         apart = max(1.0, len(sources) / MOST)
         self.learning = sorted({int(n * apart) for n in range(min(MOST, len(sources)))})
@@ -197,9 +194,9 @@ class _Group:
         generator = torch.Generator().manual_seed(self.options.seed)
         net: Any = make_pair(self.settings, place.extent, generator)
         code = net.net(None, None).detached()
-        matrices = torch.stack([identity(place.dimension)] * count)
+        matrices = [identity(place.dimension)] * count
         if affine:
-            matrices, place = self._affine()
+            matrices = self._affine()
         boxes = [
             in_unit_boxes(m, place, source().place)
             for m, source in zip(matrices, self.sources, strict=True)
@@ -209,28 +206,28 @@ class _Group:
         none: list[Any] = [[] for _ in self.sources]
         return GroupFit(place, torch.stack(boxes), codes, *fields, none, none)
 
-    def _affine(self) -> tuple[Tensor, Geometry]:
-        """``[K, d + 1, d + 1]``: mean frame -> images, millimetres; where it lies."""
+    def _affine(self) -> list[Tensor]:
+        """``[d + 1, d + 1]`` of each: frame -> image, millimetres."""
         reference, found = self.sources[self.model](), []
-        d, place = reference.place.dimension, reference.place
         for number, source in enumerate(self.sources):
             if number == self.model:
-                found.append(identity(d))
+                found.append(identity(reference.place.dimension))
                 continue
             generator = torch.Generator().manual_seed(self.options.seed)
             work = work_on(source(), reference, *self.choices, self.options)
             ways = work.images, work.choice, generator, self.options
             found.append(find_affine(*ways))
-        half = torch.full((1, d), 0.5, dtype=torch.float64)
-        centre = apply_affine(place.unit_to_physical(), half)[0]
-        matrices, middle = affine_mean(torch.stack(found), centre)
-        origin = torch.tensor(place.origin) + middle - centre
-        return matrices, replace(place, origin=tuple(origin.tolist()))
+        return found
 
-    def mean(self, fit: GroupFit, *, centred: bool = True) -> PreparedImage:
+    def mean(self, fit: GroupFit) -> PreparedImage:
         """The mean of all images as they lie on the frame."""
-        values = group_mean(fit, self.sources, centred=centred)
-        frame = replace(self.frame, values=values, place=fit.place, whole=fit.place)
+        maps = [
+            NeuralTransform(fit.field_AB, fit.code.item(k), owned=False)
+            for k in range(len(fit))
+        ]
+        with torch.no_grad():
+            values = mean_image(fit.place.size, self.sources, maps, fit.matrices)
+        frame = replace(self.frame, values=values)
         return replace(frame, mask=content(frame))
 
     def round(self, fit: GroupFit, number: int, bar: Any) -> GroupFit:
@@ -240,25 +237,17 @@ class _Group:
         # A blurred mean of what is not aligned yet is like all of them as they are.
         frame = self.mean(fit) if number else self.sources[self.model]()
         rows = [fit.code.item(k) for k in range(len(fit))]
-        if number == 1:
-            # About the codes of the same maps behind the mean of all displacements: the
-            # model's own code is one of no displacement.
-            middle = fit.code.mixed([1 / len(rows)] * len(rows))
-            none = rows[self.model]
-            parts = [LatentCode.of([row, middle, none]) for row in rows]
-            rows = [part.mixed([1, -1, 1]) for part in parts]
         if times is not None and last and len(fit) > 2:
             rows = _smoothed(rows, self.moments)
         losses, warnings = [list(x) for x in fit.losses], list(fit.warnings)
-        together = [] if last else self.learning
-        if together:
-            works = [self._work(self.sources[k](), frame, number) for k in together]
-            course, learned = self._learn(works, fit, together, rows)
-            for n, k in enumerate(together):
-                rows[k] = learned[n]
-                losses[k] += course.losses[n :: len(together)]
-                warnings[k] = warnings[k] + course.warnings
-            bar.update(len(together))
+        together = self.learning
+        works = [self._work(self.sources[k](), frame, number) for k in together]
+        course, learned = self._learn(works, fit, together, rows)
+        for n, k in enumerate(together):
+            rows[k] = learned[n]
+            losses[k] += course.losses[n :: len(together)]
+            warnings[k] = warnings[k] + course.warnings
+        bar.update(len(together))
         for k, source in enumerate(self.sources):
             if k in together:
                 continue
@@ -308,13 +297,15 @@ class _Group:
     def _work(self, image: PreparedImage, frame: PreparedImage, number: int) -> Work:
         work = work_on(image, frame, *self.choices, self.options)
         settings, part = work.settings, self.rounds[number]
-        count = max(4, round(SHARES[number] * settings.steps))
-        first = (WIDER, 1 - WIDER) if part.stop - part.start > 1 else (1.0,)
+        count = max(4, round(SHARES[number] * FEWER * settings.steps))
+        shares = settings.shares[part]
         settings = replace(
             settings,
             steps=count,
             strides=settings.strides[part],
-            shares=first,
+            shares=tuple(share / sum(shares) for share in shares),
+            patches=max(1, settings.patches // FEWER),
+            regularity_points=max(1, settings.regularity_points // FEWER),
             exact=settings.exact[part],
             code_rate=RATES[number] * settings.code_rate,
         )
@@ -335,7 +326,7 @@ class _Group:
 
     def end(self, fit: GroupFit) -> GroupFit:
         """Folds repaired, and what is doubtful."""
-        frame = self.mean(fit, centred=False)
+        frame = self.mean(fit)
         rows, warnings, numbers = [], [], []
         for k, source in enumerate(self.sources):
             image = source()

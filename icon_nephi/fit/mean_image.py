@@ -1,11 +1,10 @@
-"""The mean of many images that lie on each other, and the middle of affine maps."""
+"""The mean of many images that lie on each other, and which is most like it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -30,8 +29,6 @@ def mean_image(
     sources: Sequence[Callable[[], PreparedImage]],
     maps: Sequence[Map],
     matrices: Tensor,
-    *,
-    centred: bool = True,
 ) -> Tensor:
     """``[1, C, *size]``: the robust mean of images on their frame.
 
@@ -40,16 +37,14 @@ def mean_image(
         sources: read the images, one at a time.
         maps: psi of each, frame unit box -> itself, ICON frame.
         matrices: ``[K, d + 1, d + 1]``, from there to the unit box of each image.
-        centred: take the mean of all displacements out of the frame.
     """
     moves = [_displacement(psi, size) for psi in maps]
-    shift = torch.stack(moves).mean(0) if centred else torch.zeros_like(moves[0])
     ways = list(zip(sources, moves, matrices, strict=True))
     middle: Tensor | None = None
     for _ in range(2 if len(ways) > 2 else 1):
         total = weight = torch.zeros(())
         for source, move, matrix in ways:
-            values, there = _moved(source().values, size, move, shift, matrix)
+            values, there = _moved(source().values, size, move, matrix)
             share = there
             if middle is not None:
                 far = (values - middle).square().mean(1, keepdim=True)
@@ -71,18 +66,11 @@ def _displacement(psi: Map, size: Sequence[int]) -> Tensor:
 
 
 def _moved(
-    image: Tensor, size: Sequence[int], move: Tensor, shift: Tensor, matrix: Tensor
+    image: Tensor, size: Sequence[int], move: Tensor, matrix: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """An image on the frame's voxels, and 1 where there is one, else 0.
-
-    Voxels lie where the frame's places with the mean displacement ``shift`` taken out
-    do: x with x + shift(x) there.
-    """
+    """An image on the frame's voxels, and 1 where there is one, else 0."""
     at = identity_map(size)
-    back = at
-    for _ in range(5 if bool(shift.any()) else 0):
-        back = at - sample_image(shift, back)
-    there = back + sample_image(move, back)
+    there = at + sample_image(move, at)
     rows = apply_affine(matrix.float(), to_rows(there))
     there = rows.transpose(1, 2).reshape(there.shape)
     return sample_image(image, there), inside(there).float()
@@ -99,27 +87,6 @@ def content(image: PreparedImage) -> Tensor:
     spread = gaussian_blur((values - gaussian_blur(values, sigma)).square(), sigma)
     where = (spread.sqrt() > CONTENT).any(dim=1, keepdim=True)
     return where if bool(where.any()) else torch.ones_like(where)
-
-
-def affine_mean(matrices: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
-    """``[K, d + 1, d + 1]`` the same affine maps from their mean frame, and its centre.
-
-    The mean of the linear parts is that of rotations and scales (log-Euclidean). The
-    mean frame has its centre in the middle of where they take the centre ``[d]``.
-    """
-    d = len(centre)
-    move = torch.eye(d + 1, dtype=torch.float64)
-    move[:d, d] = centre
-    about = matrices @ move
-    linear = about[:, :d, :d].numpy()
-    middle = np.eye(d)
-    for _ in range(5):
-        logs = [scipy.linalg.logm(np.linalg.solve(middle, m)).real for m in linear]
-        middle = middle @ scipy.linalg.expm(np.mean(logs, 0))
-    mean = torch.eye(d + 1, dtype=torch.float64)
-    mean[:d, :d] = torch.from_numpy(middle)
-    mean[:d, d] = about[:, :d, d].mean(0)
-    return about @ torch.linalg.inv(mean), mean[:d, d]
 
 
 def most_like_the_others(sources: Sequence[Callable[[], PreparedImage]]) -> int:

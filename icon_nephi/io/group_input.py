@@ -38,7 +38,7 @@ class GroupImages:
         itk: whether points are LPS millimetres.
         left_out: a sentence for each that cannot be used.
         step: the time from one to the next that a 4D file tells, else 1.
-        digest: of names and contents.
+        digests: of the contents of each: equal images have equal ones.
     """
 
     numbers: tuple[int, ...]
@@ -49,7 +49,7 @@ class GroupImages:
     itk: bool
     left_out: tuple[str, ...]
     step: float
-    digest: str
+    digests: tuple[str, ...]
 
 
 def read_group(
@@ -82,7 +82,8 @@ def read_group(
     where = choose_device(device, tensors[0] if tensors else None)
     left_out: list[str] = []
     kept: list[tuple[int, PreparedImage]] = []
-    digest, voxels = hashlib.sha256(), 0
+    digests: list[str] = []
+    voxels = 0
     for number, (name, reader) in enumerate(zip(names, readers, strict=True)):
         mask = None if masks is None else masks[number]
         try:
@@ -93,8 +94,7 @@ def read_group(
             left_out.append(f"left out: {error}")
             continue
         voxels += image.values.numel()
-        total = float(image.values.double().sum())
-        digest.update(f"{name} {image.place} {total!r}".encode())
+        digests.append(_digest(image))
         held = not _is_path(reader) or voxels <= HELD
         kept.append((number, image if held else _without(image)))
     if len(kept) < 2:
@@ -119,8 +119,16 @@ def read_group(
         kept[0][1].placed,
         tuple(left_out),
         step,
-        digest.hexdigest(),
+        tuple(digests),
     )
+
+
+def _digest(image: PreparedImage) -> str:
+    digest = hashlib.sha256(str(image.place).encode())
+    for part in (image.values, image.mask):
+        if part is not None:
+            digest.update(part.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _same(image: Any) -> Any:

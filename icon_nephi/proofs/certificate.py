@@ -194,8 +194,8 @@ def _scale(two_way: TwoWay, direction: str) -> float:
 def _search(registration: Registration, direction: str, region: Any) -> Search:
     if not registration.proper:
         raise ValueError(
-            "a map between two images of a series is made of two; certify those of "
-            "the series on its frame, series.on_frame(number)"
+            "this map of a series is made of several; certify those it is made of, "
+            "series.fitted(number)"
         )
     fit = registration.fit
     field = fit.field_AB if direction == FIXED_TO_MOVING else fit.field_BA

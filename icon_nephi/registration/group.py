@@ -143,20 +143,39 @@ def _fitted(
     options: FitOptions,
     checkpoint: str | os.PathLike[str] | None,
 ) -> GroupFit:
-    """Return the fit of a group, gone on with from a checkpoint of the same."""
+    """Return the fit of a group, gone on with from a checkpoint of the same.
+
+    Images that came twice are fitted, and count in the mean, once.
+    """
     begun, keep = None, None
+    first = [group.digests.index(digest) for digest in group.digests]
+    once = sorted(set(first))
+    if len(once) < 2:
+        raise ValueError("images are all the same; were the right files read?")
+    moments = choices["moments"]
+    if moments.times is not None:
+        times = [moments.times[k] for k in once]
+        choices = choices | {"moments": replace(moments, times=times)}
+    told = replace(
+        told,
+        names=tuple(told.names[k] for k in once),
+        places=tuple(told.places[k] for k in once),
+        times=None,
+        reference=None,
+    )
+    sources = [group.sources[k] for k in once]
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None:
-        same = f"{group.digest} {told.times} {told.period} {options.seed} {choices}"
+        same = f"{group.digests} {options.seed} {choices}"
         noted = replace(told, left_out=(*told.left_out, same))
         begun = _begun(path, noted)
         keep = _keeper(path, noted)
     with torch.enable_grad():
-        known = {"options": options, "begun": begun, "keep": keep}
-        fit = fit_group(group.sources, **choices, **known)
+        known: dict[str, Any] = {"options": options, "begun": begun, "keep": keep}
+        fit = fit_group(sources, **choices, **known)
     if path is not None:
         path.unlink(missing_ok=True)
-    return fit
+    return fit.taken([once.index(k) for k in first])
 
 
 def _keeper(path: Path, told: Told) -> Callable[[GroupFit], None]:

@@ -10,41 +10,49 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from icon_nephi.fields.codes import LatentCode, shares_at
+from icon_nephi.fields.codes import shares_at
 from icon_nephi.fit.group import GroupFit
-from icon_nephi.fit.settings import Fit
 from icon_nephi.io.image_input import check_points
 from icon_nephi.io.nephi_group import Told, save_group
+from icon_nephi.maps.centre import Centre
 from icon_nephi.maps.inverse import Inverse
-from icon_nephi.maps.transforms import Composition, Map
-from icon_nephi.maps.two_way import MOVING_TO_FIXED
+from icon_nephi.maps.transforms import Composition, Map, NeuralTransform
 from icon_nephi.registration.result import Registration
 from icon_nephi.space.frames import Array, Geometry
 
 
-class Between(Registration):
-    """The maps between two images of a group, through its frame; both directions.
+class Composed(Registration):
+    """Maps that are made of several: between two images, or from the mean of all.
 
-    As a `Registration`: the fixed image is where points come from. It is exactly
-    consistent: i -> j -> k is i -> k but for what Newton's method leaves.
+    As a `Registration`: the fixed image is where points come from. There and back
+    points come to where they were but for what Newton's method leaves.
+
+    Args:
+        moving: of the frame (fixed) and the moving image.
+        into: from the fixed image to the frame, unit boxes.
+        out: its inverse.
+        matrix: the affine part of ``into``.
+        place: the grid of the fixed image.
+        images: (moving, fixed, None, None), if they are there.
     """
 
     proper = False
 
     def __init__(
         self,
-        fixed: Registration,
         moving: Registration,
-        images: tuple[Any, ...] | None,
+        into: Map,
+        out: Map,
+        matrix: Tensor,
+        place: Geometry,
+        images: tuple[Any, ...] | None = None,
     ) -> None:
-        matrix = moving.fit.matrix @ torch.linalg.inv(fixed.fit.matrix)
-        both = [*fixed.warnings, *moving.warnings]
-        fit = replace(moving.fit, matrix=matrix, warnings=both)
-        places = moving.geometry_A, fixed.geometry_A
-        super().__init__(fit, *places, itk=fixed.itk, images=images)
-        self.map_AB = Composition(moving.map_AB, inverse_of(fixed))
-        self.map_BA = Composition(fixed.map_AB, inverse_of(moving))
+        fit = replace(moving.fit, matrix=moving.fit.matrix @ matrix)
+        super().__init__(fit, moving.geometry_A, place, itk=moving.itk, images=images)
+        self.map_AB = Composition(moving.map_AB, into)
+        self.map_BA = Composition(out, inverse_of(moving))
         self.two_way = replace(self.two_way, map_AB=self.map_AB, map_BA=self.map_BA)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -54,8 +62,7 @@ class Between(Registration):
             ValueError: always.
         """
         raise ValueError(
-            "a map between two images of a series is not saved alone; save the series, "
-            "or export its phi_AB"
+            "maps of a series are not saved alone; save the series, or export phi_AB"
         )
 
 
@@ -114,7 +121,7 @@ class Series:
     def place(self) -> Geometry:
         """The grid of the reference."""
         number = self.told.reference
-        return self.fit.place if number is None else self.told.places[number]
+        return self._centre.place if number is None else self.told.places[number]
 
     def image(self, number: int) -> Any:
         """Return an image as it was given.
@@ -126,13 +133,22 @@ class Series:
             raise ValueError("a loaded series has no images; pass them")
         return self._read(self._number(number))
 
-    def on_frame(self, number: int) -> Registration:
-        """Return the `Registration` of the mean frame (fixed) and an image (moving)."""
+    def fitted(self, number: int) -> Registration:
+        """Return the `Registration` that was fitted of an image (moving).
+
+        The fixed image is that on whose grid all was fitted: what else there is, is
+        made of these.
+        """
         k = self._number(number)
-        return self._registration(self.fit.pair(k), self.told.places[k])
+        fit, place = self.fit.pair(k), self.told.places[k]
+        return Registration(fit, place, self.fit.place, itk=self.told.itk)
+
+    def from_mean(self, number: int) -> Registration:
+        """Return the maps of the mean of all images (fixed) and an image (moving)."""
+        return self._centred(self.fitted(number))
 
     def at(self, time: float) -> Registration:
-        """Return the maps of the mean frame (fixed) and a moment (moving).
+        """Return the maps of the reference (fixed) and a moment (moving).
 
         Codes are interpolated by a cubic spline in time. The moving grid is that of the
         image before.
@@ -140,14 +156,10 @@ class Series:
         Raises:
             ValueError: images without times, or a time outside of them.
         """
-        shares, k = self._shares(time)
-        code: LatentCode = self.fit.code.mixed(shares)
-        weights = torch.tensor(shares, dtype=torch.float64)
-        boxes = [p.unit_to_physical() for p in self.told.places]
-        out = torch.stack(boxes) @ self.fit.matrices
-        matrix = boxes[k].inverse() @ torch.tensordot(weights, out, 1)
-        pair = replace(self.fit.pair(k), code=code, matrix=matrix, warnings=[])
-        return self._registration(pair, self.told.places[k])
+        moment, reference = self._fitted_at(time), self.told.reference
+        if reference is None:
+            return self._centred(moment)
+        return self._between(self.fitted(reference), moment, None)
 
     def map(self, start: int, end: int) -> Registration:
         """Return the maps between two images: ``start`` is fixed, ``end`` moves.
@@ -155,18 +167,66 @@ class Series:
         Its `transform_points` takes points of ``start`` to ``end``; its `warp` an image
         of ``end`` onto the grid of ``start``.
         """
-        i, j = self._number(start), self._number(end)
         images = None
         if self._read is not None:
-            images = self._read(j), self._read(i), None, None
-        return Between(self.on_frame(i), self.on_frame(j), images)
+            images = self.image(end), self.image(start), None, None
+        return self._between(self.fitted(start), self.fitted(end), images)
 
     def from_reference(self, number: int) -> Registration:
         """Return the maps between the reference (fixed) and an image (moving)."""
         reference = self.told.reference
-        return (
-            self.on_frame(number) if reference is None else self.map(reference, number)
+        if reference is None:
+            return self.from_mean(number)
+        return self.map(reference, number)
+
+    def _between(
+        self, fixed: Registration, moving: Registration, images: Any
+    ) -> Registration:
+        ways = inverse_of(fixed), fixed.map_AB, torch.linalg.inv(fixed.fit.matrix)
+        return Composed(moving, *ways, fixed.geometry_A, images)
+
+    def _centred(self, moving: Registration) -> Registration:
+        centre = self._centre
+        ways = centre.into, centre.out, centre.matrix, centre.place
+        return Composed(moving, *ways)
+
+    @cached_property
+    def _centre(self) -> Centre:
+        """The way from the mean of all images: that of the mean of their codes."""
+        once = self._once
+        code = self.fit.code.mixed([(k in once) / len(once) for k in range(len(self))])
+        into = self.fit.place.physical_to_unit()
+        boxes = [place.unit_to_physical() for place in self.told.places]
+        matrices = (torch.stack(boxes) @ self.fit.matrices @ into)[once]
+        with torch.no_grad():
+            fields = self.fit.field_AB, self.fit.field_BA
+            middle, inverse = (NeuralTransform(field, code) for field in fields)
+        return Centre(matrices, middle, inverse, self.fit.place)
+
+    @cached_property
+    def _once(self) -> list[int]:
+        """The numbers of the images without those that came before: see `fit_group`."""
+        code = self.fit.code
+        parts = [code.global_code, *(g.flatten(1) for g in code.local_codes)]
+        rows = torch.cat([part.double() for part in parts], 1)
+        return [
+            k
+            for k, row in enumerate(rows)
+            if not any(torch.equal(row, other) for other in rows[:k])
+        ]
+
+    def _fitted_at(self, time: float) -> Registration:
+        shares, k = self._shares(time)
+        boxes = torch.stack([p.unit_to_physical() for p in self.told.places])
+        weights = torch.tensor(shares, dtype=torch.float64)
+        physical = torch.tensordot(weights, boxes @ self.fit.matrices, 1)
+        code, matrix = (
+            self.fit.code.mixed(shares),
+            torch.linalg.inv(boxes[k]) @ physical,
         )
+        pair = replace(self.fit.pair(k), code=code, matrix=matrix, warnings=[])
+        place = self.told.places[k]
+        return Registration(pair, place, self.fit.place, itk=self.told.itk)
 
     def follow(
         self,
@@ -186,19 +246,19 @@ class Series:
         """
         rows = check_points("points", points, self.fit.place.dimension)
         start = self.told.reference if start is None else start
+        into: Map = self._centre.into
+        place = self._centre.place
         if start is not None:
-            rows = self._to_frame(self._number(start), rows)
+            own = self.fitted(start)
+            into, place = inverse_of(own), own.geometry_A
         if times is None:
-            ways = [self.on_frame(k) for k in range(len(self))]
+            ways = [self.fitted(k) for k in range(len(self))]
         else:
-            ways = [self.at(time) for time in times]
-        return np.stack([way.transform_points(rows) for way in ways])
-
-    def _to_frame(self, number: int, rows: Array) -> Array:
-        """Return the places on the mean frame of points of an image."""
-        way = self.on_frame(number)
-        exact = replace(way.two_way, map_BA=inverse_of(way))
-        return exact.transform_points(rows, MOVING_TO_FIXED)
+            ways = [self._fitted_at(time) for time in times]
+        first = ways[0].two_way
+        way = replace(first, map_AB=into, geometry_A=self.fit.place, geometry_B=place)
+        on_frame = way.transform_points(rows)
+        return np.stack([way.transform_points(on_frame) for way in ways])
 
     def warped(self) -> Iterator[Any]:
         """Yield every image on the grid of the reference: the series without motion.
@@ -250,19 +310,20 @@ class Series:
     def mean_displacement(self, count: int = 2000) -> float:
         """Return how far the mean of all displacements is from zero, root mean square.
 
-        Of the fields alone, in voxels of the frame, at random places.
+        Of the deformations from the mean frame, in voxels, at random places.
         """
-        generator = np.random.default_rng(0)
+        generator, centre = np.random.default_rng(0), self._centre
         d = self.fit.place.dimension
-        rows = torch.from_numpy(generator.uniform(0, 1, (1, d, count, *(1,) * (d - 1))))
+        at = torch.from_numpy(generator.uniform(0, 1, (1, d, count, *(1,) * (d - 1))))
         with torch.no_grad():
-            moves = [
-                self.on_frame(k).map_AB.psi(rows.float()) - rows
-                for k in range(len(self))
-            ]
+            start = centre.into.phi(at)  # the deformations alone
+            moves = [self._psi(k)(start) - at for k in self._once]
         steps = torch.tensor(self.fit.place.size).double() - 1
         mean = torch.stack(moves).mean(0).flatten(2)[0] * steps[:, None]
         return float(mean.square().sum(0).mean().sqrt())
+
+    def _psi(self, number: int) -> Map:
+        return NeuralTransform(self.fit.field_AB, self.fit.code.item(number))
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -278,15 +339,15 @@ class Series:
 
     def shown(self, number: int) -> Registration:
         """Return the maps of the mean and an image, with both images, for a page."""
-        way = self.on_frame(number)
-        way.images = self.image(number), self._mean_on_frame, None, None
+        way = self.from_mean(number)
+        way.images = self.image(number), self._mean_of_all, None, None
         way.made_with = self.made_with
         return way
 
     @cached_property
-    def _mean_on_frame(self) -> Any:
-        ways = ((self.on_frame(k), self.image(k)) for k in range(len(self)))
-        return self._mean((way.warp(image) for way, image in ways), self.fit.place)
+    def _mean_of_all(self) -> Any:
+        ways = ((self.from_mean(k), self.image(k)) for k in range(len(self)))
+        return self._mean((way.warp(image) for way, image in ways), self._centre.place)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one .nephi file that `icon_nephi.load` reads, whole or not at all."""
@@ -301,9 +362,6 @@ class Series:
         from icon_nephi.report.series_page import write_series_report
 
         write_series_report(path, self, **extras)
-
-    def _registration(self, pair: Fit, place: Geometry) -> Registration:
-        return Registration(pair, place, self.fit.place, itk=self.told.itk)
 
     def _number(self, number: int) -> int:
         if not 0 <= number < len(self):

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from icon_nephi.fit.group import group_mean
+from icon_nephi.fit.mean_image import mean_image
+from icon_nephi.maps.transforms import Composition
 from icon_nephi.registration.register import register
 from icon_nephi.registration.result import Registration
 from icon_nephi.registration.series import Series
@@ -20,7 +21,7 @@ from icon_nephi.space.intensities import PreparedImage
 class Template(Series):
     """A `Series` of images without an order, and what their mean is.
 
-    The template is the frame: `on_frame` has its maps to each image, `map` those
+    The template is the reference: `from_mean` has its maps to each image, `map` those
     between two of them.
 
     Attributes:
@@ -41,14 +42,19 @@ class Template(Series):
         """
         if self.sources is None:
             raise ValueError("a loaded template has no images; read its image file")
-        values = group_mean(self.fit, self.sources)
+        into, place = self._centre.into, self.place
+        once = self._once
+        maps = [Composition(self._psi(k), into) for k in once]
+        sources = [self.sources[k] for k in once]
+        with torch.no_grad():
+            values = mean_image(place.size, sources, maps, self.fit.matrices[once])
         if self.made_with.get("modality") == "ct":
             values = 1000 * values - 1000
         if not self.told.itk:
             return values
         from icon_nephi.io.itk_images import image_of
 
-        return image_of(values[0, 0].cpu().numpy(), self.fit.place)
+        return image_of(values[0, 0].cpu().numpy(), place)
 
     def fuse(self, labels: Iterable[Any]) -> Any:
         """Return one label map on the template: what most images have at each voxel.
@@ -64,7 +70,7 @@ class Template(Series):
             raise ValueError(f"labels are {len(maps)} and images {len(self)}")
         stacked: list[Array] = []
         for k, own in enumerate(maps):
-            warped = self.on_frame(k).warp_labels(own, self._grid)
+            warped = self.from_mean(k).warp_labels(own, self._grid)
             if not isinstance(warped, torch.Tensor):
                 from icon_nephi.io.itk_images import array_of
 
@@ -75,7 +81,7 @@ class Template(Series):
             return most
         from icon_nephi.io.itk_images import image_of
 
-        return image_of(most.numpy().astype(np.int32), self.fit.place)
+        return image_of(most.numpy().astype(np.int32), self.place)
 
     def register(self, image: Any, **choices: Any) -> Registration:
         """Return the `Registration` of the template (fixed) and a new image (moving).

@@ -172,6 +172,13 @@ def _tables(
         least = f"{measured.determinants.min():.2f}"
         lengths = f"{shift['mean']:.2f}", f"{shift['max']:.2f}", f"{missed:.3f}"
         rows.append([label, *lengths, least, f"{measured.folds_percent:.2g}"])
-    header = ["", "moves, mean", "largest", "there and back, 95 %", "least det", "folds %"]
+    header = [
+        "",
+        "moves, mean",
+        "largest",
+        "there and back, 95 %",
+        "least det",
+        "folds %",
+    ]
     caption = f"Each image; lengths in {scene.unit}"
     return [{"caption": caption, "header": header, "rows": rows}]
