@@ -160,8 +160,13 @@ exit codes: 0 done, 1 some pairs of --pairs failed, 2 wrong input or out of memo
     )
     similarity: str | None = _how(
         "mind or mi for other modalities, lncc2 where contrasts may be inverted "
-        "(default: lncc)",
-        choices=("ncc", "lncc", "lncc2", "mind", "mi"),
+        "(default: auto, lncc unless the images show another contrast)",
+        choices=("auto", "ncc", "lncc", "lncc2", "mind", "mi"),
+    )
+    transform: str = _how(
+        "rigid or affine: no deformation (one person's T1 onto the T2)",
+        "deformable",
+        choices=("rigid", "affine", "deformable"),
     )
     model: str = _how("start from this network's map", "none", choices=MODELS)
     network_weights: Path | None = _how("its weights (default: downloaded once)")
@@ -178,6 +183,9 @@ exit codes: 0 done, 1 some pairs of --pairs failed, 2 wrong input or out of memo
         "CT: what is stretched gets thinner, intensities times the determinant", False
     )
     no_affine: bool = _how("trust the headers, no affine start", False)
+    allow_mirror: bool = _how(
+        "the moving image may be turned over, as a section on its slide", False
+    )
     seed: int = _how(_SEED, 0)
     seeds: int = _how(
         "register N times; how far the results lie apart sharpens the expected error, "

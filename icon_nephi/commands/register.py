@@ -72,6 +72,10 @@ def check_flags(flags: RegisterFlags) -> None:
             "--keep_on_interrupt is for one registration from scratch, without --model "
             "and --seeds"
         )
+    if flags.transform != "deformable" and flags.no_affine:
+        raise ValueError(
+            f"--transform {flags.transform} is what --no_affine leaves out: give one"
+        )
     if flags.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {flags.seeds}")
     for first, second in COUPLED:
@@ -110,12 +114,12 @@ def _check_model_flags(flags: RegisterFlags) -> None:
                 f"--{name} is for registration from scratch; --model {flags.model} has "
                 "the intensities it was trained with"
             )
-    if flags.mass_preserving or (
-        (flags.preset, flags.similarity, flags.seeds) != ("default", None, 1)
-    ):
+    asked = (flags.preset, flags.similarity, flags.seeds, flags.transform)
+    if flags.mass_preserving or asked != ("default", None, 1, "deformable"):
         raise ValueError(
-            "--preset, --similarity, --seeds and --mass_preserving are for "
-            "registration from scratch; with --model give --io_iterations and --io_sim"
+            "--preset, --similarity, --seeds, --transform and --mass_preserving are "
+            "for registration from scratch; with --model give --io_iterations and "
+            "--io_sim"
         )
 
 

@@ -19,19 +19,20 @@ from tqdm import tqdm
 
 from icon_nephi._memory import memory_for
 from icon_nephi.fields.codes import LatentCode, shares_at
-from icon_nephi.fit.affine import find_affine, identity, in_unit_boxes
+from icon_nephi.fit.affine import find_affine, in_unit_boxes
 from icon_nephi.fit.content import ImagePair
 from icon_nephi.fit.doubts import doubts, evidence, of_images
-from icon_nephi.fit.from_scratch import Work, work_on
+from icon_nephi.fit.from_scratch import Work
 from icon_nephi.fit.mean_image import (
     content,
     mean_image,
     most_like_the_others,
 )
 from icon_nephi.fit.optimize import Course, FitOptions
-from icon_nephi.fit.settings import Fit, Settings, make_pair
+from icon_nephi.fit.search import identity
+from icon_nephi.fit.settings import Fit, Settings, find_settings, make_pair
 from icon_nephi.fit.steps import Steps, StepsInTurn, make_steps
-from icon_nephi.fit.unfold import unfold
+from icon_nephi.losses.similarities import find_similarity
 from icon_nephi.maps.networks import AffinePair, NePhi
 from icon_nephi.maps.transforms import NeuralTransform
 from icon_nephi.space.frames import Geometry
@@ -145,7 +146,7 @@ def fit_group(
         MemoryError: smaller parts did not help either.
     """
     options, moments = options or FitOptions(), moments or Moments()
-    group = _Group(sources, moments, (similarity, field, False), options)
+    group = _Group(sources, moments, (similarity, field), options)
     fit = begun or group.start(affine)
     rounds = group.rounds
     silent = not options.progress
@@ -167,7 +168,7 @@ class _Group:
         self,
         sources: Sequence[Source],
         moments: Moments,
-        choices: tuple[Any, Any, bool],
+        choices: tuple[Any, Any],
         options: FitOptions,
     ) -> None:
         self.sources, self.moments = sources, moments
@@ -176,8 +177,10 @@ class _Group:
         self.model = most_like_the_others(sources)
         first = sources[self.model]()
         blank = replace(first, values=torch.zeros_like(first.values), mask=None)
-        self.frame = replace(blank, labels=None, finer=(), whole=first.place)
-        work = work_on(first, self.frame, *choices, self.options)
+        self.frame = replace(
+            blank, labels=None, finer=(), whole=first.place, counts=None, notes=()
+        )
+        work = self._of(first, self.frame)
         self.settings = work.settings
         count = len(work.settings.strides)
         half = max(1, count // 2)
@@ -214,7 +217,7 @@ class _Group:
                 found.append(identity(reference.place.dimension))
                 continue
             generator = torch.Generator().manual_seed(self.options.seed)
-            work = work_on(source(), reference, *self.choices, self.options)
+            work = self._of(source(), reference)
             ways = work.images, work.choice, generator, self.options
             found.append(find_affine(*ways))
         return found
@@ -283,10 +286,11 @@ class _Group:
             each: list[Steps] = []
             for work, loss in zip(works, losses, strict=True):
                 masks = work.images.where_A, work.images.where_B
-                own = loss, work.sides, masks, extras, work.weights(loss)
+                own = loss, work.sides(loss), masks, extras, work.weights(loss)
                 beside = each[0] if each else None
                 each.append(make_steps(*own, samplers, similarity, beside))
-            return StepsInTurn(each, [work.sides for work in works])
+            both = zip(works, losses, strict=True)
+            return StepsInTurn(each, [work.sides(loss) for work, loss in both])
 
         first = works[0]
         steps = first.settings.steps * len(works)
@@ -294,8 +298,15 @@ class _Group:
         course = longer.fit(losses[0], make=in_turn)
         return course, [_code_of(loss) for loss in losses]
 
+    def _of(self, image: PreparedImage, frame: PreparedImage) -> Work:
+        """The work at an image with the settings of a pair."""
+        similarity, field = self.choices
+        settings = find_settings(field, frame.place.size, frame.modality)
+        choice = find_similarity(similarity, settings.floor)
+        return Work.of(image, frame, choice, settings, self.options)
+
     def _work(self, image: PreparedImage, frame: PreparedImage, number: int) -> Work:
-        work = work_on(image, frame, *self.choices, self.options)
+        work = self._of(image, frame)
         settings, part = work.settings, self.rounds[number]
         count = max(4, round(SHARES[number] * FEWER * settings.steps))
         shares = settings.shares[part]
@@ -330,21 +341,17 @@ class _Group:
         rows, warnings, numbers = [], [], []
         for k, source in enumerate(self.sources):
             image = source()
-            work = work_on(image, frame, *self.choices, self.options)
+            work = self._of(image, frame)
             loss = self._loss(work, fit, k, fit.code.item(k))
             pair: Any = loss.regis_net
-            images: ImagePair = work.images
-            both = images.image_A, images.image_B
             generator = torch.Generator().manual_seed(self.options.seed)
-            rate = 0.04 * work.settings.code_rate
-            table = pair.net.net
-            unfold(pair, table.parameters(), *both, rate=rate, generator=generator)
-            rows.append(table(None, None).detached())
-            evident = self._evidence(pair, images, generator)
+            work.unfold(loss, generator)
+            rows.append(_code_of(loss))
+            evident = self._evidence(pair, work.images, generator)
             evident |= of_images(image, frame)
             numbers.append(evident)
             doubtful = doubts(evident, contrast=work.choice.contrast)
-            warnings.append(fit.warnings[k] + doubtful)
+            warnings.append([*image.notes, *fit.warnings[k], *doubtful])
         fields = (f.requires_grad_(False) for f in (fit.field_AB, fit.field_BA))
         known: dict[str, Any] = dict(zip(("field_AB", "field_BA"), fields, strict=True))
         known |= {"code": LatentCode.of(rows), "warnings": warnings}
@@ -354,8 +361,9 @@ class _Group:
         self, pair: AffinePair, images: ImagePair, generator: torch.Generator
     ) -> dict[str, float]:
         with torch.no_grad():
-            smooth, where = images.blurred(2.0), images.where_B.cpu()
-            return evidence(pair, *smooth, images.geometry_B, where, generator)
+            where, counts = images.where_B.cpu(), images.counts_on("cpu")
+            place = images.geometry_B
+            return evidence(pair, *images.smooth, place, where, generator, counts)
 
 
 def _code_of(loss: Any) -> LatentCode:

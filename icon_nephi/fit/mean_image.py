@@ -44,7 +44,7 @@ def mean_image(
     for _ in range(2 if len(ways) > 2 else 1):
         total = weight = torch.zeros(())
         for source, move, matrix in ways:
-            values, there = _moved(source().values, size, move, matrix)
+            values, there = _moved(source(), size, move, matrix)
             share = there
             if middle is not None:
                 far = (values - middle).square().mean(1, keepdim=True)
@@ -66,14 +66,17 @@ def _displacement(psi: Map, size: Sequence[int]) -> Tensor:
 
 
 def _moved(
-    image: Tensor, size: Sequence[int], move: Tensor, matrix: Tensor
+    image: PreparedImage, size: Sequence[int], move: Tensor, matrix: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """An image on the frame's voxels, and 1 where there is one, else 0."""
+    """An image on the frame's voxels, and 1 where there is one that counts, else 0."""
     at = identity_map(size)
     there = at + sample_image(move, at)
     rows = apply_affine(matrix.float(), to_rows(there))
     there = rows.transpose(1, 2).reshape(there.shape)
-    return sample_image(image, there), inside(there).float()
+    share = inside(there).float()
+    if image.counts is not None:
+        share = share * sample_image(image.counts.float(), there)
+    return sample_image(image.values, there), share
 
 
 def content(image: PreparedImage) -> Tensor:
