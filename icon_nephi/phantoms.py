@@ -155,23 +155,18 @@ def breathing_thorax(
 
 @dataclass(frozen=True, eq=False)
 class ThoraxCycle:
-    """Images of one breathing thorax, and where every place is in each.
-
-    ``images[k](maps[k](x)) = scene(x)`` up to noise, for places x of the breathed-out
-    thorax, which is phase 0.
+    """Images of one breathing thorax: ``images[k](maps[k](x))`` is the same place x.
 
     Attributes:
-        images: of each phase, [1, 1, *shape], float32, in HU.
+        images: of each phase, [1, 1, *shape], float32, in HU; phase 0 breathed out.
         points: the same vessel forks in each, [phases, N, d], float32, unit box.
-        maps: from the breathed-out thorax to each phase, [B, d, *any] in the unit box.
-        inverses: their inverses.
+        maps: from phase 0 to each, [B, d, *any] in the unit box.
         spacing: mm between voxels, one for each array axis.
     """
 
     images: tuple[Tensor, ...]
     points: Tensor
     maps: tuple[_Map, ...]
-    inverses: tuple[_Map, ...]
     spacing: tuple[float, ...]
 
 
@@ -185,41 +180,26 @@ def breathing_cycle(
     """Return the thorax of `breathing_thorax` at evenly spaced times of one breath.
 
     The diaphragm goes down and up as a raised cosine; the chest follows a twentieth of
-    a breath later, so the way out is not the way in. Arguments are as there.
-
-    Raises:
-        ValueError: as `breathing_thorax`, or fewer than 2 phases.
+    a breath later, so the way out is not the way in. Arguments and errors as there.
     """
-    if phases < 2:
-        raise ValueError(f"phases must be at least 2, got {phases}")
     whole = breathing_thorax(shape, None, seed, amplitude, noise)
-    anatomy = _Anatomy([0, 1, 2] if len(shape) == 3 else [0, 2], _generator(seed))
+    axes = [0, 1, 2] if len(shape) == 3 else [0, 2]
+    anatomy = _Anatomy(axes, torch.Generator().manual_seed(seed))
     strengths, waves, _ = whole.phi_AB.args  # type: ignore[attr-defined]
     generator = torch.Generator().manual_seed(seed + 1)
-    images, maps, inverses = [], [], []
-    for phase in range(phases):
-        share = [
-            0.5 - 0.5 * math.cos(2 * math.pi * (phase / phases - 0.05 * bool(axis)))
-            for axis in range(len(strengths))
-        ]
-        lag = 0.5 - 0.5 * math.cos(2 * math.pi * 0.05)  # phase 0 is the scene itself
-        now = [
-            strength * (s - lag * bool(axis))
-            for axis, (strength, s) in enumerate(zip(strengths, share, strict=True))
+    images, maps = [], []
+    lags = [0.05 * bool(axis) for axis in axes]
+    for time in torch.arange(phases) / phases:
+        now = [  # less what lags behind at the time 0
+            s * (math.cos(2 * math.pi * lag) - math.cos(2 * math.pi * (time - lag))) / 2
+            for s, lag in zip(strengths, lags, strict=True)
         ]
         forth, back = (partial(_breathe, now, waves, way) for way in (False, True))
         image = _paint(anatomy, tuple(whole.image_A.shape[2:]), back)[1]
         images.append(image + noise * torch.randn(image.shape, generator=generator))
         maps.append(forth)
-        inverses.append(back)
-    rows = whole.points_B.T[None]
-    points = torch.stack([phi(rows)[0].T for phi in maps])
-    ways = tuple(maps), tuple(inverses)
-    return ThoraxCycle(tuple(images), points, *ways, whole.spacing)
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    points = torch.stack([phi(whole.points_B.T[None])[0].T for phi in maps])
+    return ThoraxCycle(tuple(images), points, tuple(maps), whole.spacing)
 
 
 # Breathing along z, y, x: profiles over the own coordinate, at most 1 in size. They

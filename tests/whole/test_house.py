@@ -38,6 +38,7 @@ NOT_AT_TOP = ["torchvision", "icon_registration.data", "icon_registration.constr
 # Where ITK is imported: at the top in rooms that are there for it, inside functions
 # where an ITK image may come.
 KNOW_ITK = {
+    "io.itk_frames",
     "io.itk_images",
     "io.itk_transforms",
     "registration.itk_pair",
