@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from icon_nephi.commands.flags import IMAGES, POINTS, VECTORS, check_output
+from icon_nephi.commands.flags import IMAGES, POINTS, VECTORS
 from icon_nephi.commands.group_flags import SeriesFlags, TemplateFlags
+from icon_nephi.commands.outputs import check_outputs
 from icon_nephi.fit.settings import EFFORTS, find_effort
 from icon_nephi.io import itk_images
 from icon_nephi.io.atomic import written_whole
+from icon_nephi.io.image_files import read_image, write_image
 from icon_nephi.io.itk_frames import write_frames
 from icon_nephi.io.itk_transforms import write_transform
 from icon_nephi.io.points import read_points
@@ -107,7 +109,7 @@ def _fused(template: Template, flags: TemplateFlags) -> Any:
     by_image = dict(zip(map(str, flags.images), flags.labels or (), strict=True))
     maps = []
     for name in template.names:
-        image = itk_images.read_image("--labels", by_image[name])
+        image = read_image("--labels", by_image[name])
         maps.append(itk_images.check_label_map(f"--labels: {by_image[name]}", image))
     return template.fuse(maps)
 
@@ -147,11 +149,15 @@ def _outputs(flags: SeriesFlags | TemplateFlags) -> dict[str, Path]:
         ValueError: one that cannot, none at all, or one over another or an input.
     """
     paths = {k: v for k, v in vars(flags).items() if isinstance(v, Path)}
-    asked = {
-        name: check_output(name, paths[name], endings)
+    inputs = [*flags.images, *(flags.masks or ())]
+    inputs += [*(getattr(flags, "labels", None) or ())]
+    inputs += [p for p in (getattr(flags, "points", None),) if p is not None]
+    named = {
+        name: (paths[name], endings)
         for name, endings in OUTPUTS.items()
         if name in paths and (name, str(paths[name])) != ("json", "-")
     }
+    asked = check_outputs(named, inputs)
     for name in FOLDERS:
         if name in paths:
             folder = paths[name]
@@ -159,19 +165,15 @@ def _outputs(flags: SeriesFlags | TemplateFlags) -> dict[str, Path]:
                 raise ValueError(f"--{name}: {folder} is not a folder")
             if not folder.is_dir() and not folder.parent.is_dir():
                 raise ValueError(f"--{name}: {folder.parent} does not exist")
+            if folder.is_dir() and any(
+                p.parent.samefile(folder) for p in inputs if p.exists()
+            ):
+                raise ValueError(
+                    f"--{name}: {folder} holds inputs; give another folder"
+                )
             asked[name] = folder
     if not set(asked) - {"json"} and flags.json is None:
         raise ValueError("nothing to write: give --save, --report or another output")
-    if len({path.absolute() for path in asked.values()}) < len(asked):
-        raise ValueError("two outputs have the same path; give each its own")
-    inputs = [*flags.images, *(flags.masks or ())]
-    inputs += [*(getattr(flags, "labels", None) or ())]
-    inputs += [p for p in (getattr(flags, "points", None),) if p is not None]
-    for name, path in asked.items():
-        if any(p.exists() and path.exists() and p.samefile(path) for p in inputs):
-            raise ValueError(
-                f"--{name}: {path} is also an input; it would be overwritten"
-            )
     return asked
 
 
@@ -223,7 +225,7 @@ def _finish(
 
 def _write(image: Any, path: Path) -> None:
     with written_whole(path) as (part,):
-        itk_images.write_image(image, part)
+        write_image(image, part)
 
 
 def _write_text(text: str, path: Path) -> None:

@@ -26,14 +26,19 @@ from icon_nephi.fit.likeness import Likeness
 from icon_nephi.fit.optimize import Course, FitOptions, Stage, optimize
 from icon_nephi.fit.search import identity
 from icon_nephi.fit.settings import GRID, Fit, Settings, find_settings, make_pair
-from icon_nephi.fit.simpler import Simpler, check_transform, headers_or, simpler
-from icon_nephi.fit.steps import Steps, make_steps
+from icon_nephi.fit.simpler import (
+    Simpler,
+    Watch,
+    check_transform,
+    headers_or,
+    simpler,
+)
 from icon_nephi.fit.unfold import unfold
 from icon_nephi.losses.features import FeatureDifference, FeaturesAlone
 from icon_nephi.losses.gradient_icon import GradientICONPoints
 from icon_nephi.losses.regularity import guarded_term
 from icon_nephi.losses.similarities import AUTO, Comparison, find_similarity
-from icon_nephi.maps.networks import AffinePair, NePhi
+from icon_nephi.maps.networks import AffinePair
 from icon_nephi.space.intensities import PreparedImage
 from icon_nephi.space.sampling import Patches, Points
 
@@ -48,6 +53,8 @@ POINTS, BLUR = 8, 0.5
 CLEAN, NOISY = 0.01, 0.06
 # The settings of a registration without a deformation.
 STILL = replace(GRID, grids=(4,), channels=(1,), arguments=(("width", 4),))
+# Part of the rates with which a fit goes on that ran away.
+SLOWER = 0.3
 # Weight of the label maps' overlap, where there are label maps.
 DICE = 1.0
 
@@ -123,7 +130,7 @@ def fit_pair(
     course, loss = Course([], []), work.still(start)
     if deformable:
         loss = work.loss_from(start, generator)
-        course = work.fit(loss)
+        course = work.watched_fit(loss)
         # Those on disk have no features, and after a warning nothing follows.
         if in_parts and not course.warnings and choice.features != "only":
             points = POINTS if choice.points else None
@@ -274,11 +281,11 @@ class Work:
         return starts[results.index(max(results))]
 
     def loss_from(
-        self, start: Tensor, generator: torch.Generator, net: NePhi | None = None
+        self, start: Tensor, generator: torch.Generator
     ) -> GradientICONPoints:
-        """What is minimised, of intensities; behind a start its pair, or a new one."""
+        """What is minimised, of intensities; its pair is untrained, behind a start."""
         images, settings = self.images, self.settings
-        net = net or make_pair(settings, images.geometry_B.extent, generator)
+        net = make_pair(settings, images.geometry_B.extent, generator)
         matrix = in_unit_boxes(start, images.geometry_B, images.geometry_A)
         pair = AffinePair(net, matrix.to(images.image_B.dtype))
         device = images.image_B.device
@@ -299,49 +306,63 @@ class Work:
             generator=generator,
         )
 
+    def watched_fit(self, loss: GradientICONPoints) -> Course:
+        """As `fit`; from a level where it ran away back, and on with smaller rates."""
+        if self.images.segmentations:  # they say what images do not show
+            return self.fit(loss)
+        watch = Watch(loss.regis_net, self.likeness)
+        course = self.fit(loss, ended=watch.look)
+        good = watch.back()
+        if good is None or course.warnings or self.options.late:
+            return course
+        again = self.fit(loss, after=good, rate=SLOWER, ended=watch.look)
+        reached = "it went back and on with smaller rates"
+        if watch.back() is not None:
+            reached = "the rest of it was left out"
+        sentence = f"after level {good} the fit ran away: {reached}"
+        losses = [*course.losses, *again.losses]
+        return Course(losses, [sentence, *again.warnings])
+
     def fit(
         self,
         loss: GradientICONPoints,
         *,
-        codes_alone: bool = False,
-        make: Callable[..., Steps] = make_steps,
+        after: int = 0,
+        rate: float = 1.0,
+        ended: Callable[[], None] | None = None,
     ) -> Course:
-        """Codes and fields moved to where the loss is least, coarse to fine."""
-        images = self.images
+        """Codes and fields moved to where the loss is least, coarse to fine.
+
+        After so many levels, and with that part of the rates.
+        """
+        images, settings, stages = self.images, self.settings, self.stages()
+        before = sum(stage.steps for stage in stages[:after])
+        pair: Any = loss.regis_net
+        net = pair.net
+        fields = [*net.field_AB.parameters(), *net.field_BA.parameters()]
+        featured = settings.features or self.choice.features == "only"
+        both = images.image_A, images.image_B
+        if featured:
+            both = images.featured(pair.matrix[0])
         return optimize(
             loss,
-            *self.sides(loss),
-            self._stages(),
-            self.weights(loss, codes_alone=codes_alone),
+            *both,
+            stages[after:],
+            [
+                {"params": list(net.net.parameters()), "lr": rate * settings.code_rate},
+                {"params": fields, "lr": rate * settings.field_rate},
+            ],
             mask_A=images.where_A,
             mask_B=images.where_B,
             extras=images.segmentations,
-            similarity=self._similarity,
+            similarity=lambda step: self.similarity(before + step),
             spacing_A=images.geometry_A.tensor_spacing,
             spacing_B=images.geometry_B.tensor_spacing,
+            ended=ended,
             options=self.options,
-            make=make,
         )
 
-    def sides(self, loss: GradientICONPoints) -> tuple[Tensor, Tensor]:
-        """Both images as they are compared."""
-        pair: Any = loss.regis_net
-        if self.settings.features or self.choice.features == "only":
-            return self.images.featured(pair.matrix[0])
-        return self.images.image_A, self.images.image_B
-
-    def weights(
-        self, loss: GradientICONPoints, *, codes_alone: bool = False
-    ) -> list[dict[str, object]]:
-        """Adam's groups of what moves."""
-        pair: Any = loss.regis_net
-        net, settings = pair.net, self.settings
-        fields = [*net.field_AB.parameters(), *net.field_BA.parameters()]
-        codes = {"params": list(net.net.parameters()), "lr": settings.code_rate}
-        both = [codes, {"params": fields, "lr": settings.field_rate}]
-        return both[: 1 if codes_alone else 2]
-
-    def _similarity(self, step: int) -> Callable[..., Tensor]:
+    def similarity(self, step: int) -> Callable[..., Tensor]:
         """What is compared after so many steps: features fade, or are all there is."""
         choice, settings = self.choice, self.settings
         channels = self.images.image_A.shape[1]
@@ -353,7 +374,7 @@ class Work:
         weight = settings.features * (1 - faded)
         return FeatureDifference(choice.similarity, channels, weight)
 
-    def _stages(self) -> list[Stage]:
+    def stages(self) -> list[Stage]:
         """Blocks, or single points of smoothed images, coarse to fine."""
         settings, stages = self.settings, []
         for stride, share, exact in zip(

@@ -23,6 +23,7 @@ from icon_nephi.fit.affine import find_affine, in_unit_boxes
 from icon_nephi.fit.content import ImagePair
 from icon_nephi.fit.doubts import doubts, evidence, of_images
 from icon_nephi.fit.from_scratch import Work
+from icon_nephi.fit.group_work import code_of, fit_code, fit_in_turn, loss_with
 from icon_nephi.fit.mean_image import (
     content,
     mean_image,
@@ -31,9 +32,8 @@ from icon_nephi.fit.mean_image import (
 from icon_nephi.fit.optimize import Course, FitOptions
 from icon_nephi.fit.search import identity
 from icon_nephi.fit.settings import Fit, Settings, find_settings, make_pair
-from icon_nephi.fit.steps import Steps, StepsInTurn, make_steps
 from icon_nephi.losses.similarities import find_similarity
-from icon_nephi.maps.networks import AffinePair, NePhi
+from icon_nephi.maps.networks import AffinePair
 from icon_nephi.maps.transforms import NeuralTransform
 from icon_nephi.space.frames import Geometry
 from icon_nephi.space.intensities import PreparedImage
@@ -261,8 +261,8 @@ class _Group:
                 rows[k] = rows[together[near.index(min(near))]]
             work = self._work(source(), frame, number)
             loss = self._loss(work, fit, k, rows[k])
-            course = work.fit(loss, codes_alone=True)
-            rows[k] = _code_of(loss)
+            course = fit_code(work, loss)
+            rows[k] = code_of(loss)
             losses[k] += course.losses
             warnings[k] = warnings[k] + course.warnings
             bar.update()
@@ -278,25 +278,10 @@ class _Group:
         rows: Sequence[LatentCode],
     ) -> tuple[Course, list[LatentCode]]:
         """Fields and codes of several images moved in one optimisation."""
-        both = list(zip(works, numbers, strict=True))
+        both = zip(works, numbers, strict=True)
         losses = [self._loss(work, fit, k, rows[k]) for work, k in both]
-
-        def in_turn(*given: Any) -> Steps:
-            extras, samplers, similarity = given[3], *given[5:]
-            each: list[Steps] = []
-            for work, loss in zip(works, losses, strict=True):
-                masks = work.images.where_A, work.images.where_B
-                own = loss, work.sides(loss), masks, extras, work.weights(loss)
-                beside = each[0] if each else None
-                each.append(make_steps(*own, samplers, similarity, beside))
-            both = zip(works, losses, strict=True)
-            return StepsInTurn(each, [work.sides(loss) for work, loss in both])
-
-        first = works[0]
-        steps = first.settings.steps * len(works)
-        longer = replace(first, settings=replace(first.settings, steps=steps))
-        course = longer.fit(losses[0], make=in_turn)
-        return course, [_code_of(loss) for loss in losses]
+        course = fit_in_turn(works, losses)
+        return course, [code_of(loss) for loss in losses]
 
     def _of(self, image: PreparedImage, frame: PreparedImage) -> Work:
         """The work at an image with the settings of a pair."""
@@ -324,16 +309,9 @@ class _Group:
 
     def _loss(self, work: Work, fit: GroupFit, k: int, code: LatentCode) -> Any:
         """What is minimised for an image, by the fields that all share."""
-        generator = torch.Generator().manual_seed(self.options.seed)
-        net: Any = make_pair(work.settings, fit.place.extent, generator)
-        net = NePhi(net.net, fit.field_AB, fit.field_BA)
-        with torch.no_grad():
-            net.net.global_codes.copy_(code.global_code)
-            for grid, values in zip(net.net.local_codes, code.local_codes, strict=True):
-                grid.copy_(values)
-        images = work.images
-        out, into = images.geometry_A.unit_to_physical(), fit.place.physical_to_unit()
-        return work.loss_from(out @ fit.matrices[k] @ into, generator, net)
+        out = work.images.geometry_A.unit_to_physical()
+        start = out @ fit.matrices[k] @ fit.place.physical_to_unit()
+        return loss_with(work, start, (fit.field_AB, fit.field_BA), code)
 
     def end(self, fit: GroupFit) -> GroupFit:
         """Folds repaired, and what is doubtful."""
@@ -346,7 +324,7 @@ class _Group:
             pair: Any = loss.regis_net
             generator = torch.Generator().manual_seed(self.options.seed)
             work.unfold(loss, generator)
-            rows.append(_code_of(loss))
+            rows.append(code_of(loss))
             evident = self._evidence(pair, work.images, generator)
             evident |= of_images(image, frame)
             numbers.append(evident)
@@ -364,11 +342,6 @@ class _Group:
             where, counts = images.where_B.cpu(), images.counts_on("cpu")
             place = images.geometry_B
             return evidence(pair, *images.smooth, place, where, generator, counts)
-
-
-def _code_of(loss: Any) -> LatentCode:
-    code: LatentCode = loss.regis_net.net.net(None, None).detached()
-    return code
 
 
 def _smoothed(rows: Sequence[LatentCode], moments: Moments) -> list[LatentCode]:

@@ -177,7 +177,7 @@ def _given(images: Any) -> tuple[list[str], list[Callable[[], Any]], float]:
 
 
 def _read_file(path: Path) -> Any:
-    from icon_nephi.io.itk_images import read_image
+    from icon_nephi.io.image_files import read_image
 
     return read_image("images", path)
 

@@ -10,7 +10,8 @@ import itk
 import numpy as np
 
 from icon_nephi.io.atomic import written_whole
-from icon_nephi.io.itk_images import geometry_of, image_of, no_stderr, write_image
+from icon_nephi.io.image_files import write_image
+from icon_nephi.io.itk_images import geometry_of, image_of, no_stderr
 from icon_nephi.space.frames import Array, Geometry
 
 
