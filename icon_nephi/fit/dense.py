@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from icon_nephi.fit.adam import Adam
-from icon_nephi.fit.content import ImagePair
-from icon_nephi.fit.optimize import FitOptions
 from icon_nephi.fields import make_field
 from icon_nephi.fields.codes import LatentCodeTable
+from icon_nephi.fit.adam import Adam
+from icon_nephi.fit.content import ImagePair
+from icon_nephi.fit.optimize import Course, FitOptions, stopped
 from icon_nephi.fit.settings import Lattices
-from icon_nephi.losses.dense import DenseLoss, DensePair, Side, refined
-from icon_nephi.losses.similarities import PatchNCC
+from icon_nephi.losses.dense import DensePair, Side, refined
+from icon_nephi.losses.similarities import Comparison, PatchNCC
 from icon_nephi.maps.jacobians import determinants
 from icon_nephi.maps.networks import NePhi
 from icon_nephi.space.frames import identity_map, inside
@@ -32,6 +32,7 @@ from icon_nephi.space.interpolation import axis_matrix
 
 # Of the learning rate, what is left at the end of a level.
 LEFT = 0.1
+BETAS = (0.9, 0.99)
 # Determinants below it are mended, in that many rounds at most.
 NEAR, ROUNDS = 0.1, 40
 # What windows without content count: enough to keep things calm there.
@@ -94,53 +95,107 @@ def plan(
     return levels
 
 
+def suits(images: ImagePair, choice: Comparison) -> bool:
+    """Whether a pair can be fitted on lattices: plain images, by local correlation."""
+    return (
+        type(choice.similarity) is PatchNCC
+        and not choice.points
+        and choice.features != "only"
+        and not images.segmentations
+        and not images.densities
+        and all(
+            i.device.type == "cpu" and i.dtype == torch.float32
+            for i in (images.image_A, images.image_B)
+        )
+    )
+
+
 def fit_dense(
     images: ImagePair,
     matrix: Tensor,
     similarity: PatchNCC,
     settings: Lattices,
     options: FitOptions,
-    levels: Sequence[Level] | None = None,
-) -> tuple[Tensor, list[dict[str, float]]]:
-    """The code ``[1, 2 d, *nodes]`` of both maps, and the losses of all steps.
+    *,
+    coarse: bool = False,
+) -> tuple[Tensor, Course]:
+    """The code ``[1, 2 d, *nodes]`` of both maps, and how the optimisation went.
 
     Args:
-        images: as they are fitted.
+        images: as they are fitted; see `suits`.
         matrix: ``[d + 1, d + 1]``, fixed unit box -> moving unit box.
         similarity: local correlation; its floor and whether it is squared count.
         settings: how.
-        options: seed is not needed; time is looked at after every step.
-        levels: those to fit; None: all of `plan`.
+        options: limit of time, interrupts, progress; nothing is random.
+        coarse: only the coarsest level.
     """
     place = images.geometry_B
-    levels = levels or plan(images.image_B.shape[2:], place.extent, settings)
+    levels = plan(images.image_B.shape[2:], place.extent, settings)
+    levels = levels[:1] if coarse else levels
     d, history = len(place.extent), list[dict[str, float]]()
     parts: list[Tensor] = []
+    warnings: list[str] = []
+    extent = torch.tensor(place.extent, dtype=torch.float32)
     steps = sum(level.steps for level in levels)
     silent = not options.progress
     with tqdm(total=steps, disable=silent, desc="registering", leave=False) as bar:
-        for level, sides in zip(levels, _views(images, matrix, levels), strict=True):
-            nodes = [n + 2 for n in level.intervals]
-            parts.append(torch.zeros(1, 2 * d, *nodes))
-            apart = settings.between if d == 3 else 1
-            pair = DensePair(
-                sides,
-                tuple(max(4, -(-n // apart)) for n in level.size),
-                torch.tensor(place.extent, dtype=torch.float32),
-                radius=settings.radius,
-                squared=similarity.squared,
-                floor=settings.floor,
-                lmbda=settings.lmbda,
-                drift=settings.drift,
-                hinge=settings.hinge,
-                tension=settings.tension,
-            )
-            rate = settings.rate * level.apart / max(place.extent)
-            parts, losses = _descend(pair, parts, rate, level.steps, options, bar)
-            history += losses
-            if options.late:
-                break
-    return mended(together(parts), levels[-1].size, pair.scale), history
+        try:
+            for level, sides in zip(
+                levels, _views(images, matrix, levels), strict=True
+            ):
+                nodes = [n + 2 for n in level.intervals]
+                parts.append(torch.zeros(1, 2 * d, *nodes, requires_grad=True))
+                pair = DensePair(
+                    sides,
+                    tuple(max(4, -(-n // (1 if d == 2 else 2))) for n in level.size),
+                    extent,
+                    radius=settings.radius,
+                    squared=similarity.squared,
+                    floor=similarity.floor,
+                    lmbda=settings.lmbda,
+                    drift=settings.drift,
+                    hinge=settings.hinge,
+                    tension=settings.tension,
+                )
+                rate = settings.rate * level.apart / max(place.extent)
+                _descend(pair, parts, rate, level.steps, options, bar, history)
+                if options.late:
+                    break
+        except KeyboardInterrupt:
+            if not (options.keep_on_interrupt and history):
+                raise
+            warnings.append(stopped(len(history), steps))
+    with torch.no_grad():
+        whole = together(parts)
+    if coarse:
+        return whole, Course(history, warnings)
+    scale = extent.max() / extent
+    return mended(whole, levels[-1].size, scale), Course(history, warnings)
+
+
+def _descend(
+    pair: DensePair,
+    parts: Sequence[Tensor],
+    rate: float,
+    steps: int,
+    options: FitOptions,
+    bar: tqdm,
+    history: list[dict[str, float]],
+) -> None:
+    """Adam on all parts of a code, with a cosine decay; adds what each step cost."""
+    optimizer = Adam([{"params": parts, "lr": rate}], betas=BETAS)
+    for step in range(steps):
+        whole = together(parts)
+        loss, gradient = pair.derive(whole)
+        optimizer.zero_grad()
+        whole.backward(gradient)
+        share = 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = rate * (LEFT + (1 - LEFT) * share)
+        optimizer.step()
+        history.append(loss.entry())
+        bar.update()
+        if options.late:
+            break
 
 
 def mended(code: Tensor, size: Sequence[int], scale: Tensor) -> Tensor:
@@ -225,45 +280,6 @@ def together(parts: Sequence[Tensor]) -> Tensor:
     return whole
 
 
-def _descend(
-    pair: DensePair,
-    parts: Sequence[Tensor],
-    rate: float,
-    steps: int,
-    options: FitOptions,
-    bar: tqdm,
-) -> tuple[list[Tensor], list[dict[str, float]]]:
-    """Adam on all parts of a code, with a cosine decay; the losses of the steps."""
-    parts = [part.detach().clone().requires_grad_() for part in parts]
-    optimizer = Adam([{"params": parts, "lr": rate}])
-    history: list[dict[str, float]] = []
-    for step in range(steps):
-        whole = together(parts)
-        loss, gradient = pair.derive(whole)
-        if not math.isfinite(loss.total):
-            break
-        optimizer.zero_grad()
-        whole.backward(gradient)
-        share = 0.5 * (1 + math.cos(math.pi * step / steps))
-        optimizer.param_groups[0]["lr"] = rate * (LEFT + (1 - LEFT) * share)
-        optimizer.step()
-        history.append(_entry(loss))
-        bar.update()
-        if options.late:
-            break
-    return [part.detach() for part in parts], history
-
-
-def _entry(loss: DenseLoss) -> dict[str, float]:
-    return {
-        "all_loss": loss.total,
-        "inverse_consistency_loss": loss.regularity,
-        "similarity_loss": loss.similarity,
-        "transform_magnitude": loss.magnitude,
-        "flips": loss.folded,
-    }
-
-
 def _views(
     images: ImagePair, matrix: Tensor, levels: Sequence[Level]
 ) -> list[tuple[Side, Side]]:
@@ -273,34 +289,38 @@ def _views(
     found: list[tuple[Side, Side]] = []
     A, B = images.image_A.float(), images.image_B.float()
     where_A, where_B = images.where_A.float(), images.where_B.float()
+    counts_A, counts_B = (
+        None if count is None else count.float() for count in images.counts
+    )
     for level in reversed(levels):
-        extent = images.geometry_A.extent
-        most = A.shape[2:]
         size_A = [
             max(4, min(n, round(e / level.apart) + 1))
-            for n, e in zip(most, extent, strict=True)
+            for n, e in zip(A.shape[2:], images.geometry_A.extent, strict=True)
         ]
         A, B = _resized(A, size_A), _resized(B, level.size)
         here = identity_map(level.size)
         there = torch.einsum("ij,bj...->bi...", to_moving[:, :d], here)
         there = there + to_moving[:, d].reshape(1, -1, *(1,) * d)
-        seen = inside(there).float()
-        outline = F.interpolate(where_B, level.size, mode="nearest")
-        centres_A = sample_image(where_A, there, mode="nearest") * seen
-        identity = torch.eye(d, d + 1)
-        found.append(
-            (
-                Side(A, to_moving, B, outline + ELSEWHERE),
-                Side(
-                    B,
-                    identity,
-                    sample_image(A, there),
-                    centres_A + ELSEWHERE,
-                    samples=seen,
-                ),
-            )
+        reached_A, reached_B = (
+            None if count is None else _nearest(count, size)
+            for count, size in ((counts_A, size_A), (counts_B, level.size))
         )
+        seen = inside(there).float()
+        if reached_A is not None:
+            seen = seen * sample_image(reached_A, there, mode="nearest")
+        outline_B = _nearest(where_B, level.size)
+        outline_A = sample_image(where_A, there, mode="nearest") * seen
+        forth = Side(A, to_moving, B, outline_B + ELSEWHERE, reached_B, reached_A)
+        target = sample_image(A, there)
+        back = Side(
+            B, torch.eye(d, d + 1), target, outline_A + ELSEWHERE, seen, reached_B
+        )
+        found.append((forth, back))
     return found[::-1]
+
+
+def _nearest(mask: Tensor, size: Sequence[int]) -> Tensor:
+    return sample_image(mask, identity_map(size), mode="nearest")
 
 
 def _resized(image: Tensor, size: Sequence[int]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,10 +16,10 @@ from icon_nephi.fit.affine import (
     coincide,
     find_affine,
     in_unit_boxes,
-    voxel_stride,
 )
 from icon_nephi.fit.content import ImagePair
 from icon_nephi.fit.contrast import find_contrast
+from icon_nephi.fit.dense import fit_dense, spline_pair, suits
 from icon_nephi.fit.doubts import doubts, evidence, of_images
 from icon_nephi.fit.levels import fit_levels, levels_of
 from icon_nephi.fit.likeness import Likeness
@@ -33,24 +33,18 @@ from icon_nephi.fit.simpler import (
     headers_or,
     simpler,
 )
+from icon_nephi.fit.stages import POINTS, compared, stages_of, suited
 from icon_nephi.fit.unfold import unfold
-from icon_nephi.losses.features import FeatureDifference, FeaturesAlone
 from icon_nephi.losses.gradient_icon import GradientICONPoints
 from icon_nephi.losses.regularity import guarded_term
-from icon_nephi.losses.similarities import AUTO, Comparison, find_similarity
-from icon_nephi.maps.networks import AffinePair
+from icon_nephi.losses.similarities import AUTO, Comparison, PatchNCC, find_similarity
+from icon_nephi.maps.networks import AffinePair, NePhi
 from icon_nephi.space.intensities import PreparedImage
-from icon_nephi.space.sampling import Patches, Points
+from icon_nephi.space.sampling import Points
 
 # Steps of the short fits that choose between starts, and the advantage the first has.
 TRIAL_STEPS = 40
 DRAW = 0.07
-# Where single points are compared: how many for each block there would be, and the
-# blur of the images, in strides that the samples of a block would have.
-POINTS, BLUR = 8, 0.5
-# Noise above which features fade out, and above which larger blocks are compared; real
-# scans have 0.002 to 0.04.
-CLEAN, NOISY = 0.01, 0.06
 # The settings of a registration without a deformation.
 STILL = replace(GRID, grids=(4,), channels=(1,), arguments=(("width", 4),))
 # Part of the rates with which a fit goes on that ran away.
@@ -129,8 +123,12 @@ def fit_pair(
     start, warnings = work.better_start(aligned, deformable=deformable)
     course, loss = Course([], []), work.still(start)
     if deformable:
-        loss = work.loss_from(start, generator)
-        course = work.watched_fit(loss)
+        latticed = work.latticed and not in_parts
+        if latticed:
+            course, loss = work.on_lattices(start)
+        else:
+            loss = work.loss_from(start, generator)
+            course = work.watched_fit(loss)
         # Those on disk have no features, and after a warning nothing follows.
         if in_parts and not course.warnings and choice.features != "only":
             points = POINTS if choice.points else None
@@ -139,7 +137,8 @@ def fit_pair(
             known = fitted.net.net, work.settings, points, options
             last = fit_levels(loss, levels, work.images, *known)
             course = Course(course.losses + last.losses, last.warnings)
-        work.unfold(loss, generator)
+        if not latticed:  # there it is done
+            work.unfold(loss, generator)
         if (kept := work.simpler(loss, start)) is not None:
             start, sentence = kept
             warnings.append(sentence)
@@ -169,16 +168,6 @@ def fit_pair(
     )
 
 
-def _suited(settings: Settings, level: float) -> Settings:
-    """The settings for images with noise of that standard deviation."""
-    if level > CLEAN:
-        settings = replace(settings, kept=0.0)
-    if level > NOISY:
-        half = max(1, settings.patches // 2)
-        settings = replace(settings, size=settings.noisy, patches=half)
-    return settings
-
-
 @dataclass(frozen=True)
 class Work:
     """The deformable part of one pair, and by what it is done."""
@@ -203,7 +192,7 @@ class Work:
         if choice.features != "beside":
             settings = replace(settings, features=0.0)
         if not choice.points:
-            settings = _suited(settings, max(image_A.noise, image_B.noise))
+            settings = suited(settings, max(image_A.noise, image_B.noise))
         featured = bool(settings.features) or choice.features == "only"
         both = image_A, image_B
         images = ImagePair(*both, featured=featured, mass_preserving=mass_preserving)
@@ -253,6 +242,12 @@ class Work:
         than none, and its own similarity does not show it. Where the time is over, one
         step of each decides.
         """
+        options = replace(self.options, progress=False, keep_on_interrupt=False)
+        if self.latticed:
+            trials = [self._dense(s, options, coarse=True)[1].losses for s in starts]
+            costs = [losses[-1]["all_loss"] for losses in trials]
+            near = costs[0] * (1 - DRAW) <= min(costs)
+            return starts[0 if near else costs.index(min(costs))]
         settings = self.settings
         settings = replace(
             settings,
@@ -265,7 +260,6 @@ class Work:
             patches=settings.patches // 3,
             regularity_points=settings.regularity_points // 3,
         )
-        options = replace(self.options, progress=False, keep_on_interrupt=False)
         trial = replace(self, settings=settings, options=options)
         courses = []
         for start in starts:
@@ -280,12 +274,33 @@ class Work:
             return starts[0]
         return starts[results.index(max(results))]
 
+    @property
+    def latticed(self) -> bool:
+        """Whether it is fitted on lattices."""
+        return self.settings.lattices is not None and suits(self.images, self.choice)
+
+    def on_lattices(self, start: Tensor) -> tuple[Course, GradientICONPoints]:
+        """How a fit on lattices went, and a loss with the pair that it made."""
+        code, course = self._dense(start, self.options)
+        extent = torch.tensor(self.images.geometry_B.extent, dtype=code.dtype)
+        pair = spline_pair(code, extent.max() / extent)
+        return course, self.loss_from(start, torch.Generator(), pair)
+
+    def _dense(
+        self, start: Tensor, options: FitOptions, *, coarse: bool = False
+    ) -> tuple[Tensor, Course]:
+        images, how = self.images, self.settings.lattices
+        matrix = in_unit_boxes(start, images.geometry_B, images.geometry_A)
+        plain = cast(PatchNCC, self.choice.similarity)
+        assert how is not None
+        return fit_dense(images, matrix, plain, how, options, coarse=coarse)
+
     def loss_from(
-        self, start: Tensor, generator: torch.Generator
+        self, start: Tensor, generator: torch.Generator, net: NePhi | None = None
     ) -> GradientICONPoints:
         """What is minimised, of intensities; its pair is untrained, behind a start."""
         images, settings = self.images, self.settings
-        net = make_pair(settings, images.geometry_B.extent, generator)
+        net = net or make_pair(settings, images.geometry_B.extent, generator)
         matrix = in_unit_boxes(start, images.geometry_B, images.geometry_A)
         pair = AffinePair(net, matrix.to(images.image_B.dtype))
         device = images.image_B.device
@@ -363,29 +378,11 @@ class Work:
         )
 
     def similarity(self, step: int) -> Callable[..., Tensor]:
-        """What is compared after so many steps: features fade, or are all there is."""
-        choice, settings = self.choice, self.settings
+        """What is compared after so many steps."""
         channels = self.images.image_A.shape[1]
-        if choice.features == "only":
-            return FeaturesAlone(choice.similarity, channels)
-        if not settings.features:
-            return choice.similarity
-        faded = (1 - settings.kept) * step / settings.steps
-        weight = settings.features * (1 - faded)
-        return FeatureDifference(choice.similarity, channels, weight)
+        return compared(self.choice, self.settings, channels, step)
 
     def stages(self) -> list[Stage]:
-        """Blocks, or single points of smoothed images, coarse to fine."""
-        settings, stages = self.settings, []
-        for stride, share, exact in zip(
-            settings.strides, settings.shares, settings.exact, strict=True
-        ):
-            steps, apart = round(settings.steps * share), stride * self.images.unit
-            if self.choice.points:
-                points = Points(POINTS * settings.patches)
-                stages.append(Stage(steps, points, blur=BLUR * apart))
-                continue
-            strides = voxel_stride(apart, self.images.geometry_B)
-            blocks = settings.patches, settings.size, strides, not exact
-            stages.append(Stage(steps, Patches(*blocks)))
-        return stages
+        """Where it is compared, coarse to fine."""
+        place, unit = self.images.geometry_B, self.images.unit
+        return stages_of(self.choice, self.settings, place, unit)

@@ -15,6 +15,38 @@ from icon_nephi.maps.networks import NePhi
 
 
 @dataclass(frozen=True)
+class Lattices:
+    """How a pair is fitted on lattices, coarse to fine; see `icon_nephi.fit.dense`.
+
+    Attributes:
+        steps: at every level, coarse to fine; those of the last levels where there are
+            fewer.
+        finest: voxels between the places of the finest lattice.
+        coarsest: places along the longest side of the coarsest one, at most.
+        places: of a lattice at most, in two and in three dimensions.
+        apart: places between the nodes of the code, in two and in three dimensions.
+        radius: of the windows, in places.
+        rate: Adam's learning rate, in distances between places.
+        lmbda: weight of the gradient inverse consistency.
+        drift: weight of inverse consistency, inside that of lmbda.
+        hinge: weight of determinants near folding, inside that of lmbda.
+        tension: weight of the total variation of the displacements.
+    """
+
+    steps: tuple[int, ...] = (60, 60, 60, 50, 20)
+    finest: float = 1.0
+    coarsest: int = 10
+    places: tuple[int, int] = (1_000_000, 1_000_000)
+    apart: tuple[float, float] = (2.0, 2.0)
+    radius: int = 3
+    rate: float = 0.15
+    lmbda: float = 1.0
+    drift: float = 300.0
+    hinge: float = 1000.0
+    tension: float = 0.0
+
+
+@dataclass(frozen=True)
 class Settings:
     """How a pair is registered from scratch; lengths are in 1/160 of the box.
 
@@ -43,6 +75,8 @@ class Settings:
         features: weight of the difference of self-similarity features (see
             `icon_nephi.losses.features`) at the start, fading to a share; 0: never.
         kept: that share, where the images have hardly any noise; else none.
+        lattices: where it is fitted on lattices: how. The fields are then linear, and
+            what is above says what is done where lattices do not suit.
     """
 
     field: str = "ModulatedSiren"
@@ -70,42 +104,7 @@ class Settings:
     floor: float = 1e-3
     features: float = 0.0
     kept: float = 0.5
-
-
-@dataclass(frozen=True)
-class Lattices:
-    """How a pair is fitted on lattices, coarse to fine; see `icon_nephi.fit.dense`.
-
-    Attributes:
-        steps: at every level, coarse to fine; those of the last levels where there are
-            fewer.
-        finest: voxels between the places of the finest lattice.
-        coarsest: places along the longest side of the coarsest one, at most.
-        places: of a lattice at most, in two and in three dimensions.
-        apart: places between the nodes of the code, in two and in three dimensions.
-        between: places between those where maps are held together, in 3D.
-        radius: of the windows, in places.
-        rate: Adam's learning rate, in distances between places.
-        floor: see `PatchNCC`.
-        lmbda: weight of the gradient inverse consistency.
-        drift: weight of inverse consistency, inside that of lmbda.
-        hinge: weight of determinants near folding, inside that of lmbda.
-        tension: weight of the total variation of the displacements.
-    """
-
-    steps: tuple[int, ...] = (30, 30, 30, 20, 15)
-    finest: float = 1.0
-    coarsest: int = 40
-    places: tuple[int, int] = (2_000_000, 2_500_000)
-    apart: tuple[float, float] = (2.0, 2.0)
-    between: int = 2
-    radius: int = 2
-    rate: float = 0.15
-    floor: float = 1e-3
-    lmbda: float = 1.0
-    drift: float = 300.0
-    hinge: float = 1.0
-    tension: float = 0.0
+    lattices: Lattices | None = None
 
 
 SIREN = Settings()
@@ -136,7 +135,11 @@ DETAIL = replace(
 # they have noise: the features see it, too).
 CT = replace(GRID, strides=(10.0, 5.0, 2.5, 1.2), features=10.0)
 # In 2D points are cheap: finer codes.
+# Images of moderate size: all of their voxels, for there are not many.
+LATTICES = replace(GRID, lattices=Lattices())
+FLAT = replace(GRID, lattices=Lattices(steps=(60, 50, 30), coarsest=40, hinge=300.0))
 PRESETS = {
+    "lattices": {3: LATTICES, 2: FLAT},
     "siren": {3: SIREN, 2: replace(SIREN, grids=(8, 16, 32))},
     "grid": {3: GRID, 2: GRID},
     "detail": {3: DETAIL, 2: GRID},
@@ -144,6 +147,8 @@ PRESETS = {
 }
 # Voxels a side (their mean) above which "auto" takes "detail".
 DETAILED = 170
+# Voxels along the longest side up to which it takes "lattices".
+MODERATE = {2: 512, 3: 128}
 # Voxels between nodes of the finest code, at least: finer ones follow the noise.
 APART = {2: 6.0, 3: 2.5}
 
@@ -166,6 +171,8 @@ def find_settings(
         solid = len(size) == 3
         large = solid and sum(size) / 3 > DETAILED
         field = "ct" if solid and modality == "ct" else "detail" if large else "siren"
+        if max(size) <= MODERATE[len(size)] and min(size) >= max(size) / 3:
+            field = "lattices" if field == "siren" else field
     if field not in PRESETS:
         raise ValueError(
             f"field must be 'auto' or one of {sorted(PRESETS)}, got {field!r}"

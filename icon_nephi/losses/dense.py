@@ -10,7 +10,6 @@ the compiled core, where that is there, or else by autograd.
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -48,6 +47,16 @@ class DenseLoss(NamedTuple):
     variation: float
     magnitude: float
     folded: float
+
+    def entry(self) -> dict[str, float]:
+        """The numbers, by the names that ICON's losses have."""
+        return {
+            "all_loss": self.total,
+            "inverse_consistency_loss": self.regularity,
+            "similarity_loss": self.similarity,
+            "transform_magnitude": self.magnitude,
+            "flips": self.folded,
+        }
 
 
 @dataclass(frozen=True)
