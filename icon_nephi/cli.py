@@ -14,6 +14,8 @@ from icon_nephi.commands.flags import (
     JacobianFlags,
     RegisterFlags,
     WarpFlags,
+    check_compare,
+    check_there,
 )
 
 _Command = Callable[[Sequence[str] | None], None]
@@ -84,6 +86,7 @@ def register(argv: Sequence[str] | None = None) -> None:
 def warp(argv: Sequence[str] | None = None) -> None:
     """Write an image, a label map, points or a mesh, moved by a registration."""
     flags = WarpFlags.typed(argv)
+    check_there(flags)
 
     from icon_nephi.commands.warp import warp_file
 
@@ -94,6 +97,7 @@ def warp(argv: Sequence[str] | None = None) -> None:
 def jacobian(argv: Sequence[str] | None = None) -> None:
     """Write determinants, their logarithm or the matrices, and sum them up."""
     flags = JacobianFlags.typed(argv)
+    check_there(flags)
 
     from icon_nephi.commands.jacobian import write_jacobian
 
@@ -104,6 +108,7 @@ def jacobian(argv: Sequence[str] | None = None) -> None:
 def info(argv: Sequence[str] | None = None) -> None:
     """Print what is in a saved registration or an ITK transform."""
     flags = InfoFlags.typed(argv)
+    check_there(flags)
 
     from icon_nephi.commands.info import describe
     from icon_nephi.commands.text import lines
@@ -116,6 +121,7 @@ def info(argv: Sequence[str] | None = None) -> None:
 def compare(argv: Sequence[str] | None = None) -> None:
     """Print a table of NePhi and a voxel network on the pairs of a folder."""
     flags = CompareFlags.typed(argv)
+    check_compare(flags)
 
     from icon_nephi.commands.compare import compare_folder
     from icon_nephi.commands.text import comparison_table

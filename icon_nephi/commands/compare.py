@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from icon_nephi.commands import cases, methods
 from icon_nephi.commands.cases import Case
-from icon_nephi.commands.flags import CompareFlags, check_output
+from icon_nephi.commands.flags import CompareFlags, check_compare
 from icon_nephi.commands.methods import (
     MapPair,
     Method,
@@ -50,11 +50,8 @@ def compare_folder(flags: CompareFlags) -> list[Row]:
     Raises:
         ValueError: flags or cases that cannot be used.
     """
-    out = None if flags.out is None else check_output("out", flags.out, (".csv",))
-    for flag, least in (("seconds", 0.01), ("side", 17), ("threads", 1)):
-        value = getattr(flags, flag)
-        if value is not None and not value >= least:
-            raise ValueError(f"--{flag} must be at least {least}, got {value}")
+    check_compare(flags)
+    out = flags.out
     choose_device(flags.device, None)
     homes = cases.find_cases(flags.data, flags.cases)
     readers = {n: partial(cases.read_case, home, n) for n, home in homes.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +16,8 @@ VECTORS = (".nii.gz", ".nii", ".nrrd", ".mha")
 POINTS = (".csv", ".fcsv", ".mrk.json", ".vtk", ".ply", ".stl", ".gii")
 SIDES = ("fixed", "moving")
 MODALITIES = ("ct", "mri", "none")
+# Groups of flags, and flags, that name files to be read.
+READ = ("inputs", "scores", "what", "transform", "reference", "file")
 MODELS = ("lung", "brain", "knee", "unigradicon", "multigradicon", "none")
 
 
@@ -34,6 +36,42 @@ def check_output(name: str, path: Path, endings: Sequence[str]) -> Path:
     if not os.access(path.parent, os.W_OK):
         raise ValueError(f"--{name}: the folder {path.parent} cannot be written to")
     return path
+
+
+def check_there(flags: Flags) -> None:
+    """Refuse files to be read that are not there, before anything heavy is imported.
+
+    Raises:
+        ValueError: one is not, or is a folder.
+    """
+    for entry in fields(flags):
+        name = entry.metadata["told"].get("metavar", f"--{entry.name}")
+        if entry.metadata["group"] in READ or entry.name in READ:
+            given = getattr(flags, entry.name)
+            paths = given if isinstance(given, list | tuple) else [given]
+            for path in (p for p in paths if isinstance(p, Path)):
+                if entry.name in ("transform", "file"):
+                    is_own(name, path)
+                if path.is_dir():
+                    raise ValueError(f"{name}: {path} is a folder, not a file")
+                if not path.is_file():
+                    raise ValueError(f"{name}: {path} does not exist")
+
+
+def check_compare(flags: CompareFlags) -> None:
+    """Refuse what nephi-compare cannot begin with, before anything heavy is imported.
+
+    Raises:
+        ValueError: an output, a number or a folder that cannot be.
+    """
+    if flags.out is not None:
+        check_output("out", flags.out, (".csv",))
+    for name, least in (("seconds", 0.01), ("side", 17), ("threads", 1)):
+        value = getattr(flags, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"--{name} must be at least {least}, got {value}")
+    if not flags.data.is_dir():
+        raise ValueError(f"--data: {flags.data} is not a folder")
 
 
 def is_own(name: str, path: Path) -> bool:

@@ -121,7 +121,14 @@ def fit_pair(
         course = Course(course.losses + last.losses, last.warnings)
     both = images.image_A, images.image_B
     rate = 0.04 * settings.code_rate
-    unfold(pair, net.net.parameters(), *both, rate=rate, generator=generator)
+    unfold(
+        pair,
+        net.net.parameters(),
+        *both,
+        rate=rate,
+        generator=generator,
+        options=options,
+    )
     with torch.no_grad():
         code = net.net(*both).detached()
         where = images.where_B.cpu()
