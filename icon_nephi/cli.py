@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 
 from icon_nephi._memory import memory_for
+from icon_nephi.commands.early import check_compare, check_jacobian, check_there
 from icon_nephi.commands.flags import (
     CompareFlags,
     InfoFlags,
     JacobianFlags,
     RegisterFlags,
     WarpFlags,
-    check_compare,
-    check_there,
 )
+from icon_nephi.commands.tasks import find_tasks
 
 _Command = Callable[[Sequence[str] | None], None]
 
@@ -84,19 +84,21 @@ def register(argv: Sequence[str] | None = None) -> None:
 
 @_one_sentence
 def warp(argv: Sequence[str] | None = None) -> None:
-    """Write an image, a label map, points or a mesh, moved by a registration."""
+    """Write images, label maps, points and meshes, moved by registrations."""
     flags = WarpFlags.typed(argv)
+    find_tasks(flags)
     check_there(flags)
 
-    from icon_nephi.commands.warp import warp_file
+    from icon_nephi.commands.warp import warp_files
 
-    _say("nephi-warp", *warp_file(flags), quiet=flags.quiet)
+    _say("nephi-warp", *warp_files(flags), quiet=flags.quiet)
 
 
 @_one_sentence
 def jacobian(argv: Sequence[str] | None = None) -> None:
     """Write determinants, their logarithm or the matrices, and sum them up."""
     flags = JacobianFlags.typed(argv)
+    check_jacobian(flags)
     check_there(flags)
 
     from icon_nephi.commands.jacobian import write_jacobian

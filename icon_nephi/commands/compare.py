@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from icon_nephi.commands import cases, methods
 from icon_nephi.commands.cases import Case
-from icon_nephi.commands.flags import CompareFlags, check_compare
+from icon_nephi.commands.early import check_compare
+from icon_nephi.commands.flags import CompareFlags
 from icon_nephi.commands.methods import (
     MapPair,
     Method,

@@ -23,7 +23,8 @@ from icon_nephi.space.frames import Array, Geometry, apply_affine, other_order
 #: Nodes of an exported field, each three doubles: where an axis has steps finer than
 #: the voxels at most the first number (70 MB as a file), else the second (200 MB).
 FINE_NODES, MOST_NODES = 6_000_000, 2**24
-#: Of an exported field: of points in millimetres, and of Jacobian determinants.
+#: Of an exported field: of points in millimetres (in voxels where these are below 1 mm
+#: or above 100, as in microscopy), and of Jacobian determinants.
 TOLERANCES = 1e-3, 1e-3
 #: How far off determinants may be before it is said.
 WORTH_SAYING = 0.05
@@ -106,10 +107,11 @@ def composite_transform(
 
     finest = min(FINE_NODES, max(10**6, 4**d * int(np.prod(source.size))))
     limits = max(MOST_NODES, finest), finest
-    smallest = min(source.spacing)
-    relaxed = max(TOLERANCES[0], smallest / 200)
+    voxel = min(*source.spacing, *target.spacing)
+    allowed = TOLERANCES[0] * (voxel if voxel < 1 or voxel > 100 else 1), TOLERANCES[1]
+    relaxed = max(allowed[0], min(source.spacing) / 200)
     nodes, *off = spline_nodes(
-        mapped, into, source.size, smooth, TOLERANCES, limits, relaxed
+        mapped, into, source.size, smooth, allowed, limits, relaxed
     )
     missed = off[0] > 2 * relaxed or off[1] > WORTH_SAYING
     if said is not None and missed:
@@ -124,7 +126,7 @@ def composite_transform(
     field = over_grid(beside, grid.size, frame, d, np.float64, mapped=mapped)
     solvers = [_coefficients(n, p) for n, p in zip(nodes, pads, strict=True)]
     # Rounded so that files compress: a small part of what lies between the nodes.
-    quantum = 2.0 ** np.floor(np.log2(max(TOLERANCES[0], off[0]) / 200))
+    quantum = 2.0 ** np.floor(np.log2(max(allowed[0], off[0]) / 200))
     for component in range(d):
         values = field[..., component]
         for axis, solve in enumerate(solvers):

@@ -83,7 +83,7 @@ def determinants(jacobian: Tensor) -> Tensor:
     a, b, *c = jacobian.unbind(1)
     if d == 2:
         return (a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0])[:, None]
-    minors = torch.linalg.cross(b, c[0], dim=1)
+    minors: Tensor = torch.linalg.cross(b, c[0], dim=1)
     return (a * minors).sum(1, keepdim=True)
 
 
