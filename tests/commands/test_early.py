@@ -25,7 +25,7 @@ print(*(m for m in ("torch", "itk", "scipy", "icon_registration") if m in sys.mo
         ("register --fixed a.nii --moving b.nii --save p.txt", "must end in"),
         ("register --fixed a.nii --moving a.nii --seeds 0 --save p.nephi", "--seeds"),
         ("register --pairs none.csv --out_dir .", "none.csv does not exist"),
-        ("warp --transform T.h5 --image a.nii --out b.nii", "T.h5 does not exist"),
+        ("warp --transform T.h5 --image a.nii --out b.nii", "does not exist"),
         ("jacobian --transform p.nephi --out b.nii", "p.nephi does not exist"),
         ("info none.nephi", "none.nephi does not exist"),
         ("info none.foo", "must end in"),
