@@ -22,7 +22,8 @@ def write_jacobian(flags: JacobianFlags) -> tuple[str, list[str]]:
         ValueError: files that cannot be used, or a direction that there is not.
     """
     out = check_jacobian(flags)
-    mapping = read_map(flags.transform, "inverse" if flags.inverse else None)
+    way = "inverse" if flags.inverse else None
+    mapping = read_map(flags.transform, way, flags.number)
     direction = direction_of(inverse=flags.inverse)
     reference = read_reference(flags.reference, mapping)
     if reference is not None:
