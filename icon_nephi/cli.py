@@ -15,6 +15,7 @@ from icon_nephi.commands.flags import (
     RegisterFlags,
     WarpFlags,
 )
+from icon_nephi.commands.tasks import find_tasks
 
 _Command = Callable[[Sequence[str] | None], None]
 
@@ -84,10 +85,11 @@ def register(argv: Sequence[str] | None = None) -> None:
 def warp(argv: Sequence[str] | None = None) -> None:
     """Write images, label maps, points and meshes, moved by registrations."""
     flags = WarpFlags.typed(argv)
+    tasks = find_tasks(flags)  # what is wrong by name is said before ITK is loaded
 
     from icon_nephi.commands.warp import warp_files
 
-    _say("nephi-warp", *warp_files(flags), quiet=flags.quiet)
+    _say("nephi-warp", *warp_files(flags, tasks), quiet=flags.quiet)
 
 
 @_one_sentence
