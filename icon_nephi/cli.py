@@ -118,12 +118,11 @@ def _group(
 def warp(argv: Sequence[str] | None = None) -> None:
     """Write images, label maps, points and meshes, moved by registrations."""
     flags = WarpFlags.typed(argv)
-    find_tasks(flags)
-    check_there(flags)
+    tasks = find_tasks(flags)  # what is wrong by name is said before ITK is loaded
 
     from icon_nephi.commands.warp import warp_files
 
-    _say("nephi-warp", *warp_files(flags), quiet=flags.quiet)
+    _say("nephi-warp", *warp_files(flags, tasks), quiet=flags.quiet)
 
 
 @_one_sentence

@@ -1,11 +1,11 @@
-"""What nephi-warp is asked to move, checked before anything heavy is imported."""
+"""What nephi-warp is to move and where to, checked by names alone."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import NamedTuple
 
-from icon_nephi.commands.flags import IMAGES, POINTS, WarpFlags
+from icon_nephi.commands.flags import IMAGES, POINTS, WarpFlags, is_own
 from icon_nephi.commands.outputs import check_outputs
 
 # How each kind of file may be read between voxels; the first is the default.
@@ -79,6 +79,12 @@ def find_tasks(flags: WarpFlags) -> list[Task]:
         _endings(t) != (".csv",) or t.kind != "points" for t in tasks
     ):
         raise ValueError("--errors needs one .nephi file and --points in a .csv")
+    for path, _ in flags.transform:
+        is_own("--transform", path)
+    for path in filter(None, (flags.reference, flags.moving)):
+        if not path.exists():
+            flag = "--reference" if path == flags.reference else "--moving"
+            raise ValueError(f"{flag}: {path} does not exist")
     for kind, path in named:
         if kind == "points" and not path.is_file():
             raise ValueError(f"--points: {path} does not exist or is not a file")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from icon_nephi.commands.flags import WarpFlags
 from icon_nephi.commands.inputs import in_words, read_chain, read_reference
-from icon_nephi.commands.tasks import MODES, Task, find_tasks
+from icon_nephi.commands.tasks import MODES, Task
 from icon_nephi.io.atomic import written_whole
 from icon_nephi.io.image_files import check_holds, read_image, write_image
 from icon_nephi.io.image_input import voxels_of
@@ -29,7 +29,7 @@ from icon_nephi.space.frames import Geometry
 _Write = Callable[[Path], str]
 
 
-def warp_files(flags: WarpFlags) -> tuple[str, list[str]]:
+def warp_files(flags: WarpFlags, tasks: Sequence[Task]) -> tuple[str, list[str]]:
     """Write what is moved; return a text that says what was done, and warnings.
 
     Everything is read and checked before anything is moved, and all files appear
@@ -38,7 +38,6 @@ def warp_files(flags: WarpFlags) -> tuple[str, list[str]]:
     Raises:
         ValueError: files that cannot be used, or flags that do not go together.
     """
-    tasks = find_tasks(flags)
     mapping = read_chain(flags)
     if flags.errors and not isinstance(mapping, Registration):
         raise ValueError("--errors needs one .nephi file and --points in a .csv")
