@@ -25,8 +25,10 @@ from icon_nephi.fit.optimize import Course, FitOptions, Stage, optimize
 from icon_nephi.fit.search import identity
 from icon_nephi.fit.settings import Fit, Settings, find_settings, make_pair
 from icon_nephi.fit.unfold import unfold
+from icon_nephi.fit.wishes import Wishes
 from icon_nephi.losses.features import FeatureDifference, FeaturesAlone
 from icon_nephi.losses.gradient_icon import GradientICONPoints
+from icon_nephi.losses.parts import Parts
 from icon_nephi.losses.regularity import guarded_term
 from icon_nephi.losses.similarities import Comparison, find_similarity
 from icon_nephi.maps.networks import AffinePair
@@ -55,6 +57,7 @@ def fit_pair(
     field: str | Settings = "auto",
     affine: bool = True,
     mass_preserving: bool = False,
+    wishes: Wishes | None = None,
     options: FitOptions | None = None,
 ) -> Fit:
     """Register one pair from scratch.
@@ -71,6 +74,7 @@ def fit_pair(
         mass_preserving: intensities are densities, of modality "ct": image_A's are
             multiplied by det J before they are compared, and so the other way. "lncc"
             sees only how det J changes within a block, "ncc" sees all of it.
+        wishes: what else is known or asked for.
         options: seed, limit of time, and what else all parts go by; of an interrupt
             that is kept the fit's warnings say so, and folds are still looked for.
 
@@ -78,11 +82,11 @@ def fit_pair(
         ValueError: unknown field or similarity; label maps without a common label.
         MemoryError: smaller parts did not help either.
     """
-    options = options or FitOptions()
+    options, wishes = options or FitOptions(), wishes or Wishes()
     check_both("segmentation", image_A.labels, image_B.labels)
     modality = image_A.modality if image_A.modality == image_B.modality else None
     finest = image_B.finer[-1].shape[2:] if image_B.finer else image_B.place.size
-    settings = find_settings(field, finest, modality)
+    settings = wishes.suited(find_settings(field, finest, modality))
     in_parts = bool(image_A.finer or image_B.finer)
     if in_parts:  # what the corners of the blocks miss is found on the finer levels
         settings = replace(settings, exact=(False,) * len(settings.exact))
@@ -102,13 +106,16 @@ def fit_pair(
         featured=bool(settings.features) or choice.features == "only",
         mass_preserving=mass_preserving,
     )
-    work = _Work(images, choice, settings, options)
     generator = torch.Generator().manual_seed(options.seed)
-    start, said = identity(image_B.place.dimension), [*image_A.notes, *image_B.notes]
-    if affine:
-        aligned = find_affine(images, choice, generator, options, said)
-        starts = [start, aligned] if coincide(*images.geometries) else [aligned]
-        start = work.better_start(starts)
+    parts = wishes.parts(*images.geometries, generator)
+    work = _Work(images, choice, settings, options, parts, wishes.still)
+    said = [*image_A.notes, *image_B.notes, *wishes.notes]
+    known = wishes.start
+    start = identity(image_B.place.dimension) if known is None else known
+    if affine and not wishes.still:
+        aligned = find_affine(images, choice, generator, options, said, known)
+        near = known is not None or coincide(*images.geometries)
+        start = work.better_start([start, aligned] if near else [aligned])
     loss = work.loss_from(start, generator)
     course = work.fit(loss)
     pair: Any = loss.regis_net
@@ -126,8 +133,8 @@ def fit_pair(
         code = net.net(*both).detached()
         where = images.where_B.cpu()
         smooth = images.blurred(2.0)
-        known = images.counts_on("cpu")
-        numbers = evidence(pair, *smooth, images.geometry_B, where, generator, known)
+        counts = images.counts_on("cpu")
+        numbers = evidence(pair, *smooth, images.geometry_B, where, generator, counts)
     numbers |= of_images(image_A, image_B)
     return Fit(
         matrix=in_unit_boxes(start, images.geometry_B, images.geometry_A),
@@ -142,6 +149,12 @@ def fit_pair(
         ],
         evidence=numbers,
     )
+
+
+def _without(gradient: Tensor, axes: Sequence[int]) -> Tensor:
+    """The gradient of a field's last layer by all but these axes."""
+    at = torch.tensor(axes, device=gradient.device)
+    return gradient.index_fill(0, at, 0.0)
 
 
 def _suited(settings: Settings, level: float) -> Settings:
@@ -162,6 +175,8 @@ class _Work:
     choice: Comparison
     settings: Settings
     options: FitOptions
+    parts: Parts | None = None
+    still: tuple[int, ...] = ()
 
     def better_start(self, starts: Sequence[Tensor]) -> Tensor:
         """The start from which a short coarse fit gets furthest; the first, if near.
@@ -204,7 +219,13 @@ class _Work:
     ) -> GradientICONPoints:
         """What is minimised, of intensities; its pair is untrained, behind a start."""
         images, settings = self.images, self.settings
-        net = make_pair(settings, images.geometry_B.extent, generator)
+        net: Any = make_pair(settings, images.geometry_B.extent, generator)
+        if self.still:
+            for weight in (
+                *net.field_AB.last.parameters(),
+                *net.field_BA.last.parameters(),
+            ):
+                weight.register_hook(partial(_without, axes=self.still))
         matrix = in_unit_boxes(start, images.geometry_B, images.geometry_A)
         pair = AffinePair(net, matrix.to(images.image_B.dtype))
         device = images.image_B.device
@@ -221,6 +242,8 @@ class _Work:
             densities=images.densities,
             volumes=images.volumes,
             counts=images.counts,
+            parts=None if self.parts is None else self.parts.on(device),
+            still=self.still,
             dice_loss_weight=DICE if images.segmentations else 0.0,
             generator=generator,
         )

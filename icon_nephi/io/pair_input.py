@@ -60,6 +60,7 @@ def read_pair(
     memory_limit: int | str | None = None,
     progress: bool = False,
     segmentations: Sequence[Any] = (None, None),
+    lesions: Sequence[Any] = (None, None),
 ) -> tuple[PreparedImage, PreparedImage]:
     """Return both images on one device, None chosen as by `choose_device`.
 
@@ -78,10 +79,16 @@ def read_pair(
     where = choose_device(device, None if is_itk(image_A) else image_A)
     images, masks = (image_A, image_B), (mask_A, mask_B)
     if any(is_volume(i) or (where.type == "cpu" and _is_large(i)) for i in images):
+        for letter, lesion in zip("AB", lesions, strict=True):
+            if lesion is not None:
+                raise ValueError(
+                    f"lesion_mask_{letter} is for images in memory below {LARGE} "
+                    f"voxels; leave the lesion out of mask_{letter}"
+                )
         A, B = _read_volumes(images, masks, modalities, where, memory_limit, progress)
     else:
-        A = _read_whole("A", image_A, mask_A, modalities[0], where)
-        B = _read_whole("B", image_B, mask_B, modalities[1], where)
+        A = _read_whole("A", image_A, mask_A, modalities[0], where, lesions[0])
+        B = _read_whole("B", image_B, mask_B, modalities[1], where, lesions[1])
     check_dimension("image_A", A.place.dimension, "image_B is", B.place.dimension)
     if A.values.shape[1] != B.values.shape[1]:
         raise ValueError(
@@ -97,10 +104,21 @@ def read_pair(
 
 
 def _read_whole(
-    letter: str, image: Any, mask: Any, modality: str | None, where: torch.device
+    letter: str,
+    image: Any,
+    mask: Any,
+    modality: str | None,
+    where: torch.device,
+    lesion: Any = None,
 ) -> PreparedImage:
     placed, (values, inside, place) = is_itk(image), read_input(letter, image, mask)
     counts, notes = what_counts(f"image_{letter}", values, inside)
+    if lesion is not None:
+        name = f"lesion_mask_{letter}"
+        matched = read_label_map(name, lesion, place, itk=placed) == 0
+        counts = matched if counts is None else matched & counts
+        if not bool(counts.any()):
+            raise ValueError(f"{name} leaves nothing of image_{letter}")
     check_intensities(f"image_{letter}", values, counts)
     values = values.to(where)
     if counts is not None:
