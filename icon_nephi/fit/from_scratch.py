@@ -131,7 +131,7 @@ def fit_pair(
     unfold(pair, net.net.parameters(), *both, rate=rate, generator=generator)
     with torch.no_grad():
         code = net.net(*both).detached()
-        where = images.where_B.cpu()
+        where = images.shown_B.cpu()
         smooth = images.blurred(2.0)
         counts = images.counts_on("cpu")
         numbers = evidence(pair, *smooth, images.geometry_B, where, generator, counts)

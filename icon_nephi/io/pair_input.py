@@ -144,9 +144,9 @@ def what_counts(
     """
     inside = None if mask is None else mask > 0
     seen = values
-    if inside is not None:  # what it leaves out may be anything
+    if inside is not None:  # what it leaves out may be no number
         some = values[inside.expand_as(values)][0]
-        seen = torch.where(inside, values, some)
+        seen = torch.where(inside | values.isfinite(), values, some)
         inside = None if bool(inside.all()) else inside
     padding = find_padding(seen[0])
     if padding is None:
