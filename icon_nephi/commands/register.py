@@ -236,6 +236,7 @@ def _from_scratch(flags: RegisterFlags, inputs: Inputs) -> list[Any]:
         "modality": (kinds[0], kinds[1]),
         "mask_A": images.get("moving_mask"),
         "mask_B": images.get("fixed_mask"),
+        **_landmarks(flags, inputs),
         "lesion_mask_A": images.get("moving_lesion_mask"),
         "lesion_mask_B": images.get("lesion_mask"),
         "rigid_mask": images.get("rigid_mask"),
@@ -257,6 +258,14 @@ def _from_scratch(flags: RegisterFlags, inputs: Inputs) -> list[Any]:
         register(images["moving"], images["fixed"], **choices | {"seed": seed})
         for seed in range(flags.seed, flags.seed + flags.seeds)
     ]
+
+
+def _landmarks(flags: RegisterFlags, inputs: Inputs) -> dict[str, Any]:
+    """Return the landmarks that the registration itself is to go by."""
+    if not (flags.use_landmarks or str(flags.initial) == "landmarks"):
+        return {}
+    assert inputs.landmarks is not None  # the flags were checked
+    return dict(zip(("landmarks_B", "landmarks_A"), inputs.landmarks, strict=True))
 
 
 def _through_model(flags: RegisterFlags, inputs: Inputs) -> list[Any]:

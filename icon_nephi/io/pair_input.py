@@ -112,7 +112,7 @@ def _read_whole(
     lesion: Any = None,
 ) -> PreparedImage:
     placed, (values, inside, place) = is_itk(image), read_input(letter, image, mask)
-    counts, notes = what_counts(f"image_{letter}", values, inside)
+    counts, notes = what_counts(f"image_{letter}", values[0], inside)
     if lesion is not None:
         name = f"lesion_mask_{letter}"
         matched = read_label_map(name, lesion, place, itk=placed) == 0
@@ -136,19 +136,18 @@ def _read_whole(
 
 
 def what_counts(
-    name: str, values: Tensor, mask: Tensor | None
+    name: str, planes: Tensor, mask: Tensor | None
 ) -> tuple[Tensor | None, tuple[str, ...]]:
-    """Return which voxels of ``[1, C, *grid]`` are compared, None for all; sentences.
+    """Return which voxels of ``[C, *grid]`` are compared, None for all; sentences.
 
     Those in the mask, if there is one, that are not padding.
     """
     inside = None if mask is None else mask > 0
-    seen = values
     if inside is not None:  # what it leaves out may be no number
-        some = values[inside.expand_as(values)][0]
-        seen = torch.where(inside | values.isfinite(), values, some)
+        some = planes[inside[0].expand_as(planes)][0]
+        planes = torch.where(inside[0] | planes.isfinite(), planes, some)
         inside = None if bool(inside.all()) else inside
-    padding = find_padding(seen[0])
+    padding = find_padding(planes)
     if padding is None:
         return inside, ()
     counts = ~padding.where if inside is None else inside & ~padding.where
@@ -237,7 +236,7 @@ def _read_volumes(
         inside = None
         if mask is not None:
             inside = _mask_on(f"mask_{letter}", mask, place, voxels)
-        counts, notes = what_counts(f"image_{letter}", values, inside)
+        counts, notes = what_counts(f"image_{letter}", values[0], inside)
         check_intensities(f"image_{letter}", values, counts)
         values = values.to(where)
         if counts is not None:

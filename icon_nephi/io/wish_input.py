@@ -15,7 +15,6 @@ from icon_nephi._check import check_both
 from icon_nephi.fit.wishes import Wishes
 from icon_nephi.io.image_input import check_points, read_label_map
 from icon_nephi.space.frames import Array, Geometry, apply_affine, identity_map, to_rows
-from icon_nephi.space.intensities import PreparedImage
 
 LANDMARKS = "landmarks"
 # What an initial transform may differ from an affine one, in voxels.
@@ -23,9 +22,10 @@ _AFFINE = 0.05
 
 
 def read_wishes(
-    A: PreparedImage,
-    B: PreparedImage,
+    place_A: Geometry,
+    place_B: Geometry,
     *,
+    itk: bool,
     initial: Any = None,
     landmarks: Sequence[Any] = (None, None),
     landmark_error: float = 1.0,
@@ -36,13 +36,14 @@ def read_wishes(
 ) -> Wishes:
     """Return what `register` was asked for, checked.
 
-    The landmarks are of (A, B); see `icon_nephi.register` for the others.
+    The landmarks are of (A, B), whose places and kind are told; see
+    `icon_nephi.register` for the others.
 
     Raises:
         ValueError: what cannot be used.
         TypeError: another kind of it.
     """
-    d = B.place.dimension
+    d = place_B.dimension
     check_both("landmarks", *landmarks)
     for name, number in (("landmark_error", landmark_error), ("stiffness", stiffness)):
         if not (np.isfinite(number) and number > 0):
@@ -50,8 +51,10 @@ def read_wishes(
     wishes = Wishes(landmark_error=landmark_error, stiffness=stiffness)
     if landmarks[0] is not None:
         moving, fixed = (
-            _millimetres(f"landmarks_{letter}", points, image)
-            for letter, points, image in zip("AB", landmarks, (A, B), strict=True)
+            _millimetres(f"landmarks_{letter}", points, place, itk)
+            for letter, points, place in zip(
+                "AB", landmarks, (place_A, place_B), strict=True
+            )
         )
         if len(fixed) != len(moving) or not len(fixed):
             raise ValueError(
@@ -67,10 +70,8 @@ def read_wishes(
             )
         if not all(restrict):
             wishes = replace(wishes, restrict=tuple(map(bool, restrict)))
-    rigid, volume = (
-        _part("rigid_mask", rigid_mask, B),
-        _part("volume_mask", volume_mask, B),
-    )
+    parts = (("rigid_mask", rigid_mask), ("volume_mask", volume_mask))
+    rigid, volume = (_part(name, mask, place_B, itk) for name, mask in parts)
     wishes = replace(wishes, rigid=rigid, volume=volume)
     if isinstance(initial, str) and initial == LANDMARKS:
         if wishes.landmarks is None:
@@ -80,40 +81,38 @@ def read_wishes(
             )
         return replace(wishes, initial=wishes.start)
     if initial is not None:
-        matrix, notes = _matrix(initial, A, B)
+        matrix, notes = _matrix(initial, place_A, place_B, itk)
         wishes = replace(wishes, initial=matrix, notes=notes)
     return wishes
 
 
-def _part(name: str, mask: Any, image: PreparedImage) -> Tensor | None:
-    """Return the labels of a part of an image, at its voxels."""
+def _part(name: str, mask: Any, place: Geometry, itk: bool) -> Tensor | None:
+    """Return the labels of a part of image_B, at its voxels."""
     if mask is None:
         return None
-    labels = read_label_map(name, mask, image.place, itk=image.placed)
+    labels = read_label_map(name, mask, place, itk=itk)
     if not bool((labels > 0).any()):
         raise ValueError(f"{name} is empty: no voxel above zero lies in image_B")
     return labels
 
 
-def _millimetres(name: str, points: Any, image: PreparedImage) -> Tensor:
+def _millimetres(name: str, points: Any, place: Geometry, itk: bool) -> Tensor:
     """Return points in the physical frame; those of tensors are in the unit box."""
-    rows = torch.from_numpy(check_points(name, points, image.place.dimension))
-    if image.placed:
-        return rows
-    return apply_affine(image.place.unit_to_physical(), rows)
+    rows = torch.from_numpy(check_points(name, points, place.dimension))
+    return rows if itk else apply_affine(place.unit_to_physical(), rows)
 
 
 def _matrix(
-    initial: Any, A: PreparedImage, B: PreparedImage
+    initial: Any, place_A: Geometry, place_B: Geometry, itk: bool
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Return ``[d + 1, d + 1]`` float64 between the physical frames, and sentences."""
-    d = B.place.dimension
+    d = place_B.dimension
     if isinstance(initial, str | os.PathLike):
         from icon_nephi.io.itk_transforms import read_transform
 
         initial = read_transform("initial", initial)
     if hasattr(initial, "TransformPoint"):
-        return _of_transform(initial, B.place)
+        return _of_transform(initial, place_B)
     matrix = torch.as_tensor(np.asarray(initial, np.float64))
     last = torch.eye(d + 1, dtype=torch.float64)[-1]
     if matrix.shape != (d + 1, d + 1) or not torch.equal(matrix[-1], last):
@@ -124,9 +123,9 @@ def _matrix(
         )
     if not bool(matrix.isfinite().all()) or abs(torch.linalg.det(matrix)) < 1e-9:
         raise ValueError("initial cannot be inverted: is it fixed -> moving?")
-    if B.placed:
+    if itk:
         return matrix, ()
-    return A.place.unit_to_physical() @ matrix @ B.place.physical_to_unit(), ()
+    return place_A.unit_to_physical() @ matrix @ place_B.physical_to_unit(), ()
 
 
 def _of_transform(transform: Any, place: Geometry) -> tuple[Tensor, tuple[str, ...]]:

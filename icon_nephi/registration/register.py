@@ -114,7 +114,8 @@ def register(
     asked: dict[str, Any] = {"landmark_error": landmark_error, "stiffness": stiffness}
     asked |= {"initial": initial, "restrict": restrict}
     asked |= {"rigid_mask": rigid_mask, "volume_mask": volume_mask}
-    wishes = read_wishes(A, B, landmarks=(landmarks_A, landmarks_B), **asked)
+    asked |= {"itk": A.placed, "landmarks": (landmarks_A, landmarks_B)}
+    wishes = read_wishes(A.place, B.place, **asked)
     if not use_landmarks:
         wishes = replace(wishes, landmarks=None)
     choices: dict[str, Any] = {"similarity": similarity, "field": field}

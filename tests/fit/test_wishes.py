@@ -181,7 +181,7 @@ def test_parts_are_as_torch_on_the_core(dimension, generator):
 
 def wrong(**choices):
     image = torch.rand(1, 1, 12, 14, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError, match=".") as error:
+    with pytest.raises(ValueError, match=r".") as error:
         go(image, image.flip(2), **choices)
     return str(error.value)
 
