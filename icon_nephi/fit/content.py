@@ -148,14 +148,14 @@ def _content(image: PreparedImage, unit: float, beside: float) -> Tensor:
         both = gaussian_blur(both, [units * unit / s for s in spacing])
         mean, squares = both.chunk(2, 1)
         content = (squares - mean.square() > CONTENT**2).any(1, keepdim=True)
-        content = _widened(content, [beside * unit / s for s in spacing])
+        content = _widened(content[0], [beside * unit / s for s in spacing])[None]
         found |= F.interpolate(content.to(values), values.shape[2:]) > 0
     return found
 
 
 def _widened(where: Tensor, voxels: Sequence[float]) -> Tensor:
-    """Where, or within so many voxels along every axis of it."""
-    for axis, reach in enumerate(voxels, 2):
+    """``[1, *grid]``: where, or within so many voxels along every axis of it."""
+    for axis, reach in enumerate(voxels, 1):
         n, count = round(reach), where.shape[axis]
         sums = where.cumsum(axis, dtype=torch.int32)
         at = torch.arange(count, device=where.device)
