@@ -37,7 +37,7 @@ FEW = {2: 64, 3: 32}
 
 def centre_of_mass(image: Tensor, geometry: Geometry) -> Tensor:
     """``[d]`` float64 millimetres: the centroid of non-negative weights on a grid."""
-    weights = image[0, 0].double()
+    weights = image[0, 0].double().cpu()
     total = weights.sum().clamp(min=1e-12)
     centre = []
     for axis, n in enumerate(weights.shape):
@@ -68,15 +68,17 @@ def refine(
     count: int = 200,
     size: int = 3,
     learning_rate: float = 0.01,
+    rigid: bool = False,
     generator: torch.Generator | None = None,
     options: FitOptions | None = None,
 ) -> Tensor:
     """The affine matrix that aligns blocks best, both directions, from a start.
 
     Adam takes so many steps at each stride (millimetres between the samples of a block,
-    coarse to fine); one of 0.01 shears by 0.01 and shifts by 0.01 half extents. Once
-    the time of the options is over it is what was reached. Of the ``counts`` of both
-    images see `GradientICONPoints`.
+    coarse to fine); one of 0.01 shears by 0.01 and shifts by 0.01 half extents. A
+    ``rigid`` one only turns and shifts what the start does. Once the time of the
+    options is over it is what was reached. Of the ``counts`` of both images see
+    `GradientICONPoints`.
     """
     d = geometry_B.dimension
     similarity = similarity or PatchNCC()
@@ -88,8 +90,12 @@ def refine(
     total = steps * len(strides)
 
     def current() -> Tensor:
-        scaled = torch.cat([change[:, :d], change[:, d:] * half], 1)
-        delta = torch.cat([scaled, scaled.new_zeros(1, d + 1)]) + identity(d)
+        linear, shift = change[:, :d], change[:, d:] * half
+        if rigid:
+            linear = torch.matrix_exp((linear - linear.mT) / 2)
+        else:
+            linear = linear + identity(d)[:d, :d]
+        delta = torch.cat([torch.cat([linear, shift], 1), identity(d)[d:]])
         moved: Tensor = start @ centre @ delta @ torch.linalg.inv(centre)
         return moved
 
@@ -171,12 +177,14 @@ def find_affine(
     options: FitOptions | None = None,
     said: list[str] | None = None,
     near: Tensor | None = None,
+    *,
+    rigid: bool = False,
 ) -> Tensor:
     """The affine map in the physical frame, by search and then by refinement.
 
-    Where one is known to be ``near``, it is looked for around that only.
-
-    Where the images are each other's mirror, ``said`` gets a sentence.
+    Where one is known to be ``near``, it is looked for around that only. A ``rigid``
+    one turns and shifts, and keeps every length. Where the images are each other's
+    mirror, ``said`` gets a sentence.
     """
     d = images.geometry_B.dimension
     starts = (
@@ -209,10 +217,26 @@ def find_affine(
         best, sentences = _any_turn(images, smooth, best, score, generator, options)
         said = [] if said is None else said
         said += sentences
+    return improved(images, best, choice, generator, options, rigid=rigid)
+
+
+def improved(
+    images: ImagePair,
+    start: Tensor,
+    choice: Comparison,
+    generator: torch.Generator,
+    options: FitOptions | None = None,
+    *,
+    rigid: bool = False,
+) -> Tensor:
+    """The start, refined; where it is to be ``rigid``, the rigid map nearest to it."""
+    if rigid:
+        start = nearest_rigid(start, images.geometry_B)
     return refine(
-        *images.blurred(2.0),
+        *images.smooth,
         *images.geometries,
-        best,
+        start,
+        rigid=rigid,
         strides=(12 * images.unit, 6 * images.unit),
         steps=50,
         similarity=choice.alone,
@@ -222,6 +246,16 @@ def find_affine(
         generator=generator,
         options=options,
     )
+
+
+def nearest_rigid(matrix: Tensor, geometry_B: Geometry) -> Tensor:
+    """The turn nearest to a matrix's, and the middle of image_B where it takes it."""
+    d = geometry_B.dimension
+    left, _, right = torch.linalg.svd(matrix[:d, :d])
+    middle, result = _middle(geometry_B), identity(d)
+    result[:d, :d] = left @ right
+    result[:d, d] = matrix[:d, :d] @ middle + matrix[:d, d] - result[:d, :d] @ middle
+    return result
 
 
 def _any_turn(

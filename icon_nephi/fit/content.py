@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from icon_nephi.losses.features import with_features
+from icon_nephi.losses.features import turned, with_features
 from icon_nephi.space.frames import identity_map, other_order
 from icon_nephi.space.images import gaussian_blur, sample_image
 from icon_nephi.space.intensities import PreparedImage
@@ -83,9 +83,24 @@ class ImagePair:
         return content if bool(content.any()) else torch.ones_like(content)
 
     @cached_property
-    def featured(self) -> tuple[Tensor, Tensor]:
-        """Both images with their features, see `with_features`."""
+    def _featured(self) -> tuple[Tensor, Tensor]:
         return with_features(self.image_A), with_features(self.image_B)
+
+    def featured(self, start: Tensor) -> tuple[Tensor, Tensor]:
+        """Both images with their features, see `with_features`.
+
+        The start ``[d + 1, d + 1]`` is the map from image_B's unit box to image_A's
+        that they are compared around: by it features of image_A are `turned`.
+        """
+        d = self.geometry_B.dimension
+        lengths = [torch.tensor(place.extent) for place in self.geometries]
+        matrix = start[:d, :d].cpu() * lengths[0][:, None] / lengths[1]
+        return turned(self._featured[0], matrix), self._featured[1]
+
+    @cached_property
+    def smooth(self) -> tuple[Tensor, Tensor]:
+        """Both images `blurred` by two units."""
+        return self.blurred(2.0)
 
     def counts_on(self, device: str) -> tuple[Tensor | None, Tensor | None]:
         """`counts`, on a device."""

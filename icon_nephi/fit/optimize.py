@@ -112,6 +112,7 @@ def optimize(
     spacing_B: Sequence[float] | None = None,
     patience: int | None = None,
     callback: Callable[[int, ICONLoss], None] | None = None,
+    ended: Callable[[], None] | None = None,
     options: FitOptions | None = None,
 ) -> Course:
     """The `Course` of the losses; the network is left at its optimum.
@@ -124,8 +125,9 @@ def optimize(
     parameters are Adam's groups, each with its ``lr``. A ``similarity`` is taken in
     place of the loss's own, by the number of steps done. A stage ends early after
     ``patience`` steps without a new lowest moving average of the loss (default: never).
-    The callback is called after every step with its number and ICONLoss. The default
-    options have no bar and no limit of time.
+    The callback is called after every step with its number and ICONLoss, and ``ended``
+    after every stage, when the network has the weights. The default options have no bar
+    and no limit of time.
 
     Raises:
         ValueError: the loss was not finite at once.
@@ -180,6 +182,9 @@ def optimize(
                 lowest = min(lowest, average)
                 if options.late or (patience is not None and waited >= patience):
                     break
+            if ended is not None and steps.finite():
+                steps.write()
+                ended()
             if options.late:
                 break
     except KeyboardInterrupt:

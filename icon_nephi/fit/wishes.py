@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from scipy import ndimage
@@ -59,6 +61,12 @@ class Wishes:
         return matrix
 
     @property
+    def binding(self) -> bool:
+        """Whether anything is asked for that images do not show."""
+        asked = self.initial, self.landmarks, self.rigid, self.volume, self.restrict
+        return any(wish is not None for wish in asked)
+
+    @property
     def still(self) -> tuple[int, ...]:
         """Tensor axes along which nothing moves."""
         if self.restrict is None:
@@ -75,9 +83,14 @@ class Wishes:
         return replace(settings, grids=grids)
 
     def parts(
-        self, place_A: Geometry, place_B: Geometry, generator: torch.Generator
+        self,
+        place_A: Geometry,
+        place_B: Geometry,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
     ) -> Parts | None:
         """The term of the loss that these make, if any does."""
+        generator = torch.Generator().manual_seed(seed)
         d, unit = place_B.dimension, max(place_B.extent) / 160
         if self.landmarks is None and self.rigid is None and self.volume is None:
             return None
@@ -85,7 +98,7 @@ class Wishes:
         if self.landmarks is not None:
             fixed, moving = self.landmarks
         sides = torch.tensor([place_A.extent, place_B.extent]) / unit
-        return Parts(
+        parts = Parts(
             apply_affine(place_B.physical_to_unit(), fixed).float(),
             apply_affine(place_A.physical_to_unit(), moving).float(),
             self.landmark_error / unit,
@@ -95,6 +108,13 @@ class Wishes:
             else _places(self.volume[0, 0] > 0, generator),
             sides,
         )
+        return parts.on(device)
+
+    def hold(self, net: Any) -> None:
+        """See that the fields of a `NePhi` move nothing along `still`."""
+        for last in (net.field_AB.last, net.field_BA.last) if self.still else ():
+            for weight in last.parameters():
+                weight.register_hook(partial(_without, axes=self.still))
 
 
 def _turn(fixed: Tensor, moving: Tensor) -> Tensor:
@@ -121,3 +141,9 @@ def _places(where: Tensor, generator: torch.Generator) -> Tensor:
     voxels = where.cpu().nonzero()
     chosen = torch.randperm(len(voxels), generator=generator)[:PLACES]
     return voxels[chosen] / (torch.tensor(where.shape) - 1)
+
+
+def _without(gradient: Tensor, axes: Sequence[int]) -> Tensor:
+    """The gradient of a field's last layer by all but these axes."""
+    at = torch.tensor(axes, device=gradient.device)
+    return gradient.index_fill(0, at, 0.0)

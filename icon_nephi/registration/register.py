@@ -29,6 +29,7 @@ def register(
     similarity: Any = None,
     field: str | Settings = "auto",
     affine: bool = True,
+    transform: str = "deformable",
     allow_mirror: bool = False,
     initial: Any = None,
     landmarks_A: Any = None,
@@ -62,8 +63,9 @@ def register(
         segmentation_A: label map of image_A, on a grid as a mask's; the labels that
             both have are laid on each other beside the images.
         segmentation_B: the same of image_B.
-        similarity: an ICON similarity or a name, ``"lncc"`` (the default), ``"lncc2"``,
-            ``"ncc"``, ``"mind"``, ``"mi"``: see `find_similarity`.
+        similarity: an ICON similarity or a name, ``"lncc"``, ``"lncc2"``, ``"ncc"``,
+            ``"mind"``, ``"mi"`` (see `find_similarity`), or ``"auto"`` (the default):
+            ``"lncc"`` unless the images show that their contrasts differ.
         field: ``"siren"`` (the modulated sine field), ``"grid"`` (a smaller one,
             about twice as fast, less exact on large motion), ``"detail"`` (the small
             one with finer codes), ``"ct"`` (the small one, comparing self-similarity
@@ -71,6 +73,8 @@ def register(
             siren), or `icon_nephi.models.Settings`.
         affine: start from an affine map. Without, from where the headers (tensors:
             the unit boxes) put the images.
+        transform: ``"deformable"``, or without a deformation ``"affine"`` or
+            ``"rigid"``: a body that is the same in both images, laid on itself.
         allow_mirror: image_A may be turned over, as a section on its slide; without, a
             pair that fits better so is only named in `warnings`.
         initial: what is known of the map, fixed -> moving: the start, and part of the
@@ -120,6 +124,7 @@ def register(
         wishes = replace(wishes, landmarks=None)
     choices: dict[str, Any] = {"similarity": similarity, "field": field}
     choices |= {"affine": affine, "mass_preserving": mass_preserving}
+    choices["transform"] = transform
     with torch.enable_grad():
         fit = fit_pair(A, B, **choices, wishes=wishes, options=options)
     choices |= {"modality": modality, "seed": seed, "time_limit": time_limit}
@@ -127,6 +132,7 @@ def register(
     choices |= {"memory_limit": memory_limit, "keep_on_interrupt": keep_on_interrupt}
     choices |= {"peak_memory": peak_memory(), "seconds": options.seconds}
     choices["segmentations"] = A.labels is not None
+    choices["similarity"] = fit.similarity or similarity
     places = A.whole, B.whole
     return Registration(fit, *places, itk=A.placed, images=images, made_with=choices)
 

@@ -174,7 +174,7 @@ def test_parts_are_as_torch_on_the_core(dimension, generator):
     points = torch.rand(4, dimension, generator=generator).double()
     wishes = Wishes(landmarks=(points, points + 0.1), rigid=labels, volume=labels)
     places_of = [Geometry.unit(i.shape[2:]) for i in images]
-    loss.parts = wishes.parts(*places_of, generator)
+    loss.parts = wishes.parts(*places_of)
     # A shift of a whole part costs nothing: what it derives to cancels, to roundings.
     check(loss, images, masks, 3e-4)
 
