@@ -11,9 +11,7 @@ from icon_nephi.fit.wishes import Wishes
 from icon_nephi.losses.parts import best_turn
 from icon_nephi.maps.jacobians import determinants
 from icon_nephi.maps.transforms import value_and_jacobian
-from icon_nephi.space.frames import Geometry, points_as_grid
-from tests.core.core_problems import make_loss
-from tests.core.test_core_step import check
+from icon_nephi.space.frames import points_as_grid
 from tests.fit.bodies import (
     FAST,
     Body,
@@ -163,20 +161,6 @@ def test_motion_is_restricted_to_an_axis(core, steps, monkeypatch):
 def test_stiffness_is_about_the_nodes():
     assert Wishes().suited(GRID) is GRID
     assert Wishes(stiffness=2.0).suited(GRID).grids == (4, 8, 16)
-
-
-@pytest.mark.parametrize("dimension", [2, 3])
-def test_parts_are_as_torch_on_the_core(dimension, generator):
-    loss, images, masks = make_loss(dimension)
-    labels = torch.zeros(1, 1, *images[1].shape[2:], dtype=torch.long)
-    labels[..., 4:9, 5:11] = 1
-    labels[..., 12:16, 5:11] = 2
-    points = torch.rand(4, dimension, generator=generator).double()
-    wishes = Wishes(landmarks=(points, points + 0.1), rigid=labels, volume=labels)
-    places_of = [Geometry.unit(i.shape[2:]) for i in images]
-    loss.parts = wishes.parts(*places_of)
-    # A shift of a whole part costs nothing: what it derives to cancels, to roundings.
-    check(loss, images, masks, 3e-4)
 
 
 def wrong(**choices):
