@@ -105,7 +105,7 @@ def fit_pair(
     check_transform(transform, affine=affine)
     both = image_A, image_B
     asked: dict[str, Any] = {"mass_preserving": mass_preserving, "wishes": wishes}
-    work = _Work.of(*both, choice, settings, options, **asked)
+    work = Work.of(*both, choice, settings, options, **asked)
     generator = torch.Generator().manual_seed(options.seed)
     rigid, said = transform == "rigid", [*image_A.notes, *image_B.notes, *wishes.notes]
     aligned, affine = wishes.start, affine and not wishes.still
@@ -120,7 +120,7 @@ def fit_pair(
         )
         if name != choice.name:
             choice = find_similarity(name, settings.floor)
-            work = _Work.of(*both, choice, settings, options, wishes=wishes)
+            work = Work.of(*both, choice, settings, options, wishes=wishes)
     start, warnings = work.better_start(aligned, deformable=deformable)
     course, loss = Course([], []), work.still(start)
     if deformable:
@@ -175,7 +175,7 @@ def _suited(settings: Settings, level: float) -> Settings:
 
 
 @dataclass(frozen=True)
-class _Work:
+class Work:
     """The deformable part of one pair, and by what it is done."""
 
     images: ImagePair
@@ -194,8 +194,8 @@ class _Work:
         options: FitOptions,
         *,
         mass_preserving: bool = False,
-        wishes: Wishes,
-    ) -> _Work:
+        wishes: Wishes | None = None,
+    ) -> Work:
         """The work at two images that are compared like that."""
         if choice.features != "beside":
             settings = replace(settings, features=0.0)
@@ -204,7 +204,7 @@ class _Work:
         featured = bool(settings.features) or choice.features == "only"
         both = image_A, image_B
         images = ImagePair(*both, featured=featured, mass_preserving=mass_preserving)
-        return cls(images, choice, settings, options, wishes)
+        return cls(images, choice, settings, options, wishes or Wishes())
 
     @cached_property
     def likeness(self) -> Likeness:
@@ -336,7 +336,7 @@ class _Work:
 
         After so many levels, and with that part of the rates.
         """
-        images, settings, stages = self.images, self.settings, self._stages()
+        images, settings, stages = self.images, self.settings, self.stages()
         before = sum(stage.steps for stage in stages[:after])
         pair: Any = loss.regis_net
         net = pair.net
@@ -356,14 +356,14 @@ class _Work:
             mask_A=images.where_A,
             mask_B=images.where_B,
             extras=images.segmentations,
-            similarity=lambda step: self._similarity(before + step),
+            similarity=lambda step: self.similarity(before + step),
             spacing_A=images.geometry_A.tensor_spacing,
             spacing_B=images.geometry_B.tensor_spacing,
             ended=ended,
             options=self.options,
         )
 
-    def _similarity(self, step: int) -> Callable[..., Tensor]:
+    def similarity(self, step: int) -> Callable[..., Tensor]:
         """What is compared after so many steps: features fade, or are all there is."""
         choice, settings = self.choice, self.settings
         channels = self.images.image_A.shape[1]
@@ -375,7 +375,7 @@ class _Work:
         weight = settings.features * (1 - faded)
         return FeatureDifference(choice.similarity, channels, weight)
 
-    def _stages(self) -> list[Stage]:
+    def stages(self) -> list[Stage]:
         """Blocks, or single points of smoothed images, coarse to fine."""
         settings, stages = self.settings, []
         for stride, share, exact in zip(

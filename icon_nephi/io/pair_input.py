@@ -87,8 +87,8 @@ def read_pair(
                 )
         A, B = _read_volumes(images, masks, modalities, where, memory_limit, progress)
     else:
-        A = _read_whole("A", image_A, mask_A, modalities[0], where, lesions[0])
-        B = _read_whole("B", image_B, mask_B, modalities[1], where, lesions[1])
+        A = read_alone("A", image_A, mask_A, modalities[0], where, lesions[0])
+        B = read_alone("B", image_B, mask_B, modalities[1], where, lesions[1])
     check_dimension("image_A", A.place.dimension, "image_B is", B.place.dimension)
     if A.values.shape[1] != B.values.shape[1]:
         raise ValueError(
@@ -103,7 +103,7 @@ def read_pair(
     return A, B
 
 
-def _read_whole(
+def read_alone(
     letter: str,
     image: Any,
     mask: Any,
@@ -111,6 +111,11 @@ def _read_whole(
     where: torch.device,
     lesion: Any = None,
 ) -> PreparedImage:
+    """Return one image in memory as a fit takes it; see `read_pair`.
+
+    Raises:
+        TypeError, ValueError: as `read_pair`, of ``image_`` and the letter.
+    """
     placed, (values, inside, place) = is_itk(image), read_input(letter, image, mask)
     counts, notes = what_counts(f"image_{letter}", values[0], inside)
     if lesion is not None:
