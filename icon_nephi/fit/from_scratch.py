@@ -231,7 +231,7 @@ class _Work:
             return None
         with torch.no_grad():
             maps = loss.regis_net(*self.images.smooth)
-        return simpler(maps, start, self.likeness, self.options)
+        return simpler(maps, start, self.likeness)
 
     def still(self, start: Tensor) -> GradientICONPoints:
         """What `loss_from` gives, of maps without a deformation."""

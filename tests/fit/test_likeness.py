@@ -89,12 +89,12 @@ def test_a_deformation_that_is_worse_goes_back_to_the_simplest_that_is_as_good()
     def far(x):
         return x + 0.15 * torch.sin(9 * x.flip(1))
 
-    kept, sentence = simpler((far, far), grown, likeness, OPTIONS)
+    kept, sentence = simpler((far, far), grown, likeness)
     lengths = torch.linalg.svdvals(kept[:2, :2])
     torch.testing.assert_close(lengths, torch.ones(2, dtype=torch.float64))
     assert error(kept, matrix, images.geometry_B) < 1.5
     assert "rigid map" in sentence
-    assert simpler(likeness.start(matrix), grown, likeness, OPTIONS) is None
+    assert simpler(likeness.start(matrix), grown, likeness) is None
 
 
 class Shift(torch.nn.Module):
