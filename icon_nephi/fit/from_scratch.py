@@ -26,6 +26,7 @@ from icon_nephi.fit.likeness import Likeness
 from icon_nephi.fit.optimize import Course, FitOptions, Stage, optimize
 from icon_nephi.fit.search import identity
 from icon_nephi.fit.settings import GRID, Fit, Settings, find_settings, make_pair
+from icon_nephi.fit.sharpness import sharpness
 from icon_nephi.fit.simpler import (
     Simpler,
     Watch,
@@ -151,6 +152,8 @@ def fit_pair(
         where, place = images.where_B.cpu(), images.geometry_B
         counts = images.counts_on("cpu")
         numbers = evidence(pair, *images.smooth, place, where, generator, counts)
+        phi_AB = pair(*images.smooth)[0]
+        sharp = sharpness(images, phi_AB, generator, contrast=choice.contrast)
     numbers |= of_images(image_A, image_B)
     return Fit(
         matrix=in_unit_boxes(start, place, images.geometry_A),
@@ -166,6 +169,7 @@ def fit_pair(
         ],
         evidence=numbers,
         similarity=choice.name,
+        sharp=sharp,
     )
 
 
@@ -319,7 +323,8 @@ class _Work:
         reached = "it went back and on with smaller rates"
         if watch.back() is not None:
             reached = "the rest of it was left out"
-        sentence = f"after level {good} the fit ran away: {reached}"
+        begun = f"after level {good}" if good else "from its start on"
+        sentence = f"{begun} the fit ran away: {reached}"
         losses = [*course.losses, *again.losses]
         return Course(losses, [sentence, *again.warnings])
 

@@ -52,7 +52,7 @@ def headers_or(aligned: Tensor, likeness: Likeness) -> tuple[Tensor, list[str]]:
 
 
 class Watch:
-    """The best of what a network had reached when each level ended, by that judgement.
+    """The best of what a network had at first and when each level ended.
 
     Args:
         network: of maps; its weights are put back where they were better.
@@ -63,6 +63,7 @@ class Watch:
         self.network, self.likeness = network, likeness
         self.scores: list[float] = []
         self.best: dict[str, Tensor] = {}
+        self.look()
 
     def look(self) -> None:
         """Judge the network as it is, after one more level."""
@@ -75,11 +76,11 @@ class Watch:
 
     def back(self) -> int | None:
         """Go back to the best level if the last is much worse; how many were good."""
-        if not self.scores or max(self.scores) <= LOST * self.scores[-1]:
+        if max(self.scores) <= LOST * self.scores[-1]:
             return None
         self.network.load_state_dict(self.best)
-        good = self.scores.index(max(self.scores)) + 1
-        self.scores = self.scores[:good]
+        good = self.scores.index(max(self.scores))
+        self.scores = self.scores[: good + 1]
         return good
 
 

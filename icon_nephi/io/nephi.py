@@ -66,6 +66,8 @@ def save_fit(
         "code.global": code.global_code,
     }
     tensors |= {f"code.local.{i}": grid for i, grid in enumerate(code.local_codes)}
+    if fit.sharp is not None:
+        tensors["sharp"] = fit.sharp
     fields = {}
     for name in _FIELDS:
         field: nn.Module = getattr(fit, name)
@@ -172,8 +174,16 @@ def _assemble(header: dict[str, Any], tensors: dict[str, Tensor]) -> Saved:
         warnings=[str(sentence) for sentence in header["warnings"]],
         evidence={str(k): float(v) for k, v in header.get("evidence", {}).items()},
         similarity=str(header.get("similarity", "")),
+        sharp=_sharp(tensors.get("sharp"), places[1].dimension),
     )
     return Saved(fit, places[0], places[1], bool(header["itk"]))
+
+
+def _sharp(tensor: Tensor | None, d: int) -> Tensor | None:
+    """Return it, if it is as `icon_nephi.fit.sharpness` makes it."""
+    if tensor is not None and (tensor.dim() != d + 2 or not tensor.isfinite().all()):
+        raise ValueError("what is known of errors does not fit to the images")
+    return tensor
 
 
 def _field(name: str, told: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
