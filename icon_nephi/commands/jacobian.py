@@ -24,7 +24,8 @@ def write_jacobian(flags: JacobianFlags) -> tuple[str, list[str]]:
     endings = VECTORS if flags.tensor else IMAGES
     read = [path for path in (flags.transform, flags.reference) if path is not None]
     out = check_outputs({"out": (flags.out, endings)}, read)["out"]
-    mapping = read_map(flags.transform, "inverse" if flags.inverse else None)
+    way = "inverse" if flags.inverse else None
+    mapping = read_map(flags.transform, way, flags.number)
     direction = direction_of(inverse=flags.inverse)
     reference = read_reference(flags.reference, mapping)
     if reference is not None:

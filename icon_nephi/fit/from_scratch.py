@@ -113,7 +113,7 @@ def fit_pair(
         )
     check_transform(transform, affine=affine)
     both = image_A, image_B
-    work = _Work.of(*both, choice, settings, options, mass_preserving=mass_preserving)
+    work = Work.of(*both, choice, settings, options, mass_preserving=mass_preserving)
     generator = torch.Generator().manual_seed(options.seed)
     rigid, said = transform == "rigid", [*image_A.notes, *image_B.notes]
     aligned = identity(image_B.place.dimension)
@@ -126,7 +126,7 @@ def fit_pair(
         )
         if name != choice.name:
             choice = find_similarity(name, settings.floor)
-            work = _Work.of(*both, choice, settings, options)
+            work = Work.of(*both, choice, settings, options)
     start, warnings = work.better_start(aligned, deformable=deformable)
     course, loss = Course([], []), work.still(start)
     if deformable:
@@ -184,7 +184,7 @@ def _suited(settings: Settings, level: float) -> Settings:
 
 
 @dataclass(frozen=True)
-class _Work:
+class Work:
     """The deformable part of one pair, and by what it is done."""
 
     images: ImagePair
@@ -202,7 +202,7 @@ class _Work:
         options: FitOptions,
         *,
         mass_preserving: bool = False,
-    ) -> _Work:
+    ) -> Work:
         """The work at two images that are compared like that."""
         if choice.features != "beside":
             settings = replace(settings, features=0.0)
@@ -340,7 +340,7 @@ class _Work:
 
         After so many levels, and with that part of the rates.
         """
-        images, settings, stages = self.images, self.settings, self._stages()
+        images, settings, stages = self.images, self.settings, self.stages()
         before = sum(stage.steps for stage in stages[:after])
         pair: Any = loss.regis_net
         net = pair.net
@@ -360,14 +360,14 @@ class _Work:
             mask_A=images.where_A,
             mask_B=images.where_B,
             extras=images.segmentations,
-            similarity=lambda step: self._similarity(before + step),
+            similarity=lambda step: self.similarity(before + step),
             spacing_A=images.geometry_A.tensor_spacing,
             spacing_B=images.geometry_B.tensor_spacing,
             ended=ended,
             options=self.options,
         )
 
-    def _similarity(self, step: int) -> Callable[..., Tensor]:
+    def similarity(self, step: int) -> Callable[..., Tensor]:
         """What is compared after so many steps: features fade, or are all there is."""
         choice, settings = self.choice, self.settings
         channels = self.images.image_A.shape[1]
@@ -379,7 +379,7 @@ class _Work:
         weight = settings.features * (1 - faded)
         return FeatureDifference(choice.similarity, channels, weight)
 
-    def _stages(self) -> list[Stage]:
+    def stages(self) -> list[Stage]:
         """Blocks, or single points of smoothed images, coarse to fine."""
         settings, stages = self.settings, []
         for stride, share, exact in zip(

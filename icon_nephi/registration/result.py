@@ -69,6 +69,9 @@ class Registration:
         two_way: both with their grids, in the frame of the registration's points.
     """
 
+    #: Whether its maps are those of its fit, and no compositions.
+    proper = True
+
     def __init__(
         self,
         fit: Fit,
