@@ -248,7 +248,8 @@ class Work:
         pair: Any = loss.regis_net
         codes = pair.net.net.parameters()
         rate = 0.04 * self.settings.code_rate
-        unfold(pair, codes, *both, rate=rate, generator=generator)
+        how: dict[str, Any] = {"rate": rate, "generator": generator}
+        unfold(pair, codes, *both, **how, options=self.options)
 
     def _furthest(self, starts: Sequence[Tensor]) -> Tensor:
         """The start from which a short coarse fit gets furthest; the first, if near.
