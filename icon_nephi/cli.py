@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 
 from icon_nephi._memory import memory_for
+from icon_nephi.commands.early import check_compare, check_jacobian, check_there
 from icon_nephi.commands.flags import (
     CompareFlags,
     InfoFlags,
@@ -128,6 +129,8 @@ def warp(argv: Sequence[str] | None = None) -> None:
 def jacobian(argv: Sequence[str] | None = None) -> None:
     """Write determinants, their logarithm or the matrices, and sum them up."""
     flags = JacobianFlags.typed(argv)
+    check_jacobian(flags)
+    check_there(flags)
 
     from icon_nephi.commands.jacobian import write_jacobian
 
@@ -138,6 +141,7 @@ def jacobian(argv: Sequence[str] | None = None) -> None:
 def info(argv: Sequence[str] | None = None) -> None:
     """Print what is in a saved registration or an ITK transform."""
     flags = InfoFlags.typed(argv)
+    check_there(flags)
 
     from icon_nephi.commands.info import describe
     from icon_nephi.commands.text import lines
@@ -150,6 +154,7 @@ def info(argv: Sequence[str] | None = None) -> None:
 def compare(argv: Sequence[str] | None = None) -> None:
     """Print a table of NePhi and a voxel network on the pairs of a folder."""
     flags = CompareFlags.typed(argv)
+    check_compare(flags)
 
     from icon_nephi.commands.compare import compare_folder
     from icon_nephi.commands.text import comparison_table

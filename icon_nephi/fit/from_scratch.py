@@ -21,6 +21,7 @@ from icon_nephi.fit.likeness import Likeness
 from icon_nephi.fit.optimize import Course, FitOptions, Stage, optimize
 from icon_nephi.fit.search import identity
 from icon_nephi.fit.settings import GRID, Fit, Settings, find_settings, make_pair
+from icon_nephi.fit.sharpness import sharpness
 from icon_nephi.fit.simpler import Simpler, Watch, check_transform, headers_or, simpler
 from icon_nephi.fit.unfold import unfold
 from icon_nephi.fit.wishes import Wishes
@@ -146,6 +147,8 @@ def fit_pair(
         where, place = images.shown_B.cpu(), images.geometry_B
         counts = images.counts_on("cpu")
         numbers = evidence(pair, *images.smooth, place, where, generator, counts)
+        phi_AB = pair(*images.smooth)[0]
+        sharp = sharpness(images, phi_AB, generator, contrast=choice.contrast)
     numbers |= of_images(image_A, image_B)
     return Fit(
         matrix=in_unit_boxes(start, place, images.geometry_A),
@@ -161,6 +164,7 @@ def fit_pair(
         ],
         evidence=numbers,
         similarity=choice.name,
+        sharp=sharp,
     )
 
 
@@ -230,7 +234,7 @@ class Work:
             return None
         with torch.no_grad():
             maps = loss.regis_net(*self.images.smooth)
-        return simpler(maps, start, self.likeness, self.options)
+        return simpler(maps, start, self.likeness)
 
     def still(self, start: Tensor) -> GradientICONPoints:
         """What `loss_from` gives, of maps without a deformation."""
@@ -243,7 +247,8 @@ class Work:
         pair: Any = loss.regis_net
         codes = pair.net.net.parameters()
         rate = 0.04 * self.settings.code_rate
-        unfold(pair, codes, *both, rate=rate, generator=generator)
+        how: dict[str, Any] = {"rate": rate, "generator": generator}
+        unfold(pair, codes, *both, **how, options=self.options)
 
     def _furthest(self, starts: Sequence[Tensor]) -> Tensor:
         """The start from which a short coarse fit gets furthest; the first, if near.
@@ -320,7 +325,8 @@ class Work:
         reached = "it went back and on with smaller rates"
         if watch.back() is not None:
             reached = "the rest of it was left out"
-        sentence = f"after level {good} the fit ran away: {reached}"
+        begun = f"after level {good}" if good else "from its start on"
+        sentence = f"{begun} the fit ran away: {reached}"
         losses = [*course.losses, *again.losses]
         return Course(losses, [sentence, *again.warnings])
 
