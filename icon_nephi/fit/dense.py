@@ -316,7 +316,7 @@ def _views(
             B, torch.eye(d, d + 1), target, outline_A + ELSEWHERE, seen, reached_B
         )
         found.append((forth, back))
-    return found[::-1]
+    return list(reversed(found))
 
 
 def _nearest(mask: Tensor, size: Sequence[int]) -> Tensor:

@@ -22,7 +22,7 @@ class Lattices:
         steps: at every level, coarse to fine; those of the last levels where there are
             fewer.
         finest: voxels between the places of the finest lattice.
-        coarsest: places along the longest side of the coarsest one, at most.
+        coarsest: lattices with no more places along their longest side are left out.
         places: of a lattice at most, in two and in three dimensions.
         apart: places between the nodes of the code, in two and in three dimensions.
         radius: of the windows, in places.

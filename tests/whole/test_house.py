@@ -51,6 +51,7 @@ STEPS = {
     "fit.steps": "torch's steps of the loop",
     "fit.affine": "twelve numbers of an affine map",
     "fit.unfold": "codes, against folds alone",
+    "fit.dense": "spline codes, all places at a step: there is nothing to draw",
     "commands.methods": "the voxel network that NePhi is compared with",
 }
 
