@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from icon_nephi.fields import make_field
@@ -79,7 +80,7 @@ def plan(
     ):
         count += 1
     levels: list[Level] = []
-    for number in reversed(range(count)):
+    for number in range(count - 1, -1, -1):
         apart = finest * 2**number
         places = lattice(apart)
         if not levels:
@@ -264,12 +265,13 @@ def spline_pair(code: Tensor, scale: Tensor) -> NePhi:
         1, grids=[tuple(code.shape[2:])], channels=(2 * d,), global_size=0
     )
     arguments = {"dimension": d, "code_size": 2 * d, "hidden_layers": 0}
-    fields = [make_field("LatentMLP", arguments) for _ in "AB"]
+    field_AB, field_BA = (make_field("LatentMLP", arguments) for _ in "AB")
     with torch.no_grad():
         table.local_codes[0].copy_(code)
-        for first, field in zip((d, 2 * d), fields, strict=True):
-            field.last.weight[:, first : first + d] = torch.diag(scale)
-    return NePhi(table, *fields)
+        for first, field in ((d, field_AB), (2 * d, field_BA)):
+            last = cast(nn.Linear, field.last)
+            last.weight[:, first : first + d] = torch.diag(scale)
+    return NePhi(table, field_AB, field_BA)
 
 
 def together(parts: Sequence[Tensor]) -> Tensor:
@@ -315,8 +317,8 @@ def _views(
         back = Side(
             B, torch.eye(d, d + 1), target, outline_A + ELSEWHERE, seen, reached_B
         )
-        found.append((forth, back))
-    return list(reversed(found))
+        found.insert(0, (forth, back))
+    return found
 
 
 def _nearest(mask: Tensor, size: Sequence[int]) -> Tensor:

@@ -138,6 +138,14 @@ CT = replace(GRID, strides=(10.0, 5.0, 2.5, 1.2), features=10.0)
 # Images of moderate size: all of their voxels, for there are not many.
 LATTICES = replace(GRID, lattices=Lattices())
 FLAT = replace(GRID, lattices=Lattices(steps=(60, 50, 30), coarsest=40, hinge=300.0))
+# Large images are slides: of neighbouring sections, whose cells are not the same ones.
+# Their larger structures are what agrees, and lies on each other by smooth maps.
+SLIDES = replace(
+    GRID,
+    lattices=Lattices(
+        steps=(60, 60, 60, 50, 15), places=(200_000, 1), apart=(8.0, 1.0), lmbda=30.0
+    ),
+)
 PRESETS = {
     "lattices": {3: LATTICES, 2: FLAT},
     "siren": {3: SIREN, 2: replace(SIREN, grids=(8, 16, 32))},
@@ -147,8 +155,9 @@ PRESETS = {
 }
 # Voxels a side (their mean) above which "auto" takes "detail".
 DETAILED = 170
-# Voxels along the longest side up to which it takes "lattices".
-MODERATE = {2: 512, 3: 128}
+# Voxels along the longest side up to which it takes "lattices" in 3D, where images are
+# no slabs; and above which a 2D image is a slide.
+MODERATE, SLIDE = 128, 512
 # Voxels between nodes of the finest code, at least: finer ones follow the noise.
 APART = {2: 6.0, 3: 2.5}
 
@@ -171,13 +180,15 @@ def find_settings(
         solid = len(size) == 3
         large = solid and sum(size) / 3 > DETAILED
         field = "ct" if solid and modality == "ct" else "detail" if large else "siren"
-        if max(size) <= MODERATE[len(size)] and min(size) >= max(size) / 3:
-            field = "lattices" if field == "siren" else field
+        moderate = max(size) <= MODERATE and min(size) >= max(size) / 3
+        field = "lattices" if field == "siren" and (moderate or not solid) else field
     if field not in PRESETS:
         raise ValueError(
             f"field must be 'auto' or one of {sorted(PRESETS)}, got {field!r}"
         )
     settings = PRESETS[field][len(size)]
+    if settings is FLAT and max(size) > SLIDE:
+        return SLIDES
     most = max(4, round(sum(size) / len(size) / APART[len(size)]))
     if settings.grids[-1] <= most:
         return settings

@@ -185,7 +185,8 @@ class DensePair:
         share = side.centres.to(move) * n / (2 * self.radius + 1) ** d
         share = share.expand_as(found)
         found = found.square() if self.squared else found
-        return 1 - (share * found).sum() / share.sum().clamp(min=1)
+        agreement: Tensor = (share * found).sum() / share.sum().clamp(min=1)
+        return 1 - agreement
 
     def _box(self, image: Tensor) -> Tensor:
         for axis in range(2, image.dim()):
