@@ -12,6 +12,7 @@ from torch import Tensor
 
 from icon_nephi._check import check_both
 from icon_nephi._memory import memory_for
+from icon_nephi.fields.codes import LatentCode
 from icon_nephi.fit.affine import (
     coincide,
     find_affine,
@@ -21,6 +22,7 @@ from icon_nephi.fit.affine import (
 )
 from icon_nephi.fit.content import ImagePair
 from icon_nephi.fit.doubts import doubts, evidence, of_images
+from icon_nephi.fit.learned import begin_with, beginning, can_begin
 from icon_nephi.fit.levels import fit_levels, levels_of
 from icon_nephi.fit.optimize import Course, FitOptions, Stage, optimize
 from icon_nephi.fit.settings import Fit, Settings, find_settings, make_pair
@@ -55,6 +57,7 @@ def fit_pair(
     field: str | Settings = "auto",
     affine: bool = True,
     mass_preserving: bool = False,
+    begin: str = "scratch",
     options: FitOptions | None = None,
 ) -> Fit:
     """Register one pair from scratch.
@@ -71,6 +74,8 @@ def fit_pair(
         mass_preserving: intensities are densities, of modality "ct": image_A's are
             multiplied by det J before they are compared, and so the other way. "lncc"
             sees only how det J changes within a block, "ncc" sees all of it.
+        begin: the deformation with "scratch", nothing; "learned", what the general
+            network predicts; "auto": see `begins`.
         options: seed, limit of time, and what else all parts go by; of an interrupt
             that is kept the fit's warnings say so, and folds are still looked for.
 
@@ -109,7 +114,9 @@ def fit_pair(
         aligned = find_affine(images, choice, generator, options)
         starts = [start, aligned] if coincide(*images.geometries) else [aligned]
         start = work.better_start(starts)
-    loss = work.loss_from(start, generator)
+    matrix = in_unit_boxes(start, images.geometry_B, images.geometry_A)
+    work, known = work.begun(begin, matrix, free=field == "auto")
+    loss = work.loss_from(start, generator, known)
     course = work.fit(loss)
     pair: Any = loss.regis_net
     net = pair.net
@@ -194,12 +201,28 @@ class _Work:
             return starts[0]
         return starts[results.index(max(results))]
 
+    def begun(
+        self, begin: str, matrix: Tensor, *, free: bool
+    ) -> tuple[_Work, LatentCode | None]:
+        """The work from what the general network predicts, and that, where it is to be.
+
+        Settings that cannot start from it are replaced where they are ``free``.
+        """
+        settings = self.settings
+        if free and not can_begin(settings):
+            settings = beginning(settings)
+        known = begin_with(begin, self.images, matrix, settings)
+        return (self if known is None else replace(self, settings=settings)), known
+
     def loss_from(
-        self, start: Tensor, generator: torch.Generator
+        self,
+        start: Tensor,
+        generator: torch.Generator,
+        known: LatentCode | None = None,
     ) -> GradientICONPoints:
         """What is minimised, of intensities; its pair is untrained, behind a start."""
         images, settings = self.images, self.settings
-        net = make_pair(settings, images.geometry_B.extent, generator)
+        net = make_pair(settings, images.geometry_B.extent, generator, known)
         matrix = in_unit_boxes(start, images.geometry_B, images.geometry_A)
         pair = AffinePair(net, matrix.to(images.image_B.dtype))
         device = images.image_B.device

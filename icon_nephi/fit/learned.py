@@ -1,0 +1,309 @@
+"""The general network: what it predicts of a pair, without any optimisation."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from icon_nephi._check import check_both
+from icon_nephi.fields.codes import LatentCode, LatentCodeTable
+from icon_nephi.fields.pyramid import (
+    WORKING,
+    PyramidEncoder,
+    as_code,
+    coarser_code,
+    reading_fields,
+)
+from icon_nephi.fit.affine import (
+    coincide,
+    find_affine,
+    identity,
+    in_unit_boxes,
+    voxel_stride,
+)
+from icon_nephi.fit.content import ImagePair
+from icon_nephi.fit.doubts import doubts, evidence, of_images
+from icon_nephi.fit.optimize import FitOptions
+from icon_nephi.fit.settings import GRID, Fit, Settings
+from icon_nephi.fit.unfold import unfold
+from icon_nephi.losses.patches import as_blocks, patch_maps
+from icon_nephi.losses.similarities import correlations, find_similarity
+from icon_nephi.maps.networks import AffinePair, NePhi
+from icon_nephi.maps.transforms import Map, MatrixTransform, NeuralTransform
+from icon_nephi.space.frames import Geometry, identity_map, inside
+from icon_nephi.space.images import gaussian_blur, sample_image
+from icon_nephi.space.intensities import PreparedImage
+from icon_nephi.space.sampling import Patches, draw_points
+
+#: Where the weights lie that are shipped, one file for 2D and one for 3D.
+WEIGHTS = Path(__file__).parents[1] / "weights"
+# How often the network looks: again at what its own map left.
+PASSES = 2
+# What maps are chosen by: blocks, samples a side of them, and the stride of these in
+# units of 1/160 of the box; added to variances.
+BLOCKS, BLOCK, STRIDE, FLOOR = 600, 5, 3.0, 1e-3
+# By how much that has to be better for a fit to begin with it.
+BETTER = 0.02
+# Adam's learning rate where folds are repaired.
+UNFOLD_RATE = 1e-3
+
+
+class MissingWeights(FileNotFoundError):
+    """The weights of the general network are not there."""
+
+
+def general_encoder(dimension: int, path: Path | None = None) -> PyramidEncoder:
+    """The general network's encoder with its weights, in ``eval()``.
+
+    Args:
+        dimension: 2 or 3.
+        path: other weights, as `training.train_general` writes them.
+
+    Raises:
+        MissingWeights: there is no such file.
+    """
+    from safetensors import safe_open
+
+    path = path or WEIGHTS / f"general{dimension}d.safetensors"
+    if not path.exists():
+        raise MissingWeights(
+            f"the general network's weights {path} are missing: install a wheel of "
+            "icon_nephi that has them, or register with start='scratch'"
+        )
+    with safe_open(path, framework="pt") as file:
+        about = file.metadata()
+        weights = {name: file.get_tensor(name).float() for name in file.keys()}
+    encoder = PyramidEncoder(dimension, **json.loads(about["network"]))
+    encoder.load_state_dict(weights)
+    return encoder.eval().requires_grad_(False)
+
+
+def has_weights(dimension: int) -> bool:
+    """Whether the general network can be asked."""
+    return (WEIGHTS / f"general{dimension}d.safetensors").exists()
+
+
+def predict_pair(
+    image_A: PreparedImage,
+    image_B: PreparedImage,
+    *,
+    affine: bool = True,
+    encoder: nn.Module | None = None,
+    options: FitOptions | None = None,
+) -> Fit:
+    """What the network predicts behind an affine start; nothing is optimised for it.
+
+    Where the images agree less than with the affine start alone, or with none where
+    their boxes lie on each other, that is what comes back. Folds are repaired.
+
+    Args:
+        image_A: moving.
+        image_B: fixed, on any grid.
+        affine: look for an affine start.
+        encoder: default: `general_encoder`.
+        options: seed, limit of time.
+
+    Raises:
+        MissingWeights: no encoder is given, and the weights are missing.
+    """
+    options = options or FitOptions(progress=False)
+    check_both("segmentation", image_A.labels, image_B.labels)
+    net = general_encoder(image_B.place.dimension) if encoder is None else encoder
+    images, choice = ImagePair(image_A, image_B), find_similarity(None)
+    generator = torch.Generator().manual_seed(options.seed)
+    starts = [identity(image_B.place.dimension)]
+    if affine:
+        aligned = find_affine(images, choice, generator, options)
+        starts = [aligned, *starts] if coincide(*images.geometries) else [aligned]
+    matrices = [in_unit_boxes(s, images.geometry_B, images.geometry_A) for s in starts]
+    rigid = [_agreement(images, MatrixTransform(m[None].float())) for m in matrices]
+    matrix = matrices[rigid.index(max(rigid))]
+    pair = predicted_pair(predict_code(images, matrix, net), matrix)
+    both = images.image_A, images.image_B
+    table: Any = pair.net.net
+    unfold(pair, table.parameters(), *both, rate=UNFOLD_RATE, generator=generator)
+    with torch.no_grad():
+        if _agreement(images, *pair(*both)) < max(rigid):
+            table.local_codes[0].zero_()
+        where, smooth = images.where_B.cpu(), images.blurred(2.0)
+        numbers = evidence(pair, *smooth, images.geometry_B, where, generator)
+    numbers |= of_images(image_A, image_B)
+    reading: Any = pair.net
+    return Fit(
+        matrix=matrix,
+        code=table(*both).detached(),
+        field_AB=reading.field_AB.requires_grad_(False),
+        field_BA=reading.field_BA.requires_grad_(False),
+        losses=[],
+        warnings=doubts(numbers, contrast=numbers["opposed"] > 0.25),
+        evidence=numbers,
+    )
+
+
+#: Where the deformation of a fit may begin.
+STARTS = ("auto", "scratch", "learned")
+
+
+def can_begin(settings: Settings) -> bool:
+    """Whether a fit with these settings can begin with a predicted code."""
+    return settings.field == "LatentMLP"
+
+
+def beginning(settings: Settings) -> Settings:
+    """Settings like these that can: the small field, where large motions are known."""
+    grid = GRID
+    keep = {"steps": settings.steps, "patches": settings.patches, "size": settings.size}
+    most = max(settings.grids)
+    grids = tuple(sorted({min(n, most) for n in grid.grids}))
+    return replace(grid, **keep, grids=grids, channels=grid.channels[: len(grids)])
+
+
+def begin_with(
+    begin: str, images: ImagePair, matrix: Tensor, settings: Settings
+) -> LatentCode | None:
+    """The code that a fit begins with, None for nothing.
+
+    "auto" takes what the general network predicts where its weights are there, the
+    settings can begin with it, and the images agree more with it than with the affine
+    start alone by `BETTER`, at places and by a measure that no fit goes by.
+
+    Args:
+        begin: one of `STARTS`.
+        images: the pair.
+        matrix: the affine start, fixed unit box -> moving unit box.
+        settings: of the fit.
+
+    Raises:
+        ValueError: an unknown start, or settings that cannot begin with it.
+        MissingWeights: "learned", and the weights are missing.
+    """
+    if begin not in STARTS:
+        raise ValueError(f"start must be one of {STARTS}, got {begin!r}")
+    possible = has_weights(images.geometry_B.dimension) and can_begin(settings)
+    if begin == "scratch" or (begin == "auto" and not possible):
+        return None
+    code = predict_code(images, matrix)
+    code = coarser_code(code, max(settings.grids))
+    if begin == "learned":
+        return code
+    pair = predicted_pair(code, matrix)
+    with torch.no_grad():
+        there = _agreement(images, *pair(images.image_A, images.image_B))
+        alone = _agreement(images, MatrixTransform(matrix[None].float()))
+    return code if there > alone + BETTER else None
+
+
+def _agreement(images: ImagePair, phi_AB: Map, phi_BA: Map | None = None) -> float:
+    """Mean squared correlation of blocks, whatever the contrasts, in both directions.
+
+    Squares: where contrasts are inverted it counts, too.
+    """
+    if phi_BA is None:
+        inverse = torch.linalg.inv(phi_AB.matrix)  # type: ignore[attr-defined]
+        phi_BA = MatrixTransform(inverse)
+    smooth = images.blurred(2.0)
+    device, generator = images.image_B.device, torch.Generator().manual_seed(1)
+    found = []
+    for phi, moving, fixed, place, where in (
+        (phi_AB, *smooth, images.geometry_B, images.where_B),
+        (phi_BA, smooth[1], smooth[0], images.geometry_A, images.where_A),
+    ):
+        rows = draw_points(
+            BLOCKS, 1, place.dimension, mask=where.cpu(), generator=generator
+        )
+        stride = voxel_stride(STRIDE * images.unit, place)
+        patches = Patches(BLOCKS, BLOCK, stride)
+        x, moved = patch_maps(
+            phi, patches, rows.to(device), torch.Size(fixed.shape[2:])
+        )
+        x, moved = x.cpu(), moved.cpu()
+        tag = (inside(moved) & inside(x)).to(fixed)
+        values = sample_image(moving, moved), sample_image(fixed, x), tag
+        a, b, w = (as_blocks(v, (BLOCKS, *x.shape[3:])).flatten(2) for v in values)
+        found.append(float(correlations(a, b, w, FLOOR).square().mean()))
+    return sum(found) / 2
+
+
+@torch.no_grad()
+def predict_code(
+    images: ImagePair, matrix: Tensor, encoder: nn.Module | None = None
+) -> LatentCode:
+    """The code that the network finds for a pair behind an affine start.
+
+    Args:
+        images: the pair.
+        matrix: ``[d + 1, d + 1]``, fixed unit box -> moving unit box.
+        encoder: default: `general_encoder`.
+
+    Raises:
+        MissingWeights: no encoder is given, and the weights are missing.
+    """
+    d = images.geometry_B.dimension
+    net: Any = general_encoder(d) if encoder is None else encoder
+    net = net.to(images.image_B.device)
+    size = _working_size(images.geometry_B, 2 ** len(net.down))
+    lattice = identity_map(size, device=images.image_B.device)
+    start = MatrixTransform(matrix[None].to(images.image_B))
+    moving = _antialiased(images.image_A, images.geometry_A, images.geometry_B, size)
+    fixed = _antialiased(images.image_B, images.geometry_B, images.geometry_B, size)
+    fixed = sample_image(fixed, lattice)
+    code = LatentCode(fixed.new_zeros(1, 0), (fixed.new_zeros(1, 2 * d, *(4,) * d),))
+    # What is asked is where both maps of the last pass lead from.
+    fields = reading_fields(d)
+    for field in fields:
+        field.to(fixed).requires_grad_(False)
+    for number in range(PASSES):
+        there, back = _maps(fields, code)
+        at = start(there(lattice))
+        warped = sample_image(moving, at) * inside(at).to(fixed)
+        step = net(warped, fixed)
+        if not number:
+            code = step
+            continue
+        onward, homeward = _maps(fields, step)
+        nodes = identity_map(step.local_codes[0].shape[2:], device=fixed.device)
+        code = as_code(there(onward(nodes)) - nodes, homeward(back(nodes)) - nodes)
+    return code
+
+
+def _maps(fields: tuple[Any, Any], code: LatentCode) -> tuple[Map, Map]:
+    return NeuralTransform(fields[0], code), NeuralTransform(fields[1], code)
+
+
+def predicted_pair(code: LatentCode, matrix: Tensor) -> AffinePair:
+    """The maps of a predicted code behind an affine start, with a `LatentCodeTable`."""
+    (grid,) = code.local_codes
+    d = grid.dim() - 2
+    table = LatentCodeTable(
+        1, grids=[tuple(grid.shape[2:])], channels=(2 * d,), global_size=0
+    )
+    with torch.no_grad():
+        table.local_codes[0].copy_(grid)
+    pair = AffinePair(NePhi(table, *reading_fields(d)), matrix.to(grid.dtype))
+    return pair.to(grid.device)
+
+
+def _working_size(place: Geometry, step: int) -> tuple[int, ...]:
+    """The grid that the network looks at: cubic voxels, sides multiples of a step."""
+    most, longest = WORKING[place.dimension]
+    extent = place.extent
+    apart = (math.prod(extent) / most) ** (1 / len(extent))
+    apart = max(apart, max(extent) / longest)
+    return tuple(max(2, round(length / apart / step)) * step for length in extent)
+
+
+def _antialiased(
+    image: Tensor, own: Geometry, place: Geometry, size: tuple[int, ...]
+) -> Tensor:
+    """One channel of an image, blurred as a grid of that size over a box asks for."""
+    image = image.mean(1, keepdim=True)
+    apart = max(
+        length / (n - 1) for length, n in zip(place.extent, size, strict=True)
+    )
+    return gaussian_blur(image, [0.4 * apart / s for s in own.tensor_spacing])
