@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from icon_nephi.maps.networks import TwoStepPair as TwoStepPair
     from icon_nephi.models import make_network as make_network
     from icon_nephi.proofs.certificate import certify as certify
+    from icon_nephi.registration.predict import predict as predict
     from icon_nephi.registration.register import ensemble as ensemble
     from icon_nephi.registration.register import register as register
     from icon_nephi.registration.result import Registration as Registration
@@ -43,6 +44,7 @@ _ROOMS = {
     "maps.networks": "FirstTransform FunctionFromNeuralField NePhi TwoStepPair",
     "models": "make_network",
     "proofs.certificate": "certify",
+    "registration.predict": "predict",
     "registration.register": "ensemble register",
     "registration.result": "Registration load",
     "space.sampling": "Patches Points",

@@ -173,6 +173,12 @@ exit codes: 0 done, 1 some pairs of --pairs failed, 2 wrong input or out of memo
     mass_preserving: bool = _how(
         "CT: what is stretched gets thinner, intensities times the determinant", False
     )
+    start: str = _how(
+        "of the deformation: the general network's prediction, nothing, or what fits "
+        "better (default: auto)",
+        "auto",
+        choices=("auto", "scratch", "learned"),
+    )
     no_affine: bool = _how("trust the headers, no affine start", False)
     seed: int = _how(_SEED, 0)
     seeds: int = _how(

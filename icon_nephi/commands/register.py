@@ -111,10 +111,11 @@ def _check_model_flags(flags: RegisterFlags) -> None:
                 "the intensities it was trained with"
             )
     if flags.mass_preserving or (
-        (flags.preset, flags.similarity, flags.seeds) != ("default", None, 1)
+        (flags.preset, flags.similarity, flags.seeds, flags.start)
+        != ("default", None, 1, "auto")
     ):
         raise ValueError(
-            "--preset, --similarity, --seeds and --mass_preserving are for "
+            "--preset, --similarity, --seeds, --start and --mass_preserving are for "
             "registration from scratch; with --model give --io_iterations and --io_sim"
         )
 
@@ -321,6 +322,7 @@ def in_flags(message: str) -> str:
     for name, flag in (
         *(("device ", "--device: "), ("time_limit ", "--time_limit ")),
         ("mass_preserving ", "--mass_preserving "),
+        ("start=", "--start "),
         ("weights: ", "--network_weights: "),
     ):
         message = message.replace(name, flag)

@@ -235,8 +235,9 @@ def reading_fields(dimension: int) -> tuple[LatentMLP, LatentMLP]:
 
 def reads_codes(field: object) -> bool:
     """Whether `teach_to_read` can teach a field."""
-    known = isinstance(field, LatentMLP) and len(field.hidden) == 1
-    return known and field.last.in_features >= field.last.out_features
+    if not isinstance(field, LatentMLP) or len(field.hidden) != 1:
+        return False
+    return field.last.in_features >= field.last.out_features
 
 
 def teach_to_read(field: LatentMLP, side: int, first: int) -> None:

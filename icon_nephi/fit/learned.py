@@ -33,16 +33,24 @@ from icon_nephi.fit.optimize import FitOptions
 from icon_nephi.fit.settings import GRID, Fit, Settings
 from icon_nephi.fit.unfold import unfold
 from icon_nephi.losses.patches import as_blocks, patch_maps
+from icon_nephi.losses.regularity import relative_determinant
 from icon_nephi.losses.similarities import correlations, find_similarity
 from icon_nephi.maps.networks import AffinePair, NePhi
-from icon_nephi.maps.transforms import Map, MatrixTransform, NeuralTransform
-from icon_nephi.space.frames import Geometry, identity_map, inside
+from icon_nephi.maps.transforms import (
+    Map,
+    MatrixTransform,
+    NeuralTransform,
+    value_and_jacobian,
+)
+from icon_nephi.space.frames import Geometry, identity_map, inside, points_as_grid
 from icon_nephi.space.images import gaussian_blur, sample_image
 from icon_nephi.space.intensities import PreparedImage
 from icon_nephi.space.sampling import Patches, draw_points
 
 #: Where the weights lie that are shipped, one file for 2D and one for 3D.
 WEIGHTS = Path(__file__).parents[1] / "weights"
+# How often its grid can be halved.
+HALVINGS = {2: 5, 3: 4}
 # How often the network looks: again at what its own map left.
 PASSES = 2
 # What maps are chosen by: blocks, samples a side of them, and the stride of these in
@@ -52,6 +60,9 @@ BLOCKS, BLOCK, STRIDE, FLOOR = 600, 5, 3.0, 1e-3
 BETTER = 0.02
 # Adam's learning rate where folds are repaired.
 UNFOLD_RATE = 1e-3
+# What does not help is made smaller, until no determinant is below this share of the
+# usual one at so many places.
+LEAST, LOOKED_AT = 0.05, 50_000
 
 
 class MissingWeights(FileNotFoundError):
@@ -78,10 +89,23 @@ def general_encoder(dimension: int, path: Path | None = None) -> PyramidEncoder:
         )
     with safe_open(path, framework="pt") as file:
         about = file.metadata()
-        weights = {name: file.get_tensor(name).float() for name in file.keys()}
-    encoder = PyramidEncoder(dimension, **json.loads(about["network"]))
+        names = list(file.keys())
+        weights = {name: file.get_tensor(name).float() for name in names}
+    arguments = {**json.loads(about["network"]), "dimension": dimension}
+    encoder = PyramidEncoder(**arguments)
     encoder.load_state_dict(weights)
     return encoder.eval().requires_grad_(False)
+
+
+def save_encoder(encoder: PyramidEncoder, path: Path, **about: Any) -> None:
+    """Write an encoder's weights as `general_encoder` reads them, float16."""
+    from safetensors.torch import save_file
+
+    weights = {k: v.half().cpu().contiguous() for k, v in encoder.state_dict().items()}
+    network = json.dumps(encoder.arguments)
+    save_file(
+        weights, path, {"network": network} | {k: str(v) for k, v in about.items()}
+    )
 
 
 def has_weights(dimension: int) -> bool:
@@ -129,6 +153,8 @@ def predict_pair(
     table: Any = pair.net.net
     unfold(pair, table.parameters(), *both, rate=UNFOLD_RATE, generator=generator)
     with torch.no_grad():
+        while _least_determinant(pair, both, generator) < LEAST:
+            table.local_codes[0].mul_(0.7)
         if _agreement(images, *pair(*both)) < max(rigid):
             table.local_codes[0].zero_()
         where, smooth = images.where_B.cpu(), images.blurred(2.0)
@@ -146,6 +172,16 @@ def predict_pair(
     )
 
 
+def _least_determinant(
+    pair: AffinePair, both: tuple[Tensor, Tensor], generator: torch.Generator
+) -> float:
+    """Of both maps, at random points, as a share of the usual one."""
+    rows = draw_points(LOOKED_AT, 1, both[1].dim() - 2, generator=generator)
+    at = points_as_grid(rows.to(both[1]))
+    found = [value_and_jacobian(phi, at)[1] for phi in pair(*both)]
+    return min(float(relative_determinant(slopes).min()) for slopes in found)
+
+
 #: Where the deformation of a fit may begin.
 STARTS = ("auto", "scratch", "learned")
 
@@ -157,11 +193,17 @@ def can_begin(settings: Settings) -> bool:
 
 def beginning(settings: Settings) -> Settings:
     """Settings like these that can: the small field, where large motions are known."""
-    grid = GRID
-    keep = {"steps": settings.steps, "patches": settings.patches, "size": settings.size}
     most = max(settings.grids)
-    grids = tuple(sorted({min(n, most) for n in grid.grids}))
-    return replace(grid, **keep, grids=grids, channels=grid.channels[: len(grids)])
+    grids = tuple(sorted({min(n, most) for n in GRID.grids}))
+    return replace(
+        GRID,
+        steps=settings.steps,
+        patches=settings.patches,
+        size=settings.size,
+        kept=settings.kept,
+        grids=grids,
+        channels=GRID.channels[: len(grids)],
+    )
 
 
 def begin_with(
@@ -247,22 +289,15 @@ def predict_code(
     d = images.geometry_B.dimension
     net: Any = general_encoder(d) if encoder is None else encoder
     net = net.to(images.image_B.device)
-    size = _working_size(images.geometry_B, 2 ** len(net.down))
-    lattice = identity_map(size, device=images.image_B.device)
-    start = MatrixTransform(matrix[None].to(images.image_B))
-    moving = _antialiased(images.image_A, images.geometry_A, images.geometry_B, size)
-    fixed = _antialiased(images.image_B, images.geometry_B, images.geometry_B, size)
-    fixed = sample_image(fixed, lattice)
+    look = Looker(images, matrix, working_size(images.geometry_B))
+    fixed = look.fixed
     code = LatentCode(fixed.new_zeros(1, 0), (fixed.new_zeros(1, 2 * d, *(4,) * d),))
-    # What is asked is where both maps of the last pass lead from.
     fields = reading_fields(d)
     for field in fields:
         field.to(fixed).requires_grad_(False)
     for number in range(PASSES):
         there, back = _maps(fields, code)
-        at = start(there(lattice))
-        warped = sample_image(moving, at) * inside(at).to(fixed)
-        step = net(warped, fixed)
+        step = net(look.moving(there), fixed)
         if not number:
             code = step
             continue
@@ -286,11 +321,43 @@ def predicted_pair(code: LatentCode, matrix: Tensor) -> AffinePair:
     with torch.no_grad():
         table.local_codes[0].copy_(grid)
     pair = AffinePair(NePhi(table, *reading_fields(d)), matrix.to(grid.dtype))
-    return pair.to(grid.device)
+    pair.to(grid.device)
+    return pair
 
 
-def _working_size(place: Geometry, step: int) -> tuple[int, ...]:
-    """The grid that the network looks at: cubic voxels, sides multiples of a step."""
+class Looker:
+    """Both images as the network sees them: one channel on a grid of the fixed box.
+
+    Args:
+        images: the pair.
+        matrix: ``[d + 1, d + 1]``, fixed unit box -> moving unit box.
+        size: of the grid.
+    """
+
+    def __init__(
+        self, images: ImagePair, matrix: Tensor, size: tuple[int, ...]
+    ) -> None:
+        place = images.geometry_B
+        self.lattice = identity_map(size, device=images.image_B.device)
+        self.start = MatrixTransform(matrix[None].to(images.image_B))
+        self.image = _antialiased(images.image_A, images.geometry_A, place, size)
+        fixed = _antialiased(images.image_B, place, place, size)
+        #: ``[1, 1, *size]``.
+        self.fixed = sample_image(fixed, self.lattice)
+
+    def moving(self, phi: Map | None = None) -> Tensor:
+        """``[1, 1, *size]`` of the moving image behind the start and a map before it.
+
+        Nothing where that leads outside.
+        """
+        at = self.lattice if phi is None else phi(self.lattice)
+        at = self.start(at)
+        return sample_image(self.image, at) * inside(at).to(self.image)
+
+
+def working_size(place: Geometry) -> tuple[int, ...]:
+    """The grid that the network looks at: cubic voxels, sides it can halve."""
+    step = 2 ** HALVINGS[place.dimension]
     most, longest = WORKING[place.dimension]
     extent = place.extent
     apart = (math.prod(extent) / most) ** (1 / len(extent))
@@ -303,7 +370,5 @@ def _antialiased(
 ) -> Tensor:
     """One channel of an image, blurred as a grid of that size over a box asks for."""
     image = image.mean(1, keepdim=True)
-    apart = max(
-        length / (n - 1) for length, n in zip(place.extent, size, strict=True)
-    )
+    apart = max(length / (n - 1) for length, n in zip(place.extent, size, strict=True))
     return gaussian_blur(image, [0.4 * apart / s for s in own.tensor_spacing])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -219,15 +219,15 @@ def make_pair(
         **dict(settings.arguments),
         "generator": generator,
     }
-    pair = [make_field(settings.field, arguments) for _ in "AB"]
+    field_AB, field_BA = (make_field(settings.field, arguments) for _ in "AB")
     if begin is not None:
         with torch.no_grad():
             table.local_codes[-1].copy_(known)
-        for side, one in enumerate(pair):
+        for side, one in enumerate((field_AB, field_BA)):
             if not reads_codes(one):
                 raise ValueError(
                     f"field {settings.field!r} cannot start from what the general "
                     "network predicts; pass field='grid', or start='scratch'"
                 )
             teach_to_read(cast(LatentMLP, one), side, sum(settings.channels))
-    return NePhi(table, *pair)
+    return NePhi(table, field_AB, field_BA)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from icon_nephi.fit.learned import predict_pair
+from icon_nephi.fit.learned import general_encoder, predict_pair
 from icon_nephi.fit.optimize import FitOptions
 from icon_nephi.io.pair_input import read_pair
 from icon_nephi.registration.result import Registration
@@ -22,6 +24,7 @@ def predict(
     affine: bool = True,
     seed: int = 0,
     device: torch.device | str | None = None,
+    weights: str | os.PathLike[str] | None = None,
 ) -> Registration:
     """Return the `Registration` that the general network predicts, not optimised.
 
@@ -38,6 +41,7 @@ def predict(
         affine: look for an affine start; without, the headers' is taken.
         seed: of the search for it.
         device: default: the tensors' own; for ITK images a GPU if there is one.
+        weights: another network's, as `training.finetune` writes them.
 
     Raises:
         TypeError: an argument of another kind than this.
@@ -49,7 +53,9 @@ def predict(
     images = (image_A, image_B, mask_A, mask_B)
     A, B = read_pair(*images, modalities, device)
     with torch.enable_grad():
-        fit = predict_pair(A, B, affine=affine, options=options)
+        path = None if weights is None else Path(weights)
+        encoder = general_encoder(A.place.dimension, path)
+        fit = predict_pair(A, B, affine=affine, encoder=encoder, options=options)
     choices = {"start": "learned", "steps": 0, "affine": affine, "modality": modality}
     choices |= {"seed": seed, "seconds": options.seconds}
     places = A.whole, B.whole

@@ -27,6 +27,7 @@ def register(
     field: str | Settings = "auto",
     affine: bool = True,
     mass_preserving: bool = False,
+    start: str = "auto",
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -57,6 +58,9 @@ def register(
         affine: start from an affine map. Without, from where the headers (tensors:
             the unit boxes) put the images.
         mass_preserving: lung CT: what is stretched gets thinner, see `fit_pair`.
+        start: of the deformation, behind the affine start: ``"scratch"``, nothing;
+            ``"learned"``, what the general network predicts (see `predict`);
+            ``"auto"``: learned where the images agree more with it.
         seed: of every random number.
         device: default: the tensors' own; for ITK images a GPU if there is one.
         progress: show a bar.
@@ -77,7 +81,8 @@ def register(
     choices: dict[str, Any] = {"similarity": similarity, "field": field}
     choices |= {"affine": affine, "mass_preserving": mass_preserving}
     with torch.enable_grad():
-        fit = fit_pair(A, B, **choices, options=options)
+        fit = fit_pair(A, B, **choices, begin=start, options=options)
+    choices["start"] = start
     choices |= {"modality": modality, "seed": seed, "time_limit": time_limit}
     choices |= {"memory_limit": memory_limit, "keep_on_interrupt": keep_on_interrupt}
     choices |= {"peak_memory": peak_memory(), "seconds": options.seconds}
