@@ -80,7 +80,7 @@ setup(
         "pooch",
     ],
     extras_require={
-        "peers": ["antspyx", "itk-elastix", "convexAdam"],
+        "peers": ["antspyx", "itk-elastix", "convexAdam", "picsl-greedy"],
         "meshes": ["nibabel"],
         "zarr": ["zarr>=3"],
         "dev": [

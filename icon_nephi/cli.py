@@ -82,12 +82,12 @@ def register(argv: Sequence[str] | None = None) -> None:
 
 @_one_sentence
 def warp(argv: Sequence[str] | None = None) -> None:
-    """Write an image, a label map, points or a mesh, moved by a registration."""
+    """Write images, label maps, points and meshes, moved by registrations."""
     flags = WarpFlags.typed(argv)
 
-    from icon_nephi.commands.warp import warp_file
+    from icon_nephi.commands.warp import warp_files
 
-    _say("nephi-warp", *warp_file(flags), quiet=flags.quiet)
+    _say("nephi-warp", *warp_files(flags), quiet=flags.quiet)
 
 
 @_one_sentence

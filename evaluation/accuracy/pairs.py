@@ -193,6 +193,35 @@ def _brain_slices(folder: Path, name: str) -> Case:
     return Case(name, modality="mri", label_ids=ids, **parts)
 
 
+def _people_3d(folder: Path, name: str) -> Case:
+    """Return two whole brains where their headers put them."""
+    parts: dict[str, Any] = {}
+    for side, person in _people(name).items():
+        parts[side] = read_image(folder / f"{person}_SS.nii.gz")
+        parts[f"{side}_labels"] = read_labels(folder / f"{person}_glm.nii.gz")
+    ids = shared_labels(parts["fixed_labels"], parts["moving_labels"], above=50)
+    return Case(name, modality="mri", label_ids=ids, **parts)
+
+
+def _echo(folder: Path, name: str) -> Case:
+    """Return two frames of one series, counted from 1; frame 5's labels are drawn."""
+    parts: dict[str, Any] = {}
+    like = read_image(folder / "seg05.nii.gz")
+    try:
+        frames, labels = (
+            itk.array_from_image(itk.imread(str(folder / f"{stem}.nii.gz")))
+            for stem in ("img4d", "seg4d_resliced")
+        )
+    except RuntimeError as error:
+        raise ValueError(f"{folder} cannot be read: {error}") from error
+    for side, number in _people(name).items():
+        at = int(number) - 1
+        parts[side] = image_from(frames[at].astype(np.float32), like)
+        parts[f"{side}_labels"] = image_from(labels[at].astype(np.int16), like)
+    ids = shared_labels(parts["fixed_labels"], parts["moving_labels"])
+    return Case(name, label_ids=ids, **parts)
+
+
 def _histology(folder: Path, name: str) -> Case:
     """Return two stains as grey images of 1 mm pixels at origin 0."""
     parts: dict[str, Any] = {}
@@ -220,4 +249,9 @@ KNOWN: dict[str, Callable[[Path, str], Case]] = {
         for people in ("1-2", "3-4", "5-6", "7-8", "9-10")
     },
     "histology2d_lesions": _histology,
+    **{
+        f"brain3d_people/{people}": _people_3d
+        for people in ("1000-1001", "1002-1003", "1004-1005")
+    },
+    **{f"series_echo/{frame}-5": _echo for frame in (1, 2, 3, 4, 6, 7)},
 }

@@ -1,6 +1,7 @@
 """Other registration methods behind the same seam: a Case in, a result to score out.
 
 They come with ``pip install 'icon_nephi[peers]'`` and are imported only when run. Each
+but greedy, which starts from the image centres by itself and takes images as they are,
 gets both images scaled to [0, 1] on the fixed grid; where the grids differ the moving
 image is first shifted by the distance of the mask centroids (without masks: of the
 image centres). docs/evaluation.md lists the settings.
@@ -34,8 +35,11 @@ PEERS = {
     "elastix": "itk-elastix",
     "elastix_no_affine": "itk-elastix",
     "convexadam": "convexAdam",
+    "greedy": "picsl-greedy",
+    "greedy_headers": "picsl-greedy",
 }
-DEFAULT = ("ants_syn", "ants_syn_cc", "elastix", "convexadam")  # unless named
+# Unless named.
+DEFAULT = ("ants_syn", "ants_syn_cc", "elastix", "convexadam", "greedy")
 CT_WINDOW = (-1000.0, 500.0)  # HU that become 0 and 1
 PERCENTILES = (0.1, 99.9)  # of any other image
 
@@ -104,6 +108,18 @@ def voxel_centres(image: Any) -> np.ndarray:
     return to_physical(image, np.moveaxis(grid, 0, -1))
 
 
+def read_vectors(image: Any, vectors: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Return vectors ``[*grid, d]`` on an image's grid at points, linear in between."""
+    from scipy.ndimage import map_coordinates
+
+    index = to_index(image, points)[:, ::-1].T
+    read = [
+        map_coordinates(vectors[..., axis], index, order=1, mode="nearest")
+        for axis in range(points.shape[1])
+    ]
+    return np.stack(read, axis=1)
+
+
 @dataclass
 class DenseMap:
     """A transform known at the voxel centres of the fixed image.
@@ -129,16 +145,7 @@ class DenseMap:
     def transform_points(self, points: np.ndarray, direction: str) -> np.ndarray:
         """Return moved points; between voxel centres by linear interpolation."""
         if direction == "fixed_to_moving":
-            from scipy.ndimage import map_coordinates
-
-            index = to_index(self.fixed, points)[:, ::-1].T
-            moved = [
-                map_coordinates(
-                    self.displacement[..., axis], index, order=1, mode="nearest"
-                )
-                for axis in range(points.shape[1])
-            ]
-            return points + np.stack(moved, axis=1)
+            return points + read_vectors(self.fixed, self.displacement, points)
         if self.inverse is None:
             raise NotImplementedError
         return self.inverse(points)
@@ -325,3 +332,48 @@ def convexadam(pair: Case, threads: int = 1, asked: bool = True) -> DenseMap:
         lambda: voxels[..., ::-1] @ matrix.T + shift,
         voxels.astype(np.float32).nbytes,
     )
+
+
+# --- greedy -------------------------------------------------------------------------
+
+
+def greedy(
+    pair: Case, threads: int = 1, asked: bool = True, start: str = "-ia-image-centers"
+) -> DenseMap:
+    """Return affine with correlation of radius 4, then greedy's own of radius 2."""
+    import itk
+    import picsl_greedy
+
+    d = pair.fixed.GetImageDimension()
+    run = {2: picsl_greedy.Greedy2D, 3: picsl_greedy.Greedy3D}[d]().execute
+    with tempfile.TemporaryDirectory() as folder:
+        at = Path(folder)
+        for side in ("fixed", "moving"):
+            itk.imwrite(getattr(pair, side), str(at / f"{side}.mha"))
+        same = f"-d {d} -threads {threads} -i {at}/fixed.mha {at}/moving.mha"
+        wide, fine = ("x".join([radius] * d) for radius in "42")
+        run(f"{same} -a -dof 12 {start} -m NCC {wide} -n 100x50x10 -o {at}/affine.mat")
+        run(
+            f"{same} -it {at}/affine.mat -m WNCC {fine} -n 100x50x20 "
+            f"-s 1.732vox 0.7071vox -o {at}/warp.mha -oinv {at}/back.mha"
+        )
+        signs = np.diag([-1.0, -1.0, *(1.0,) * (d - 1)])  # greedy's matrix is RAS
+        matrix = signs @ np.loadtxt(at / "affine.mat") @ signs
+        warp, back = (itk.imread(str(at / f"{name}.mha")) for name in ("warp", "back"))
+        size = sum((at / n).stat().st_size for n in ("affine.mat", "warp.mha"))
+
+    def vectors() -> np.ndarray:
+        start = voxel_centres(pair.fixed)
+        moved = start + array_of(warp)
+        return moved @ matrix[:d, :d].T + matrix[:d, d] - start
+
+    def inverse(points: np.ndarray) -> np.ndarray:
+        between = np.linalg.solve(matrix[:d, :d], (points - matrix[:d, d]).T).T
+        return between + read_vectors(back, array_of(back), between)
+
+    return DenseMap(pair.fixed, vectors, size, inverse)
+
+
+def greedy_headers(pair: Case, threads: int = 1, asked: bool = True) -> DenseMap:
+    """Return the same from where the headers put the images."""
+    return greedy(pair, threads, asked, start="-ia-identity")

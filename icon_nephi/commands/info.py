@@ -9,8 +9,8 @@ from typing import Any
 from safetensors import safe_open
 
 from icon_nephi.commands.flags import is_own
-from icon_nephi.io.itk_transforms import read_transform
 from icon_nephi.io.nephi import load_fit
+from icon_nephi.io.other_transforms import read_any_transform
 from icon_nephi.space.frames import Geometry
 
 
@@ -63,7 +63,7 @@ def _place(geometry: Geometry) -> dict[str, Any]:
 
 
 def _transform(path: Path) -> dict[str, Any]:
-    transform = read_transform("FILE", path)
+    transform = read_any_transform("FILE", path)
     parts = [transform]
     if hasattr(transform, "GetNumberOfTransforms"):
         count = transform.GetNumberOfTransforms()

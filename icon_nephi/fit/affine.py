@@ -6,25 +6,33 @@ fixed-image millimetres -> moving-image millimetres.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from icon_nephi.core import arrays
 from icon_nephi.fit.adam import Adam
 from icon_nephi.fit.content import ImagePair
 from icon_nephi.fit.optimize import FitOptions
+from icon_nephi.fit.search import POINTS, Rating, identity, search, turned
 from icon_nephi.losses import compiled
 from icon_nephi.losses.gradient_icon import compare
 from icon_nephi.losses.patches import patch_maps
 from icon_nephi.losses.similarities import Comparison, MutualInformation, PatchNCC
 from icon_nephi.maps.transforms import MatrixTransform
-from icon_nephi.space.frames import Geometry, apply_affine, inside, points_as_grid
-from icon_nephi.space.images import sample_image
+from icon_nephi.space.frames import Geometry, apply_affine
+from icon_nephi.space.images import gaussian_blur
 from icon_nephi.space.sampling import Patches, draw_points
+
+# An agreement above which no other turn is looked for; how much better one has to be.
+# By so much of what is missing to 1, or of what there is (measures other than
+# correlation stay far from 1).
+SURE, CLOSER, MORE, BETTER = 0.9, 0.67, 1.3, 0.03
+# Voxels a side of the images by which all turns are tried.
+FEW = {2: 64, 3: 32}
 
 
 def centre_of_mass(image: Tensor, geometry: Geometry) -> Tensor:
@@ -44,119 +52,6 @@ def in_unit_boxes(matrix: Tensor, fixed: Geometry, moving: Geometry) -> Tensor:
     return moving.physical_to_unit() @ matrix @ fixed.unit_to_physical()
 
 
-def search(
-    image_A: Tensor,
-    image_B: Tensor,
-    geometry_A: Geometry,
-    geometry_B: Geometry,
-    starts: Sequence[Tensor],
-    *,
-    angles: Sequence[float],
-    mask_B: Tensor | None = None,
-    count: int = 3000,
-    score: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
-    generator: torch.Generator | None = None,
-    options: FitOptions | None = None,
-) -> Tensor:
-    """The best of many rigid maps of smooth images, by correlation at random points.
-
-    Tries rotations by the angles (degrees, about every axis) about every start's centre
-    with translations on a lattice, refined twice around the best; samples outside the
-    moving image count against a map by the share that is missing. Once the time of the
-    options is over it is the best of the starts and of what was tried.
-
-    In place of correlation a ``score`` may be taken of moved values ``[C, K, N]`` under
-    K maps, fixed values ``[C, 1, N]`` and in-bounds tags ``[K, N]``: ``[C, K]``.
-    """
-    d = geometry_B.dimension
-    rows = draw_points(
-        count, 1, d, mask=mask_B, generator=generator, dtype=image_B.dtype
-    )
-    target = sample_image(image_B, points_as_grid(rows))[0].flatten(1)
-    points = apply_affine(geometry_B.unit_to_physical(), rows[0].double())
-    to_unit = geometry_A.physical_to_unit()
-    centre = points.mean(0)
-    agreement = score or _weighted_ncc
-    on_core = score is None and arrays.suit(image_A, image_B)
-
-    def rate(matrices: Tensor) -> Tensor:
-        if on_core:
-            to_centre = identity(d)
-            to_centre[:d, d] = centre
-            maps = (to_unit @ matrices @ to_centre)[:, :d]
-            return arrays.rate(maps, points - centre, target, image_A)
-        linear = matrices[:, :d, :d]
-        moved = points @ linear.mT + matrices[:, None, :d, d]
-        x = apply_affine(to_unit, moved).to(rows.dtype)
-        at = points_as_grid(x.reshape(1, -1, d))
-        values = sample_image(image_A, at)[0].unflatten(1, (len(matrices), -1))
-        values = values.flatten(2)
-        weight = inside(at)[0, 0].reshape(len(matrices), -1).to(values.dtype)
-        agreed = agreement(values, target[:, None], weight).mean(0)
-        return agreed * weight.mean(1).sqrt()
-
-    extent, around = max(geometry_B.extent), [*starts]
-    for reach, steps, turns in (
-        (0.25, 3, angles),
-        (0.06, 2, (-6.0, 0.0, 6.0)),
-        (0.02, 2, (-2.0, 0.0, 2.0)),
-    ):
-        candidates = []
-        for start in around:
-            for rotation in _rotations(d, turns, centre):
-                candidates += _shifted(start @ rotation, reach * extent, steps)
-        tried = torch.stack(candidates).split(50)
-        scores: list[Tensor] = []
-        for matrices in tried:
-            if (
-                options is not None and options.late
-            ):  # the starts are rated all the same
-                tried = (*tried[: len(scores)], torch.stack(around))
-                scores.append(rate(tried[-1]))
-                break
-            scores.append(rate(matrices))
-        around = [torch.cat(tried)[torch.cat(scores).argmax()]]
-    return around[0]
-
-
-def _weighted_ncc(values: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """``[C, K]``: correlation over the weighted points."""
-    total = weight.sum(1).clamp(min=1)
-    mean_a = (values * weight).sum(2) / total
-    mean_b = (target * weight).sum(2) / total
-    a = (values - mean_a[..., None]) * weight
-    b = (target - mean_b[..., None]) * weight
-    return (a * b).sum(2) / (a.square().sum(2) * b.square().sum(2) + 1e-12).sqrt()
-
-
-def _rotations(d: int, angles: Sequence[float], centre: Tensor) -> list[Tensor]:
-    """Rotations about a centre: one angle in 2D, about one of three axes in 3D."""
-    planes = [(0, 1)] if d == 2 else [(0, 1), (0, 2), (1, 2)]
-    result = [identity(d)]
-    for (i, j), degrees in itertools.product(planes, angles):
-        if degrees == 0:
-            continue
-        c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-        matrix = identity(d)
-        matrix[i, i] = matrix[j, j] = c
-        matrix[i, j], matrix[j, i] = -s, s
-        matrix[:d, d] = centre - matrix[:d, :d] @ centre
-        result.append(matrix)
-    return result
-
-
-def _shifted(matrix: Tensor, reach: float, steps: int) -> list[Tensor]:
-    """The matrix moved by every vector of a lattice of +- reach millimetres."""
-    d = matrix.shape[0] - 1
-    result = []
-    shifts = torch.linspace(-reach, reach, 2 * steps + 1).tolist()
-    for shift in itertools.product(shifts, repeat=d):
-        moved = matrix.clone()
-        moved[:d, d] += torch.tensor(shift, dtype=matrix.dtype)
-        result.append(moved)
-    return result
-
-
 def refine(
     image_A: Tensor,
     image_B: Tensor,
@@ -169,17 +64,21 @@ def refine(
     similarity: Callable[[Tensor, Tensor], Tensor] | None = None,
     mask_A: Tensor | None = None,
     mask_B: Tensor | None = None,
+    counts: tuple[Tensor | None, Tensor | None] = (None, None),
     count: int = 200,
     size: int = 3,
     learning_rate: float = 0.01,
+    rigid: bool = False,
     generator: torch.Generator | None = None,
     options: FitOptions | None = None,
 ) -> Tensor:
     """The affine matrix that aligns blocks best, both directions, from a start.
 
     Adam takes so many steps at each stride (millimetres between the samples of a block,
-    coarse to fine); one of 0.01 shears by 0.01 and shifts by 0.01 half extents. Once
-    the time of the options is over it is what was reached.
+    coarse to fine); one of 0.01 shears by 0.01 and shifts by 0.01 half extents. A
+    ``rigid`` one only turns and shifts what the start does. Once the time of the
+    options is over it is what was reached. Of the ``counts`` of both images see
+    `GradientICONPoints`.
     """
     d = geometry_B.dimension
     similarity = similarity or PatchNCC()
@@ -191,21 +90,28 @@ def refine(
     total = steps * len(strides)
 
     def current() -> Tensor:
-        scaled = torch.cat([change[:, :d], change[:, d:] * half], 1)
-        delta = torch.cat([scaled, scaled.new_zeros(1, d + 1)]) + identity(d)
+        linear, shift = change[:, :d], change[:, d:] * half
+        if rigid:
+            linear = torch.matrix_exp((linear - linear.mT) / 2)
+        else:
+            linear = linear + identity(d)[:d, :d]
+        delta = torch.cat([torch.cat([linear, shift], 1), identity(d)[d:]])
         moved: Tensor = start @ centre @ delta @ torch.linalg.inv(centre)
         return moved
 
-    on_core = compiled.agreement_of(similarity, image_A, image_B)
+    on_core = compiled.agreement_of(similarity, image_A, image_B, counts)
+    counts_A, counts_B = counts
     for stride in strides:
         for _ in range(steps):
             if options is not None and options.late:
                 return current().detach()
             matrix = in_unit_boxes(current(), geometry_B, geometry_A).to(image_B.dtype)
             loss = torch.zeros((), dtype=image_B.dtype)
-            for fixed, moving, geometry, mask, m in (
-                (image_B, image_A, geometry_B, mask_B, matrix),
-                (image_A, image_B, geometry_A, mask_A, torch.linalg.inv(matrix)),
+            back = torch.linalg.inv(matrix)
+            forth_counts, back_counts = (counts_A, counts_B), (counts_B, counts_A)
+            for fixed, moving, geometry, mask, m, known in (
+                (image_B, image_A, geometry_B, mask_B, matrix, forth_counts),
+                (image_A, image_B, geometry_A, mask_A, back, back_counts),
             ):
                 patches = Patches(count, size, voxel_stride(stride, geometry))
                 rows = draw_points(
@@ -218,7 +124,8 @@ def refine(
                     MatrixTransform(m[None]), patches, rows, fixed.shape[2:]
                 )
                 blocks = (count, *x.shape[3:])
-                loss = loss + compare(similarity, moved, x, moving, fixed, blocks)
+                images = moving, fixed, blocks, None, known
+                loss = loss + compare(similarity, moved, x, *images)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -239,11 +146,6 @@ def coincide(geometry_A: Geometry, geometry_B: Geometry) -> bool:
     inner = apply_affine(in_unit_boxes(identity(d), geometry_B, geometry_A), corners)
     share = ((inner >= 0) & (inner <= 1)).all(1).double().mean()
     return bool(share > 0.95)
-
-
-def identity(d: int) -> Tensor:
-    """The affine map that moves nothing, homogeneous."""
-    return torch.eye(d + 1, dtype=torch.float64)
 
 
 def _between(
@@ -273,34 +175,152 @@ def find_affine(
     choice: Comparison,
     generator: torch.Generator,
     options: FitOptions | None = None,
+    said: list[str] | None = None,
+    *,
+    rigid: bool = False,
 ) -> Tensor:
-    """The affine map in the physical frame, by search and then by refinement."""
+    """The affine map in the physical frame, by search and then by refinement.
+
+    A ``rigid`` one turns and shifts, and keeps every length. Where the images are each
+    other's mirror, ``said`` gets a sentence.
+    """
     d = images.geometry_B.dimension
     starts = [
         identity(d),
         _between(images.geometry_A, images.geometry_B, None, None),
         _between(images.geometry_A, images.geometry_B, images.where_A, images.where_B),
     ]
+    smooth = images.blurred(2.7)
+    score = MutualInformation(16).counted if choice.contrast else None
+    mask = images.where_B.cpu() if images.masked else None
     best = search(
-        *images.blurred(2.7),
+        *smooth,
         *images.geometries,
         starts,
         angles=range(-180, 180, 15) if d == 2 else (),
-        mask_B=images.where_B.cpu() if images.masked else None,
+        mask_B=mask,
         count=2000,
-        score=MutualInformation(16).counted if choice.contrast else None,
+        score=score,
         generator=generator,
         options=options,
     )
+    best, sentences = _any_turn(images, smooth, best, score, generator, options)
+    if said is not None:
+        said += sentences
+    return improved(images, best, choice, generator, options, rigid=rigid)
+
+
+def improved(
+    images: ImagePair,
+    start: Tensor,
+    choice: Comparison,
+    generator: torch.Generator,
+    options: FitOptions | None = None,
+    *,
+    rigid: bool = False,
+) -> Tensor:
+    """The start, refined; where it is to be ``rigid``, the rigid map nearest to it."""
+    if rigid:
+        start = nearest_rigid(start, images.geometry_B)
     return refine(
-        *images.blurred(2.0),
+        *images.smooth,
         *images.geometries,
-        best,
+        start,
+        rigid=rigid,
         strides=(12 * images.unit, 6 * images.unit),
         steps=50,
         similarity=choice.alone,
         mask_A=images.where_A.cpu(),
         mask_B=images.where_B.cpu(),
+        counts=images.counts_on("cpu"),
         generator=generator,
         options=options,
     )
+
+
+def nearest_rigid(matrix: Tensor, geometry_B: Geometry) -> Tensor:
+    """The turn nearest to a matrix's, and the middle of image_B where it takes it."""
+    d = geometry_B.dimension
+    left, _, right = torch.linalg.svd(matrix[:d, :d])
+    middle, result = _middle(geometry_B), identity(d)
+    result[:d, :d] = left @ right
+    result[:d, d] = matrix[:d, :d] @ middle + matrix[:d, d] - result[:d, :d] @ middle
+    return result
+
+
+def _any_turn(
+    images: ImagePair,
+    smooth: tuple[Tensor, Tensor],
+    near: Tensor,
+    score: Callable[[Tensor, Tensor, Tensor], Tensor] | None,
+    generator: torch.Generator,
+    options: FitOptions | None,
+) -> tuple[Tensor, list[str]]:
+    """The map from which a search went, or one that is clearly better and far from it.
+
+    And sentences, see `find_affine`.
+    """
+    options = options or FitOptions(progress=False)
+    known: dict[str, Any] = {"mask_B": images.where_B.cpu(), "score": score}
+    drawn = known | {"generator": generator}
+    fine = Rating.of(*smooth, *images.geometries, count=2000, **drawn)
+    found = float(fine.rate(near[None]))
+    if found > SURE or options.late:
+        return near, []
+    few_A, few_B = map(_few, smooth)
+    coarse = Rating.of(few_A, few_B, *images.geometries, count=POINTS, **drawn)
+    geometries = images.geometry_A, images.geometry_B
+    wheres = images.where_A.cpu(), images.where_B.cpu()
+    bodies = [
+        centre_of_mass(where.float(), place)
+        for where, place in zip(wheres, geometries, strict=True)
+    ]
+    boxes = [_middle(place) for place in geometries]
+    pairs = [(fixed, moving) for moving, fixed in (bodies, boxes)]
+    extent = max(images.geometry_B.extent)
+
+    def best_turn(mirror: bool) -> tuple[float, Tensor]:
+        matrix = turned(coarse, pairs, extent, mirror)
+        matrix = search(
+            *smooth,
+            *images.geometries,
+            [matrix],
+            angles=(),
+            far=False,
+            count=2000,
+            generator=torch.Generator().manual_seed(0),
+            **known,
+        )
+        return float(fine.rate(matrix[None])), matrix
+
+    there, turn = best_turn(False)
+    if _is_clear(there, found):
+        near, found = turn, there
+    if found > SURE or options.late:
+        return near, []
+    there, mirrored = best_turn(True)
+    if not _is_clear(there, found):
+        return near, []
+    if options.allow_mirror:
+        return mirrored, ["image_A is mirrored: the map turns it over"]
+    return near, [
+        "image_A fits image_B much better as its mirror image "
+        f"({there:.2f} against {found:.2f}): check which side is left, or allow it "
+        "with --allow_mirror (allow_mirror=True)"
+    ]
+
+
+def _is_clear(there: float, found: float) -> bool:
+    """Whether an agreement is clearly better than another."""
+    closer = 1 - there < CLOSER * (1 - found) or there > MORE * found
+    return closer and there > found + BETTER
+
+
+def _few(image: Tensor) -> Tensor:
+    """The image over the same box with few voxels, smoother by one of them."""
+    d = image.dim() - 2
+    most = FEW[d]
+    size = [min(n, most) for n in image.shape[2:]]
+    mode = "bilinear" if d == 2 else "trilinear"
+    image = F.interpolate(image, size, mode=mode, align_corners=True)
+    return gaussian_blur(image, [1.0] * d)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -9,13 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from icon_nephi.losses.features import with_features
+from icon_nephi.losses.features import turned, with_features
 from icon_nephi.space.frames import identity_map, other_order
 from icon_nephi.space.images import gaussian_blur, sample_image
 from icon_nephi.space.intensities import PreparedImage
 
-# Local spread of intensities below which there is nothing to match.
-CONTENT = 0.05
+# Local spread of intensities below which there is nothing to match; around how many
+# units it is looked at, so that neither sharp nor smooth images are left out, and how
+# far around what was found is looked at, too: an edge shows on both of its sides.
+CONTENT, AROUND, BESIDE = 0.05, (2.0, 6.0), 8.0
 # Images with more voxels are made coarser where they get features: that takes memory.
 FEATURED = 4_000_000
 
@@ -45,7 +48,9 @@ class ImagePair:
         self.geometry_A, self.geometry_B = self.geometries
         #: Millimetres: 1/160 of the fixed image's longest side.
         self.unit = max(self.geometry_B.extent) / 160
-        self.masked = image_B.mask is not None
+        self.masked = image_B.mask is not None or image_B.counts is not None
+        #: Which voxels are compared; None: all.
+        self.counts = image_A.counts, image_B.counts
         self.densities = self.image_A.shape[1] if mass_preserving else 0
         boxes = [place.unit_to_physical().det() for place in self.geometries]
         self.volumes = float(boxes[0] / boxes[1])
@@ -60,20 +65,43 @@ class ImagePair:
 
     def _where(self, side: str, prepared: PreparedImage) -> Tensor:
         """The mask, or the voxels with something to match around them, or a label."""
+        counts = prepared.counts
         if prepared.mask is not None:
-            return prepared.mask > 0
-        image = prepared.values
-        sigma = [2 * self.unit / s for s in prepared.place.tensor_spacing]
-        spread = gaussian_blur((image - gaussian_blur(image, sigma)).square(), sigma)
-        content = (spread.sqrt() > CONTENT).any(dim=1, keepdim=True)
+            inside = prepared.mask > 0
+            return inside if counts is None else inside & counts
+        content = _content(prepared, self.unit)
         if self.segmentations:
             content = content | (self.segmentations[f"segmentation_{side}"] > 0)
+        if counts is not None:
+            content = content & counts
+            if not bool(content.any()):
+                return counts
         return content if bool(content.any()) else torch.ones_like(content)
 
     @cached_property
-    def featured(self) -> tuple[Tensor, Tensor]:
-        """Both images with their features, see `with_features`."""
+    def _featured(self) -> tuple[Tensor, Tensor]:
         return with_features(self.image_A), with_features(self.image_B)
+
+    def featured(self, start: Tensor) -> tuple[Tensor, Tensor]:
+        """Both images with their features, see `with_features`.
+
+        The start ``[d + 1, d + 1]`` is the map from image_B's unit box to image_A's
+        that they are compared around: by it features of image_A are `turned`.
+        """
+        d = self.geometry_B.dimension
+        lengths = [torch.tensor(place.extent) for place in self.geometries]
+        matrix = start[:d, :d].cpu() * lengths[0][:, None] / lengths[1]
+        return turned(self._featured[0], matrix), self._featured[1]
+
+    @cached_property
+    def smooth(self) -> tuple[Tensor, Tensor]:
+        """Both images `blurred` by two units."""
+        return self.blurred(2.0)
+
+    def counts_on(self, device: str) -> tuple[Tensor | None, Tensor | None]:
+        """`counts`, on a device."""
+        A, B = (None if c is None else c.to(device) for c in self.counts)
+        return A, B
 
     def blurred(self, units: float) -> tuple[Tensor, Tensor]:
         """Both images smoothed by a Gaussian of that many units, on the CPU."""
@@ -103,12 +131,50 @@ def coarser(image: PreparedImage, voxels: int = FEATURED) -> PreparedImage:
         mode = "bilinear" if d == 2 else "trilinear"
         return F.interpolate(values, fewer, mode=mode, align_corners=True)
 
-    mask = image.mask
+    mask, counts = image.mask, image.counts
     if mask is not None:
         mask = (resized(mask) > 0).to(mask)
+    if counts is not None:
+        counts = resized(counts.float()) > 1 - 1e-3
     spacing = [length / (n - 1) for length, n in zip(extent, fewer, strict=True)]
     place = replace(image.place, size=tuple(fewer), spacing=other_order(spacing))
-    return replace(image, values=resized(image.values), mask=mask, place=place)
+    smaller = replace(image, values=resized(image.values), place=place)
+    return replace(smaller, mask=mask, counts=counts)
+
+
+def _content(image: PreparedImage, unit: float) -> Tensor:
+    """Boolean ``[1, 1, *grid]``: where there is local spread, and beside that."""
+    values, found = image.values, torch.zeros_like(image.values[:, :1]) > 0
+    for units in AROUND:  # on voxels of half that width, or its own
+        apart = [
+            max(1, min(n // 2, int(units / 2 * unit / s)))
+            for n, s in zip(values.shape[2:], image.place.tensor_spacing, strict=True)
+        ]
+        both = torch.cat([values, values.square()], 1)
+        if max(apart) > 1:
+            pool = F.avg_pool2d if len(apart) == 2 else F.avg_pool3d
+            both = pool(both, apart, ceil_mode=True)
+        steps = zip(image.place.tensor_spacing, apart, strict=True)
+        spacing = [s * n for s, n in steps]
+        both = gaussian_blur(both, [units * unit / s for s in spacing])
+        mean, squares = both.chunk(2, 1)
+        content = (squares - mean.square() > CONTENT**2).any(1, keepdim=True)
+        content = _widened(content, [BESIDE * unit / s for s in spacing])
+        found |= F.interpolate(content.to(values), values.shape[2:]) > 0
+    return found
+
+
+def _widened(where: Tensor, voxels: Sequence[float]) -> Tensor:
+    """Where, or within so many voxels along every axis of it."""
+    for axis, reach in enumerate(voxels, 2):
+        n, count = round(reach), where.shape[axis]
+        sums = where.cumsum(axis, dtype=torch.int32)
+        at = torch.arange(count, device=where.device)
+        before = sums.index_select(axis, (at - n - 1).clamp(min=0))
+        first = (at <= n).view(-1, *(1,) * (where.dim() - 1 - axis))
+        before = before * ~first
+        where = sums.index_select(axis, (at + n).clamp(max=count - 1)) > before
+    return where
 
 
 def _labels_on(image: Tensor, labels: Tensor) -> Tensor:

@@ -22,8 +22,10 @@ from icon_nephi.space.sampling import Patches, draw_points
 # Points looked at; blocks, samples a side of them, and the stride of these in units of
 # 1/160 of the box: blocks large enough that noise does not hide what they show.
 POINTS, BLOCKS, SIZE, STRIDE = 5000, 400, 5, 4.0
-# Added to the variance of blocks; the images are smooth.
+# Added to the variance of blocks; the images are smooth. Blocks with a smaller standard
+# deviation than SEEN count less.
 FLOOR = 1e-3
+SEEN = 0.1
 # Beyond these a sentence says so; measured by `evaluation.accuracy.robustness`.
 OUTSIDE = 0.3  # share
 RETURN = 1.0  # 1/160 of the box, on average
@@ -53,6 +55,7 @@ def evidence(
     geometry_B: Geometry,
     where_B: Tensor,
     generator: torch.Generator,
+    counts: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> dict[str, float]:
     """What `doubts` judges by; nothing in it needs a ground truth.
 
@@ -62,7 +65,8 @@ def evidence(
     ``return_most``, exceeded by 5 %. ``uneven``: standard deviation of the logarithm
     of the determinants. ``alike``: mean correlation of blocks of the images, which are
     smooth, -1 to 1, ``alike_start`` that of the affine start alone, and ``opposed`` the
-    share of blocks whose correlation is clearly negative.
+    share of blocks whose correlation is clearly negative. Blocks count by how much
+    there is to see, in either image; voxels by the ``counts`` of both.
     """
     d = geometry_B.dimension
     image_A, image_B = image_A.to(pair.matrix), image_B.to(pair.matrix)
@@ -77,8 +81,9 @@ def evidence(
     distance = missed.norm(dim=0).double()
     determinant = relative_determinant(jacobian).double()
     start = MatrixTransform(pair.matrix)
+    blocks = rows[:, :BLOCKS]
     alike, alike_start = (
-        _correlations(phi, image_A, image_B, geometry_B, rows[:, :BLOCKS])
+        _correlations(phi, image_A, image_B, geometry_B, blocks, counts)
         for phi in (phi_AB, start)
     )
     return {
@@ -87,9 +92,9 @@ def evidence(
         "return": float(distance.mean()),
         "return_most": float(distance.quantile(0.95)),
         "uneven": float(determinant.clamp(min=1e-3).log().std()),
-        "alike": float(alike.mean()),
-        "alike_start": float(alike_start.mean()),
-        "opposed": float((alike < -0.3).double().mean()),
+        "alike": _mean(*alike),
+        "alike_start": _mean(*alike_start),
+        "opposed": _mean((alike[0] < -0.3).double(), alike[1]),
     }
 
 
@@ -150,14 +155,32 @@ def doubts(numbers: dict[str, float], *, contrast: bool = False) -> list[str]:
 
 
 def _correlations(
-    phi: Map, image_A: Tensor, image_B: Tensor, geometry: Geometry, rows: Tensor
-) -> Tensor:
-    """``[C, blocks]`` of image_A at where phi takes blocks of image_B."""
+    phi: Map,
+    image_A: Tensor,
+    image_B: Tensor,
+    geometry: Geometry,
+    rows: Tensor,
+    counts: tuple[Tensor | None, Tensor | None],
+) -> tuple[Tensor, Tensor]:
+    """``[C, blocks]`` of image_A at where phi takes blocks of image_B, and weights."""
     stride = voxel_stride(STRIDE * max(geometry.extent) / 160, geometry)
     patches = Patches(rows.shape[1], SIZE, stride)
     at, moved = patch_maps(phi, patches, rows, image_B.shape[2:])
     tag = (inside(moved) & inside(at)).to(image_B.dtype)
+    for known, place in zip(counts, (moved, at), strict=True):
+        if known is not None:
+            tag = tag * sample_image(known.to(tag), place, mode="nearest")
     images = [sample_image(image_A, moved), sample_image(image_B, at), tag]
     shape = (rows.shape[1], *at.shape[3:])
     a, b, w = (as_blocks(i, shape).flatten(2) for i in images)
-    return correlations(a, b, w, FLOOR).T
+    total = w.sum(2).clamp(min=1)
+    spreads = []
+    for values in (a, b):
+        mean = (values * w).sum(2, keepdim=True) / total[..., None]
+        spreads.append(((values - mean).square() * w).sum(2) / total)
+    seen = torch.maximum(*spreads).sqrt().clamp(max=SEEN) / SEEN
+    return correlations(a, b, w, FLOOR).T, (seen * w.mean(2)).T
+
+
+def _mean(values: Tensor, weights: Tensor) -> float:
+    return float((values * weights).sum() / weights.sum().clamp(min=1e-6))

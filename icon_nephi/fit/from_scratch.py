@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -16,21 +16,24 @@ from icon_nephi.fields.codes import LatentCode
 from icon_nephi.fit.affine import (
     coincide,
     find_affine,
-    identity,
     in_unit_boxes,
     voxel_stride,
 )
 from icon_nephi.fit.content import ImagePair
+from icon_nephi.fit.contrast import find_contrast
 from icon_nephi.fit.doubts import doubts, evidence, of_images
-from icon_nephi.fit.learned import begin_with, beginning, can_begin
+from icon_nephi.fit.learned import begin_with
 from icon_nephi.fit.levels import fit_levels, levels_of
+from icon_nephi.fit.likeness import Likeness
 from icon_nephi.fit.optimize import Course, FitOptions, Stage, optimize
-from icon_nephi.fit.settings import Fit, Settings, find_settings, make_pair
+from icon_nephi.fit.search import identity
+from icon_nephi.fit.settings import GRID, Fit, Settings, find_settings, make_pair
+from icon_nephi.fit.simpler import Simpler, check_transform, headers_or, simpler
 from icon_nephi.fit.unfold import unfold
 from icon_nephi.losses.features import FeatureDifference, FeaturesAlone
 from icon_nephi.losses.gradient_icon import GradientICONPoints
 from icon_nephi.losses.regularity import guarded_term
-from icon_nephi.losses.similarities import Comparison, find_similarity
+from icon_nephi.losses.similarities import AUTO, Comparison, find_similarity
 from icon_nephi.maps.networks import AffinePair
 from icon_nephi.space.intensities import PreparedImage
 from icon_nephi.space.sampling import Patches, Points
@@ -44,6 +47,8 @@ POINTS, BLUR = 8, 0.5
 # Noise above which features fade out, and above which larger blocks are compared; real
 # scans have 0.002 to 0.04.
 CLEAN, NOISY = 0.01, 0.06
+# The settings of a registration without a deformation.
+STILL = replace(GRID, grids=(4,), channels=(1,), arguments=(("width", 4),))
 # Weight of the label maps' overlap, where there are label maps.
 DICE = 1.0
 
@@ -56,6 +61,7 @@ def fit_pair(
     similarity: str | Callable[[Tensor, Tensor], Tensor] | None = None,
     field: str | Settings = "auto",
     affine: bool = True,
+    transform: str = "deformable",
     mass_preserving: bool = False,
     begin: str = "scratch",
     options: FitOptions | None = None,
@@ -68,19 +74,22 @@ def fit_pair(
     Args:
         image_A: moving.
         image_B: fixed, on any grid.
-        similarity: a name (see `find_similarity`), or a similarity of blocks.
+        similarity: a name (see `find_similarity`), or a similarity of blocks; None:
+            "auto", see `find_contrast` (where mass is preserved: "lncc").
         field: "auto", a name in `icon_nephi.models.PRESETS`, or `Settings`.
         affine: look for an affine start; else start from the physical frames.
+        transform: "deformable"; "affine" or "rigid": without a deformation.
         mass_preserving: intensities are densities, of modality "ct": image_A's are
             multiplied by det J before they are compared, and so the other way. "lncc"
             sees only how det J changes within a block, "ncc" sees all of it.
-        begin: the deformation with "scratch", nothing; "learned", what the general
-            network predicts; "auto": see `begins`.
+        begin: the deformation with nothing, "scratch", or with what the general
+            network predicts, "learned"; "auto": see `begin_with`.
         options: seed, limit of time, and what else all parts go by; of an interrupt
             that is kept the fit's warnings say so, and folds are still looked for.
 
     Raises:
-        ValueError: unknown field or similarity; label maps without a common label.
+        ValueError: unknown field, transform or similarity; label maps without a common
+            label.
         MemoryError: smaller parts did not help either.
     """
     options = options or FitOptions()
@@ -88,6 +97,7 @@ def fit_pair(
     modality = image_A.modality if image_A.modality == image_B.modality else None
     finest = image_B.finer[-1].shape[2:] if image_B.finer else image_B.place.size
     settings = find_settings(field, finest, modality)
+    deformable = transform == "deformable"
     in_parts = bool(image_A.finer or image_B.finer)
     if in_parts:  # what the corners of the blocks miss is found on the finer levels
         settings = replace(settings, exact=(False,) * len(settings.exact))
@@ -97,52 +107,65 @@ def fit_pair(
             "mass_preserving takes intensities for densities: both images must be of "
             "modality ct, and similarity 'lncc', 'ncc' or a callable"
         )
-    if choice.features != "beside":
-        settings = replace(settings, features=0.0)
-    if not choice.points:
-        settings = _suited(settings, max(image_A.noise, image_B.noise))
-    images = ImagePair(
-        image_A,
-        image_B,
-        featured=bool(settings.features) or choice.features == "only",
-        mass_preserving=mass_preserving,
-    )
-    work = _Work(images, choice, settings, options)
+    check_transform(transform, affine=affine)
+    both = image_A, image_B
+    work = _Work.of(*both, choice, settings, options, mass_preserving=mass_preserving)
     generator = torch.Generator().manual_seed(options.seed)
-    start = identity(image_B.place.dimension)
+    rigid, said = transform == "rigid", [*image_A.notes, *image_B.notes]
+    aligned = identity(image_B.place.dimension)
     if affine:
-        aligned = find_affine(images, choice, generator, options)
-        starts = [start, aligned] if coincide(*images.geometries) else [aligned]
-        start = work.better_start(starts)
-    matrix = in_unit_boxes(start, images.geometry_B, images.geometry_A)
-    work, known = work.begun(begin, matrix, free=field == "auto")
-    loss = work.loss_from(start, generator, known)
-    course = work.fit(loss)
+        how = work.images, choice, generator, options, said
+        aligned = find_affine(*how, rigid=rigid)
+    if similarity in (None, AUTO) and not mass_preserving:
+        name, aligned = find_contrast(
+            work.likeness, aligned, options, search=affine, rigid=rigid
+        )
+        if name != choice.name:
+            choice = find_similarity(name, settings.floor)
+            work = _Work.of(*both, choice, settings, options)
+    start, warnings = work.better_start(aligned, deformable=deformable)
+    course, loss = Course([], []), work.still(start)
+    if deformable:
+        of = work.likeness, start, work.settings
+        settings, code = begin_with(begin, *of, free=field == "auto")
+        work = replace(work, settings=settings)
+        loss = work.loss_from(start, generator, code)
+        course = work.fit(loss)
+        # Those on disk have no features, and after a warning nothing follows.
+        if in_parts and not course.warnings and choice.features != "only":
+            points = POINTS if choice.points else None
+            levels = levels_of(image_A, image_B)
+            fitted: Any = loss.regis_net
+            known = fitted.net.net, work.settings, points, options
+            last = fit_levels(loss, levels, work.images, *known)
+            course = Course(course.losses + last.losses, last.warnings)
+        work.unfold(loss, generator)
+        if (kept := work.simpler(loss, start)) is not None:
+            start, sentence = kept
+            warnings.append(sentence)
+            loss = work.still(start)
     pair: Any = loss.regis_net
-    net = pair.net
-    # Those on disk have no features, and after a warning nothing follows.
-    if in_parts and not course.warnings and choice.features != "only":
-        points = POINTS if choice.points else None
-        levels = levels_of(image_A, image_B)
-        last = fit_levels(loss, levels, images, net.net, settings, points, options)
-        course = Course(course.losses + last.losses, last.warnings)
-    both = images.image_A, images.image_B
-    rate = 0.04 * settings.code_rate
-    unfold(pair, net.net.parameters(), *both, rate=rate, generator=generator)
+    net, images = pair.net, work.images
     with torch.no_grad():
-        code = net.net(*both).detached()
-        where = images.where_B.cpu()
-        smooth = images.blurred(2.0)
-        numbers = evidence(pair, *smooth, images.geometry_B, where, generator)
+        code = net.net(images.image_A, images.image_B).detached()
+        where, place = images.where_B.cpu(), images.geometry_B
+        counts = images.counts_on("cpu")
+        numbers = evidence(pair, *images.smooth, place, where, generator, counts)
     numbers |= of_images(image_A, image_B)
     return Fit(
-        matrix=in_unit_boxes(start, images.geometry_B, images.geometry_A),
+        matrix=in_unit_boxes(start, place, images.geometry_A),
         code=code,
         field_AB=net.field_AB.requires_grad_(False),
         field_BA=net.field_BA.requires_grad_(False),
         losses=course.losses,
-        warnings=course.warnings + doubts(numbers, contrast=choice.contrast),
+        warnings=[
+            *said,
+            *warnings,
+            *course.warnings,
+            *doubts(numbers, contrast=choice.contrast),
+        ],
         evidence=numbers,
+        similarity=choice.name,
     )
 
 
@@ -165,15 +188,71 @@ class _Work:
     settings: Settings
     options: FitOptions
 
-    def better_start(self, starts: Sequence[Tensor]) -> Tensor:
+    @classmethod
+    def of(
+        cls,
+        image_A: PreparedImage,
+        image_B: PreparedImage,
+        choice: Comparison,
+        settings: Settings,
+        options: FitOptions,
+        *,
+        mass_preserving: bool = False,
+    ) -> _Work:
+        """The work at two images that are compared like that."""
+        if choice.features != "beside":
+            settings = replace(settings, features=0.0)
+        if not choice.points:
+            settings = _suited(settings, max(image_A.noise, image_B.noise))
+        featured = bool(settings.features) or choice.features == "only"
+        both = image_A, image_B
+        images = ImagePair(*both, featured=featured, mass_preserving=mass_preserving)
+        return cls(images, choice, settings, options)
+
+    @cached_property
+    def likeness(self) -> Likeness:
+        """What maps are judged by."""
+        return Likeness(self.images, self.choice, self.options.seed)
+
+    def better_start(
+        self, aligned: Tensor, *, deformable: bool
+    ) -> tuple[Tensor, list[str]]:
+        """The affine map that was found, or none where that is no worse, and why."""
+        start, none = aligned, identity(self.images.geometry_B.dimension)
+        if torch.equal(aligned, none):
+            return aligned, []
+        if deformable and coincide(*self.images.geometries):
+            start = self._furthest([none, aligned])
+        return (start, []) if start is none else headers_or(start, self.likeness)
+
+    def simpler(self, loss: GradientICONPoints, start: Tensor) -> Simpler | None:
+        """See there; labels, laid on each other, too, say what images do not show."""
+        if self.images.segmentations:
+            return None
+        with torch.no_grad():
+            maps = loss.regis_net(*self.images.smooth)
+        return simpler(maps, start, self.likeness, self.options)
+
+    def still(self, start: Tensor) -> GradientICONPoints:
+        """What `loss_from` gives, of maps without a deformation."""
+        generator = torch.Generator().manual_seed(self.options.seed)
+        return replace(self, settings=STILL).loss_from(start, generator)
+
+    def unfold(self, loss: GradientICONPoints, generator: torch.Generator) -> None:
+        """Push up what determinants are not positive yet."""
+        both = self.images.image_A, self.images.image_B
+        pair: Any = loss.regis_net
+        codes = pair.net.net.parameters()
+        rate = 0.04 * self.settings.code_rate
+        unfold(pair, codes, *both, rate=rate, generator=generator)
+
+    def _furthest(self, starts: Sequence[Tensor]) -> Tensor:
         """The start from which a short coarse fit gets furthest; the first, if near.
 
         An affine map fitted to a body of which only a part moves can be a worse start
         than none, and its own similarity does not show it. Where the time is over, one
         step of each decides.
         """
-        if len(starts) == 1:
-            return starts[0]
         settings = self.settings
         settings = replace(
             settings,
@@ -201,19 +280,6 @@ class _Work:
             return starts[0]
         return starts[results.index(max(results))]
 
-    def begun(
-        self, begin: str, matrix: Tensor, *, free: bool
-    ) -> tuple[_Work, LatentCode | None]:
-        """The work from what the general network predicts, and that, where it is to be.
-
-        Settings that cannot start from it are replaced where they are ``free``.
-        """
-        settings = self.settings
-        if free and not can_begin(settings):
-            settings = beginning(settings)
-        known = begin_with(begin, self.images, matrix, settings)
-        return (self if known is None else replace(self, settings=settings)), known
-
     def loss_from(
         self,
         start: Tensor,
@@ -238,6 +304,7 @@ class _Work:
             extent=torch.tensor(images.geometry_B.extent, device=device),
             densities=images.densities,
             volumes=images.volumes,
+            counts=images.counts,
             dice_loss_weight=DICE if images.segmentations else 0.0,
             generator=generator,
         )
@@ -245,10 +312,13 @@ class _Work:
     def fit(self, loss: GradientICONPoints) -> Course:
         """Codes and fields moved to where the loss is least, coarse to fine."""
         images, settings = self.images, self.settings
-        net: Any = loss.regis_net.net
+        pair: Any = loss.regis_net
+        net = pair.net
         fields = [*net.field_AB.parameters(), *net.field_BA.parameters()]
         featured = settings.features or self.choice.features == "only"
-        both = images.featured if featured else (images.image_A, images.image_B)
+        both = images.image_A, images.image_B
+        if featured:
+            both = images.featured(pair.matrix[0])
         return optimize(
             loss,
             *both,

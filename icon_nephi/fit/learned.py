@@ -20,21 +20,16 @@ from icon_nephi.fields.pyramid import (
     coarser_code,
     reading_fields,
 )
-from icon_nephi.fit.affine import (
-    coincide,
-    find_affine,
-    identity,
-    in_unit_boxes,
-    voxel_stride,
-)
+from icon_nephi.fit.affine import coincide, find_affine, in_unit_boxes
 from icon_nephi.fit.content import ImagePair
 from icon_nephi.fit.doubts import doubts, evidence, of_images
+from icon_nephi.fit.likeness import Likeness
 from icon_nephi.fit.optimize import FitOptions
+from icon_nephi.fit.search import identity
 from icon_nephi.fit.settings import GRID, Fit, Settings
 from icon_nephi.fit.unfold import unfold
-from icon_nephi.losses.patches import as_blocks, patch_maps
 from icon_nephi.losses.regularity import relative_determinant
-from icon_nephi.losses.similarities import correlations, find_similarity
+from icon_nephi.losses.similarities import find_similarity
 from icon_nephi.maps.networks import AffinePair, NePhi
 from icon_nephi.maps.transforms import (
     Map,
@@ -45,7 +40,7 @@ from icon_nephi.maps.transforms import (
 from icon_nephi.space.frames import Geometry, identity_map, inside, points_as_grid
 from icon_nephi.space.images import gaussian_blur, sample_image
 from icon_nephi.space.intensities import PreparedImage
-from icon_nephi.space.sampling import Patches, draw_points
+from icon_nephi.space.sampling import draw_points
 
 #: Where the weights lie that are shipped, one file for 2D and one for 3D.
 WEIGHTS = Path(__file__).parents[1] / "weights"
@@ -53,9 +48,6 @@ WEIGHTS = Path(__file__).parents[1] / "weights"
 HALVINGS = {2: 5, 3: 4}
 # How often the network looks: again at what its own map left.
 PASSES = 2
-# What maps are chosen by: blocks, samples a side of them, and the stride of these in
-# units of 1/160 of the box; added to variances.
-BLOCKS, BLOCK, STRIDE, FLOOR = 600, 5, 3.0, 1e-3
 # By how much that has to be better for a fit to begin with it.
 BETTER = 0.02
 # Adam's learning rate where folds are repaired.
@@ -141,13 +133,14 @@ def predict_pair(
     net = general_encoder(image_B.place.dimension) if encoder is None else encoder
     images, choice = ImagePair(image_A, image_B), find_similarity(None)
     generator = torch.Generator().manual_seed(options.seed)
-    starts = [identity(image_B.place.dimension)]
+    likeness = Likeness(images, choice, options.seed)
+    starts, said = [identity(image_B.place.dimension)], [*image_A.notes, *image_B.notes]
     if affine:
-        aligned = find_affine(images, choice, generator, options)
+        aligned = find_affine(images, choice, generator, options, said)
         starts = [aligned, *starts] if coincide(*images.geometries) else [aligned]
-    matrices = [in_unit_boxes(s, images.geometry_B, images.geometry_A) for s in starts]
-    rigid = [_agreement(images, MatrixTransform(m[None].float())) for m in matrices]
-    matrix = matrices[rigid.index(max(rigid))]
+    alone = [likeness.judge(likeness.start(start)) for start in starts]
+    start = starts[alone.index(max(alone))]
+    matrix = in_unit_boxes(start, images.geometry_B, images.geometry_A)
     pair = predicted_pair(predict_code(images, matrix, net), matrix)
     both = images.image_A, images.image_B
     table: Any = pair.net.net
@@ -155,10 +148,11 @@ def predict_pair(
     with torch.no_grad():
         while _least_determinant(pair, both, generator) < LEAST:
             table.local_codes[0].mul_(0.7)
-        if _agreement(images, *pair(*both)) < max(rigid):
+        if likeness.judge(pair(*both)) < max(alone):
             table.local_codes[0].zero_()
-        where, smooth = images.where_B.cpu(), images.blurred(2.0)
-        numbers = evidence(pair, *smooth, images.geometry_B, where, generator)
+        where, counts = images.where_B.cpu(), images.counts_on("cpu")
+        place = images.geometry_B
+        numbers = evidence(pair, *images.smooth, place, where, generator, counts)
     numbers |= of_images(image_A, image_B)
     reading: Any = pair.net
     return Fit(
@@ -167,7 +161,7 @@ def predict_pair(
         field_AB=reading.field_AB.requires_grad_(False),
         field_BA=reading.field_BA.requires_grad_(False),
         losses=[],
-        warnings=doubts(numbers, contrast=numbers["opposed"] > 0.25),
+        warnings=[*said, *doubts(numbers, contrast=True)],
         evidence=numbers,
     )
 
@@ -207,19 +201,21 @@ def beginning(settings: Settings) -> Settings:
 
 
 def begin_with(
-    begin: str, images: ImagePair, matrix: Tensor, settings: Settings
-) -> LatentCode | None:
-    """The code that a fit begins with, None for nothing.
+    begin: str, likeness: Likeness, start: Tensor, settings: Settings, *, free: bool
+) -> tuple[Settings, LatentCode | None]:
+    """The settings of a fit and the code that it begins with, None for nothing.
 
     "auto" takes what the general network predicts where its weights are there, the
     settings can begin with it, and the images agree more with it than with the affine
-    start alone by `BETTER`, at places and by a measure that no fit goes by.
+    start alone by `BETTER`, at places and by a measure that no fit goes by. Settings
+    that cannot are changed where they are ``free``.
 
     Args:
         begin: one of `STARTS`.
-        images: the pair.
-        matrix: the affine start, fixed unit box -> moving unit box.
+        likeness: of the pair.
+        start: the affine start, millimetres.
         settings: of the fit.
+        free: the settings were nobody's choice.
 
     Raises:
         ValueError: an unknown start, or settings that cannot begin with it.
@@ -227,49 +223,18 @@ def begin_with(
     """
     if begin not in STARTS:
         raise ValueError(f"start must be one of {STARTS}, got {begin!r}")
-    possible = has_weights(images.geometry_B.dimension) and can_begin(settings)
+    images = likeness.images
+    able = beginning(settings) if free and not can_begin(settings) else settings
+    possible = has_weights(images.geometry_B.dimension) and can_begin(able)
     if begin == "scratch" or (begin == "auto" and not possible):
-        return None
-    code = predict_code(images, matrix)
-    code = coarser_code(code, max(settings.grids))
-    if begin == "learned":
-        return code
-    pair = predicted_pair(code, matrix)
-    with torch.no_grad():
-        there = _agreement(images, *pair(images.image_A, images.image_B))
-        alone = _agreement(images, MatrixTransform(matrix[None].float()))
-    return code if there > alone + BETTER else None
-
-
-def _agreement(images: ImagePair, phi_AB: Map, phi_BA: Map | None = None) -> float:
-    """Mean squared correlation of blocks, whatever the contrasts, in both directions.
-
-    Squares: where contrasts are inverted it counts, too.
-    """
-    if phi_BA is None:
-        inverse = torch.linalg.inv(phi_AB.matrix)  # type: ignore[attr-defined]
-        phi_BA = MatrixTransform(inverse)
-    smooth = images.blurred(2.0)
-    device, generator = images.image_B.device, torch.Generator().manual_seed(1)
-    found = []
-    for phi, moving, fixed, place, where in (
-        (phi_AB, *smooth, images.geometry_B, images.where_B),
-        (phi_BA, smooth[1], smooth[0], images.geometry_A, images.where_A),
-    ):
-        rows = draw_points(
-            BLOCKS, 1, place.dimension, mask=where.cpu(), generator=generator
-        )
-        stride = voxel_stride(STRIDE * images.unit, place)
-        patches = Patches(BLOCKS, BLOCK, stride)
-        x, moved = patch_maps(
-            phi, patches, rows.to(device), torch.Size(fixed.shape[2:])
-        )
-        x, moved = x.cpu(), moved.cpu()
-        tag = (inside(moved) & inside(x)).to(fixed)
-        values = sample_image(moving, moved), sample_image(fixed, x), tag
-        a, b, w = (as_blocks(v, (BLOCKS, *x.shape[3:])).flatten(2) for v in values)
-        found.append(float(correlations(a, b, w, FLOOR).square().mean()))
-    return sum(found) / 2
+        return settings, None
+    matrix = in_unit_boxes(start, images.geometry_B, images.geometry_A)
+    code = coarser_code(predict_code(images, matrix), max(able.grids))
+    if begin == "auto":
+        maps = predicted_pair(code, matrix)(images.image_A, images.image_B)
+        if likeness.judge(maps) < likeness.judge(likeness.start(start)) + BETTER:
+            return settings, None
+    return able, code
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ class FitOptions:
         progress: show a bar.
         time_limit: seconds for all of the fit, after which its searches stop early.
         keep_on_interrupt: once a step is done Ctrl-C only ends the optimisation.
+        allow_mirror: the affine start may be a mirror image.
 
     Raises:
         ValueError: a limit that is not positive.
@@ -41,6 +42,7 @@ class FitOptions:
     progress: bool = True
     time_limit: float | None = None
     keep_on_interrupt: bool = False
+    allow_mirror: bool = False
     began: float = field(default_factory=lambda: time.monotonic(), repr=False)
 
     def __post_init__(self) -> None:

@@ -175,6 +175,7 @@ class Fit:
         losses: one entry a step.
         warnings: in words.
         evidence: the numbers they were made of, see `icon_nephi.fit.doubts`.
+        similarity: the name of what was compared, if it has one.
     """
 
     matrix: Tensor
@@ -184,6 +185,7 @@ class Fit:
     losses: list[dict[str, float]]
     warnings: list[str]
     evidence: dict[str, float] = field(default_factory=dict)
+    similarity: str = ""
 
 
 def make_pair(

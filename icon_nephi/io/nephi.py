@@ -82,6 +82,7 @@ def save_fit(
         "losses": names,
         "warnings": fit.warnings,
         "evidence": fit.evidence,
+        "similarity": fit.similarity,
         "versions": versions(),
     }
     # A tensor that shares memory with another is refused, hence the copies.
@@ -170,6 +171,7 @@ def _assemble(header: dict[str, Any], tensors: dict[str, Tensor]) -> Saved:
         ],
         warnings=[str(sentence) for sentence in header["warnings"]],
         evidence={str(k): float(v) for k, v in header.get("evidence", {}).items()},
+        similarity=str(header.get("similarity", "")),
     )
     return Saved(fit, places[0], places[1], bool(header["itk"]))
 

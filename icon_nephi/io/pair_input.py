@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -43,6 +43,7 @@ from icon_nephi.space.intensities import (
     find_scale,
     prepare,
 )
+from icon_nephi.space.padding import filled, find_padding
 
 #: Voxels from which an image in memory is fitted on coarser levels first, as those on
 #: disk are: nothing of its size is then made beside it.
@@ -99,14 +100,47 @@ def _read_whole(
     letter: str, image: Any, mask: Any, modality: str | None, where: torch.device
 ) -> PreparedImage:
     placed, (values, inside, place) = is_itk(image), read_input(letter, image, mask)
-    check_intensities(f"image_{letter}", values)
+    counts, notes = what_counts(f"image_{letter}", values, inside)
+    check_intensities(f"image_{letter}", values, counts)
+    values = values.to(where)
+    if counts is not None:
+        counts = counts.to(where)
+        values = filled(values, counts)
     return PreparedImage.of(
-        prepare(values.to(where), modality),
+        prepare(values, modality, counts),
         place,
         mask=None if inside is None else inside.to(where),
+        counts=counts,
         modality=modality,
         placed=placed,
+        notes=notes,
     )
+
+
+def what_counts(
+    name: str, values: Tensor, mask: Tensor | None
+) -> tuple[Tensor | None, tuple[str, ...]]:
+    """Return which voxels of ``[1, C, *grid]`` are compared, None for all; sentences.
+
+    Those in the mask, if there is one, that are not padding.
+    """
+    inside = None if mask is None else mask > 0
+    seen = values
+    if inside is not None:  # what it leaves out may be anything
+        some = values[inside.expand_as(values)][0]
+        seen = torch.where(inside, values, some)
+        inside = None if bool(inside.all()) else inside
+    padding = find_padding(seen[0])
+    if padding is None:
+        return inside, ()
+    counts = ~padding.where if inside is None else inside & ~padding.where
+    if not bool(counts.any()):
+        return inside, ()
+    said = (
+        f"{100 * padding.share:.0f} % of {name} is padding ({padding.value:g}): it is "
+        "left out"
+    )
+    return counts, (said,)
 
 
 def _label_map(name: str, labels: Any, image: PreparedImage) -> Tensor:
@@ -182,22 +216,36 @@ def _read_volumes(
     both = zip("AB", images, volumes, masks, modalities, strict=True)
     for letter, image, volume, mask, kind in both:
         values, place = volume.whole(volume.working(voxels, progress))
-        check_intensities(f"image_{letter}", values)
         inside = None
         if mask is not None:
-            inside = _mask_on(f"mask_{letter}", mask, place, voxels).to(where)
-        scale = find_scale(values.to(where), kind)
+            inside = _mask_on(f"mask_{letter}", mask, place, voxels)
+        counts, notes = what_counts(f"image_{letter}", values, inside)
+        check_intensities(f"image_{letter}", values, counts)
+        values = values.to(where)
+        if counts is not None:
+            counts = counts.to(where)
+            values = filled(values, counts)
+        scale = find_scale(values, kind, counts)
         level = PreparedImage.of(
-            scale(values.to(where)),
+            scale(values),
             place,
             whole=volume.geometry,
-            finer=volume.finer(voxels, cache, scale, where),
-            mask=inside,
+            finer=volume.finer(voxels, cache, _numbers(scale, counts), where),
+            mask=None if inside is None else inside.to(where),
+            counts=counts,
             modality=kind,
             placed=in_millimetres(image),
+            notes=notes,
         )
         levels.append(level)
     return levels
+
+
+def _numbers(
+    scale: Callable[[Tensor], Tensor], counts: Tensor | None
+) -> Callable[[Tensor], Tensor]:
+    """Return the scale; where not all voxels count it takes those that are none."""
+    return scale if counts is None else lambda values: scale(values.nan_to_num())
 
 
 def _mask_on(name: str, mask: Any, place: Geometry, voxels: int) -> Tensor:

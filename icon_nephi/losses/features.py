@@ -7,7 +7,7 @@ stays where contrast and noise differ is the structure.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import combinations
+from itertools import combinations, permutations
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +28,10 @@ def with_features(image: Tensor) -> Tensor:
     if arrays.suit(image):
         return arrays.with_features(image)
     d = image.dim() - 2
-    sides = [(axis, sign * REACH) for axis in range(d) for sign in (1, -1)]
     features = image.new_empty(image.shape[0], 2 * d * (d - 1), *image.shape[2:])
-    pairs = (p for p in combinations(sides, 2) if p[0][0] != p[1][0])
     around = _padded(image, REACH)
-    for channel, (first, second) in enumerate(pairs):
+    for channel, sides in enumerate(_sides(d)):
+        first, second = ((axis, sign * REACH) for axis, sign in sides)
         different = _moved(around, *first) - _moved(around, *second)
         different.square_()
         features[:, channel : channel + 1] = _box(different.sum(1, keepdim=True))
@@ -41,6 +40,39 @@ def with_features(image: Tensor) -> Tensor:
     features /= -spread.clamp(min=1e-3 * float(spread.mean()) + 1e-12)
     layout = torch.channels_last if d == 2 else torch.channels_last_3d
     return torch.cat([image, features.exp_()], 1).contiguous(memory_format=layout)
+
+
+def turned(image: Tensor, matrix: Tensor) -> Tensor:
+    """The image with its features in the order of another's whose axes lie elsewhere.
+
+    A feature compares the places on two sides of a voxel, sides of its own tensor axes.
+    The matrix ``[d, d]`` takes the other's axes to the image's; each of them is taken
+    for the one nearest to it. Without a turn by about 90 degrees or more, or a mirror,
+    nothing changes.
+
+    Args:
+        image: ``[B, C + F, *grid]`` of `with_features`.
+        matrix: in lengths that are the same along all axes.
+    """
+    d = len(matrix)
+    orders = permutations(range(d))
+    axes = max(
+        orders,
+        key=lambda order: sum(abs(float(matrix[a, j])) for j, a in enumerate(order)),
+    )
+    own = {frozenset(sides): channel for channel, sides in enumerate(_sides(d))}
+    signs = [1 if matrix[a, j] >= 0 else -1 for j, a in enumerate(axes)]
+    channels = [
+        own[frozenset((axes[axis], sign * signs[axis]) for axis, sign in sides)]
+        for sides in _sides(d)
+    ]
+    if channels == sorted(channels):
+        return image
+    count = image.shape[1] - len(channels)
+    layout = torch.channels_last if d == 2 else torch.channels_last_3d
+    wanted = torch.tensor([*range(count), *(count + c for c in channels)])
+    moved = image.index_select(1, wanted.to(image.device))
+    return moved.contiguous(memory_format=layout)
 
 
 class FeatureDifference:
@@ -87,6 +119,12 @@ class FeaturesAlone:
     def __call__(self, warped: Tensor, fixed: Tensor) -> Tensor:
         """Scalar; warped has the in-bounds tag (0 or 1) as its last channel."""
         return self.similarity(warped[:, self.channels :], fixed[:, self.channels :])
+
+
+def _sides(d: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """For every feature the two sides, (axis, sign), that it compares."""
+    sides = [(axis, sign) for axis in range(d) for sign in (1, -1)]
+    return [p for p in combinations(sides, 2) if p[0][0] != p[1][0]]
 
 
 def _padded(image: Tensor, by: int) -> Tensor:

@@ -295,8 +295,8 @@ def compare(
     Both ``[B, d, *any]``, each in its image's ICON frame. ICON's similarities with
     ``isInterpolated`` get the in-bounds tag, which is 0 as well where the nearest voxel
     of ``counts``, of the moving and of the fixed image ``[1, 1, *grid]``, is. Of
-    samples of blocks their shape is told, see `as_blocks`; a gain ``[B or blocks, k, *any]`` is that of the first k channels
-    of the moving image.
+    samples of blocks their shape is told, see `as_blocks`; a gain ``[B or blocks, k,
+    *any]`` is that of the first k channels of the moving image.
     """
     warped, target = readable(moving).sample(moved), readable(fixed).sample(at)
     if getattr(similarity, "isInterpolated", False):

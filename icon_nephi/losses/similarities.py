@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal
 
@@ -147,12 +147,14 @@ class Comparison:
             compared "beside" where the settings have a weight for them; or "never".
         contrast: the images may have different contrasts, so that the search for an
             affine start must not go by correlation.
+        name: by which it was found.
     """
 
     similarity: Callable[[Tensor, Tensor], Tensor]
     points: bool = False
     features: Literal["only", "beside", "never"] = "never"
     contrast: bool = False
+    name: str = ""
 
     @property
     def alone(self) -> Callable[[Tensor, Tensor], Tensor]:
@@ -161,10 +163,14 @@ class Comparison:
 
 
 NAMES = ("ncc", "lncc", "lncc2", "mind", "mi")
+#: What stands for the one of them that suits the images, see `find_contrast`.
+AUTO = "auto"
 
 
 def find_similarity(similarity: Any, floor: float = 1e-3) -> Comparison:
-    """What a name in `NAMES` means; None is "lncc", a callable is taken for blocks.
+    """What a name in `NAMES` means; a callable is taken for blocks.
+
+    None and "auto" are "lncc", with which a fit begins to look for what suits.
 
     Args:
         similarity: "lncc": correlation of blocks; "lncc2": its square, for contrasts
@@ -178,8 +184,9 @@ def find_similarity(similarity: Any, floor: float = 1e-3) -> Comparison:
     """
     if callable(similarity) and not isinstance(similarity, type):
         return Comparison(similarity)
-    similarity = "lncc" if similarity is None else similarity
-    named = f"a name of {', '.join(map(repr, NAMES))} or an ICON similarity object"
+    similarity = "lncc" if similarity in (None, AUTO) else similarity
+    names = ", ".join(map(repr, NAMES))
+    named = f"a name of {names} or an ICON similarity object, or {AUTO!r}"
     if not isinstance(similarity, str):
         raise TypeError(f"similarity must be {named}, got {similarity!r}")
     ncc = PatchNCC(floor)
@@ -192,7 +199,7 @@ def find_similarity(similarity: Any, floor: float = 1e-3) -> Comparison:
     }
     if similarity not in comparisons:
         raise ValueError(f"similarity must be {named}, got {similarity!r}")
-    return comparisons[similarity]
+    return replace(comparisons[similarity], name=similarity)
 
 
 def dice_loss(

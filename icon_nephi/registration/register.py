@@ -26,6 +26,8 @@ def register(
     similarity: Any = None,
     field: str | Settings = "auto",
     affine: bool = True,
+    transform: str = "deformable",
+    allow_mirror: bool = False,
     mass_preserving: bool = False,
     start: str = "auto",
     seed: int = 0,
@@ -48,8 +50,9 @@ def register(
         segmentation_A: label map of image_A, on a grid as a mask's; the labels that
             both have are laid on each other beside the images.
         segmentation_B: the same of image_B.
-        similarity: an ICON similarity or a name, ``"lncc"`` (the default), ``"lncc2"``,
-            ``"ncc"``, ``"mind"``, ``"mi"``: see `find_similarity`.
+        similarity: an ICON similarity or a name, ``"lncc"``, ``"lncc2"``, ``"ncc"``,
+            ``"mind"``, ``"mi"`` (see `find_similarity`), or ``"auto"`` (the default):
+            ``"lncc"`` unless the images show that their contrasts differ.
         field: ``"siren"`` (the modulated sine field), ``"grid"`` (a smaller one,
             about twice as fast, less exact on large motion), ``"detail"`` (the small
             one with finer codes), ``"ct"`` (the small one, comparing self-similarity
@@ -57,6 +60,10 @@ def register(
             siren), or `icon_nephi.models.Settings`.
         affine: start from an affine map. Without, from where the headers (tensors:
             the unit boxes) put the images.
+        transform: ``"deformable"``, or without a deformation ``"affine"`` or
+            ``"rigid"``: a body that is the same in both images, laid on itself.
+        allow_mirror: image_A may be turned over, as a section on its slide; without, a
+            pair that fits better so is only named in `warnings`.
         mass_preserving: lung CT: what is stretched gets thinner, see `fit_pair`.
         start: of the deformation, behind the affine start: ``"scratch"``, nothing;
             ``"learned"``, what the general network predicts (see `predict`);
@@ -73,20 +80,23 @@ def register(
         TypeError: an argument of another kind than this.
         ValueError: images or masks that cannot be registered; one sentence says why.
     """
-    options = FitOptions(seed, progress, time_limit, keep_on_interrupt)
+    options = FitOptions(seed, progress, time_limit, keep_on_interrupt, allow_mirror)
     modalities = modality if isinstance(modality, tuple) else (modality, modality)
     images = (image_A, image_B, mask_A, mask_B)
     labels = (segmentation_A, segmentation_B)
     A, B = read_pair(*images, modalities, device, memory_limit, progress, labels)
     choices: dict[str, Any] = {"similarity": similarity, "field": field}
     choices |= {"affine": affine, "mass_preserving": mass_preserving}
+    choices["transform"] = transform
     with torch.enable_grad():
         fit = fit_pair(A, B, **choices, begin=start, options=options)
     choices["start"] = start
     choices |= {"modality": modality, "seed": seed, "time_limit": time_limit}
+    choices["allow_mirror"] = allow_mirror
     choices |= {"memory_limit": memory_limit, "keep_on_interrupt": keep_on_interrupt}
     choices |= {"peak_memory": peak_memory(), "seconds": options.seconds}
     choices["segmentations"] = A.labels is not None
+    choices["similarity"] = fit.similarity or similarity
     places = A.whole, B.whole
     return Registration(fit, *places, itk=A.placed, images=images, made_with=choices)
 

@@ -17,25 +17,37 @@ from icon_nephi.space.frames import Geometry
 MODALITIES = (None, "ct", "mri")
 # Lung detail to soft tissue on one scale: a thousandth is one Hounsfield unit.
 _HOUNSFIELD = (-1000.0, 500.0)
+# Share of a slice that has to differ from its middle value to show something.
+FEW = 0.002
 # Quantiles are read from at most this many voxels.
 _VOXELS = 500_000
 
 
-def prepare(image: Tensor, modality: str | None = None) -> Tensor:
+# Values further from the middle nine tenths of an image than so many times their range
+# are metal, electrodes or defects; a range of less than so much noise is none.
+FAR, FLAT = 3.0, 10.0
+_TAILS = 0.001, 0.003, 0.01, 0.02, 0.03, 0.05
+
+
+def prepare(
+    image: Tensor, modality: str | None = None, counts: Tensor | None = None
+) -> Tensor:
     """An image ``[B, C, *grid]`` scaled to about [0, 1], float32.
 
     ``"ct"``: Hounsfield units clipped to [-1000, 500], a thousand to one. ``"mri"``
     and None: the 1st and 99th percentile (None: 0.1th and 99.9th) of each channel go
-    to 0 and 1, a fifth beyond is kept.
+    to 0 and 1, a fifth beyond is kept; up to a twentieth at either end is left out of
+    that where it is far off all other values. Voxels count where ``counts``
+    ``[B, 1, *grid]`` is above zero.
 
     Raises:
         ValueError: unknown modality.
     """
-    return find_scale(image, modality)(image.float())
+    return find_scale(image, modality, counts)(image.float())
 
 
 def find_scale(
-    image: Tensor, modality: str | None = None
+    image: Tensor, modality: str | None = None, counts: Tensor | None = None
 ) -> Callable[[Tensor], Tensor]:
     """What `prepare` does to an image, as a function of any of its float32 voxels.
 
@@ -55,11 +67,26 @@ def find_scale(
         return lambda values: (values.clamp(low, high) - low) / 1000
     share = 0.01 if modality == "mri" else 0.001
     flat = image.transpose(0, 1).flatten(1)
+    if counts is not None:
+        flat = flat[:, (counts > 0).transpose(0, 1).flatten()]
     flat = flat[:, :: max(1, flat.shape[1] // _VOXELS)]
-    shares = torch.tensor([share, 1 - share], device=image.device)
-    ends = torch.quantile(flat, shares, dim=1)
+    tails = [tail for tail in _TAILS if tail >= share]
+    lows, highs = (
+        torch.quantile(flat, torch.tensor(at, device=image.device), dim=1)
+        for at in (tails, [1 - tail for tail in tails])
+    )
     shape = (1, -1, *(1,) * (image.dim() - 2))
-    bottom, top = (end.reshape(shape) for end in ends)
+    bottom, top = (end.reshape(shape) for end in (lows[0], highs[0]))
+    width = highs[-1] - lows[-1]
+    if bool((highs[0] - highs[-1] > FAR * width).any()) or bool(
+        (lows[-1] - lows[0] > FAR * width).any()
+    ):  # where what is left shows something, the ends do not count
+        left = image.clamp(lows[-1].reshape(shape), highs[-1].reshape(shape))
+        shown = width > FLAT * noise(left)
+        bottom, top = (
+            torch.where(shown, _nearest(ends, width), ends[0]).reshape(shape)
+            for ends in (lows, highs)
+        )
     # A mostly empty image can have equal quantiles; its extremes always differ.
     flatness = (top <= bottom).to(image.dtype)
     lowest, highest = (x.reshape(shape) for x in (flat.amin(1), flat.amax(1)))
@@ -67,6 +94,12 @@ def find_scale(
     top = top + flatness * (highest - top)
     width = (top - bottom).clamp(min=1e-12)
     return lambda values: ((values - bottom) / width).clamp(-0.2, 1.2)
+
+
+def _nearest(ends: Tensor, width: Tensor) -> Tensor:
+    """``[C]``: of quantiles ``[T, C]`` the first that is not far from the last."""
+    near = (ends - ends[-1]).abs() <= FAR * width
+    return ends.gather(0, near.int().argmax(0, keepdim=True))[0]
 
 
 def noise(image: Tensor) -> float:
@@ -91,10 +124,17 @@ def noise(image: Tensor) -> float:
 
 
 def missing_slices(image: Tensor, axis: int) -> Tensor:
-    """Numbers of the slices that are constant between some of ``[B, C, *grid]`` not."""
+    """Numbers of the slices that are constant between some of ``[B, C, *grid]`` not.
+
+    A slice with a few voxels that differ from its middle one is neither.
+    """
     others = [a for a in range(image.dim()) if a != axis]
     empty = image.amax(others) - image.amin(others) <= 1e-6
-    full = (~empty).nonzero().flatten()
+    if not bool(empty.any()):
+        return empty.nonzero().flatten()
+    slices = image.movedim(axis, 0).flatten(1)
+    differ = (slices - slices.median(1, keepdim=True).values).abs() > 1e-6
+    full = (differ.sum(1) >= max(4, FEW * slices.shape[1])).nonzero().flatten()
     if len(full) == 0:
         return full
     between = torch.arange(len(empty), device=image.device)
@@ -127,8 +167,13 @@ def fill_missing(image: Tensor) -> Tensor:
     return image
 
 
-def check_intensities(name: str, image: Tensor) -> None:
-    """Raise a ValueError unless intensities are finite and not all the same."""
+def check_intensities(name: str, image: Tensor, counts: Tensor | None = None) -> None:
+    """Raise a ValueError unless intensities are finite and not all the same.
+
+    Of those that count, ``[1, 1, *grid]``; that is all by default.
+    """
+    if counts is not None:
+        image = image[(counts > 0).expand_as(image)]
     bad = int((~image.isfinite()).sum())
     if bad:
         raise ValueError(
@@ -153,9 +198,12 @@ class PreparedImage:
         whole: where the finest level lies; ``place`` unless it is read in parts.
         finer: levels finer than ``values``, coarse to fine, over the same unit box.
         mask: ``[1, 1, *grid]``, where it is to be matched; None: wherever it can be.
+        counts: boolean ``[1, 1, *grid]``, what is compared at all, elsewhere
+            ``values`` only go on from there; None: all is.
         labels: label map ``[1, 1, *any]`` over its box, int64.
         modality: one of `MODALITIES`.
         placed: points are LPS millimetres, as they are of all but tensors.
+        notes: what was found and done, in words.
     """
 
     values: Tensor
@@ -165,9 +213,11 @@ class PreparedImage:
     whole: Geometry
     finer: Sequence[ChunkedImage] = ()
     mask: Tensor | None = None
+    counts: Tensor | None = None
     labels: Tensor | None = None
     modality: str | None = None
     placed: bool = False
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(

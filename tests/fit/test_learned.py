@@ -17,8 +17,10 @@ from icon_nephi.fields.pyramid import (
 )
 from icon_nephi.fit import learned
 from icon_nephi.fit.content import ImagePair
+from icon_nephi.fit.likeness import Likeness
 from icon_nephi.fit.settings import GRID, SIREN, make_pair
 from icon_nephi.io.image_input import voxel_geometry
+from icon_nephi.losses.similarities import find_similarity
 from icon_nephi.maps.transforms import NeuralTransform
 from icon_nephi.space.frames import identity_map
 from icon_nephi.space.images import gaussian_blur
@@ -106,6 +108,13 @@ def prepared(image):
     return PreparedImage.of(image, voxel_geometry(image.shape[2:]))
 
 
+def begun(begin, A, B):
+    pair = ImagePair(prepared(A), prepared(B))
+    likeness = Likeness(pair, find_similarity(None), 0)
+    start = torch.eye(A.dim() - 1, dtype=torch.float64)
+    return learned.begin_with(begin, likeness, start, SIREN, free=True)
+
+
 @pytest.fixture
 def weights(tmp_path, monkeypatch):
     """A folder of weights that nobody trained."""
@@ -118,10 +127,10 @@ def weights(tmp_path, monkeypatch):
 
 def test_a_wrong_prediction_is_not_taken(weights):
     A, _ = images((48, 48))
-    pair = ImagePair(prepared(A), prepared(A))
-    assert learned.begin_with("auto", pair, torch.eye(3).double(), GRID) is None
-    taken = learned.begin_with("learned", pair, torch.eye(3).double(), GRID)
+    assert begun("auto", A, A) == (SIREN, None)
+    settings, taken = begun("learned", A, A)
     assert isinstance(taken, LatentCode)
+    assert learned.can_begin(settings)
     fit = learned.predict_pair(prepared(A), prepared(A), affine=False)
     assert fit.code.local_codes[0].abs().max() == 0
 
@@ -133,8 +142,7 @@ def test_missing_weights_are_one_clear_sentence(tmp_path, monkeypatch):
         icon_nephi.predict(A, B)
     with pytest.raises(FileNotFoundError, match="are missing"):
         icon_nephi.make_network(A.shape, pretrained="general")
-    pair = ImagePair(prepared(A), prepared(B))
-    assert learned.begin_with("auto", pair, torch.eye(3).double(), GRID) is None
+    assert begun("auto", A, B) == (SIREN, None)
 
 
 def test_an_unknown_start_is_refused():

@@ -7,7 +7,7 @@ import torch
 
 from icon_nephi.fit.content import coarser
 from icon_nephi.fit.settings import GRID
-from icon_nephi.losses.features import FeatureDifference, with_features
+from icon_nephi.losses.features import FeatureDifference, turned, with_features
 from icon_nephi.losses.similarities import PatchNCC
 from icon_nephi.phantoms import triangles_and_circles
 from icon_nephi.space.frames import Geometry, identity_map
@@ -111,3 +111,23 @@ def test_a_pair_is_registered_with_features():
     fit = fit_tensors(images[:1], images[1:], place, place, field=settings)
     first, last = (x["similarity_loss"] for x in (fit.losses[0], fit.losses[-1]))
     assert last < 0.6 * first
+
+
+@pytest.mark.parametrize("dimension", [2, 3])
+def test_features_follow_the_axes_of_another_image(dimension, generator):
+    """As of an image whose axes were swapped and mirrored before."""
+    shape = (12, 13, 14)[:dimension]
+    image = torch.rand(1, 2, *shape, generator=generator)
+    order = (1, 0, 2)[:dimension] if dimension == 2 else (2, 0, 1)
+    elsewhere = image.permute(0, 1, *(2 + a for a in order)).flip(2)
+    # Axis j of this image lies along the axis of the other where order is j.
+    matrix = torch.zeros(dimension, dimension)
+    for axis, own in enumerate(order):
+        matrix[axis, own] = -1.0 if axis == 0 else 1.0
+    matrix = matrix + 0.1 * torch.randn(matrix.shape, generator=generator)
+    turned_back = turned(with_features(elsewhere.contiguous()), matrix).flip(2)
+    back = [order.index(a) for a in range(dimension)]
+    found = turned_back.permute(0, 1, *(2 + a for a in back))
+    torch.testing.assert_close(found, with_features(image))
+    same = with_features(image)
+    assert turned(same, torch.eye(dimension)) is same
