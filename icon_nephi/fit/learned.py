@@ -46,8 +46,13 @@ from icon_nephi.space.sampling import draw_points
 WEIGHTS = Path(__file__).parents[1] / "weights"
 # How often its grid can be halved.
 HALVINGS = {2: 5, 3: 4}
-# How often the network looks: again at what its own map left.
-PASSES = 2
+# How often the network looks, again at what its own map left: more did not help.
+PASSES = 1
+# How often its two maps are brought nearer to each other's inverse.
+AGREEING = 6
+# Voxels a side (their mean) from which "auto" asks it, by dimension: in 3D a fit from
+# scratch is as good, and a prediction takes as long as a third of it.
+PAYS = {2: 96, 3: math.inf}
 # By how much that has to be better for a fit to begin with it.
 BETTER = 0.02
 # Adam's learning rate where folds are repaired.
@@ -205,10 +210,10 @@ def begin_with(
 ) -> tuple[Settings, LatentCode | None]:
     """The settings of a fit and the code that it begins with, None for nothing.
 
-    "auto" takes what the general network predicts where its weights are there, the
-    settings can begin with it, and the images agree more with it than with the affine
-    start alone by `BETTER`, at places and by a measure that no fit goes by. Settings
-    that cannot are changed where they are ``free``.
+    "auto" takes what the general network predicts in 2D (`PAYS`), where its weights
+    are there, the settings can begin with it, and the images agree more with it than
+    with the affine start alone by `BETTER`, at places and by a measure that no fit goes
+    by. Settings that cannot are changed where they are ``free``.
 
     Args:
         begin: one of `STARTS`.
@@ -225,10 +230,12 @@ def begin_with(
         raise ValueError(f"start must be one of {STARTS}, got {begin!r}")
     images = likeness.images
     able = beginning(settings) if free and not can_begin(settings) else settings
-    possible = has_weights(images.geometry_B.dimension) and can_begin(able)
+    place = images.geometry_B
+    possible = has_weights(place.dimension) and can_begin(able)
+    possible = possible and sum(place.size) >= place.dimension * PAYS[place.dimension]
     if begin == "scratch" or (begin == "auto" and not possible):
         return settings, None
-    matrix = in_unit_boxes(start, images.geometry_B, images.geometry_A)
+    matrix = in_unit_boxes(start, place, images.geometry_A)
     code = coarser_code(predict_code(images, matrix), max(able.grids))
     if begin == "auto":
         maps = predicted_pair(code, matrix)(images.image_A, images.image_B)
@@ -263,12 +270,28 @@ def predict_code(
     for number in range(PASSES):
         there, back = _maps(fields, code)
         step = net(look.moving(there), fixed)
-        if not number:
-            code = step
-            continue
-        onward, homeward = _maps(fields, step)
-        nodes = identity_map(step.local_codes[0].shape[2:], device=fixed.device)
-        code = as_code(there(onward(nodes)) - nodes, homeward(back(nodes)) - nodes)
+        if number:
+            onward, homeward = _maps(fields, step)
+            nodes = identity_map(step.local_codes[0].shape[2:], device=fixed.device)
+            step = as_code(there(onward(nodes)) - nodes, homeward(back(nodes)) - nodes)
+        code = step
+    return _agreed(fields, code)
+
+
+def _agreed(fields: tuple[Any, Any], code: LatentCode) -> LatentCode:
+    """The code whose maps are more nearly each other's inverse.
+
+    What a point misses its start by after both maps, each map takes back half of.
+    """
+    nodes = identity_map(code.local_codes[0].shape[2:])
+    nodes = nodes.to(code.local_codes[0])
+    for _ in range(AGREEING):
+        there, back = _maps(fields, code)
+        moved, returned = there(nodes), back(nodes)
+        code = as_code(
+            moved - (back(moved) - nodes) / 2 - nodes,
+            returned - (there(returned) - nodes) / 2 - nodes,
+        )
     return code
 
 
@@ -326,7 +349,8 @@ def working_size(place: Geometry) -> tuple[int, ...]:
     most, longest = WORKING[place.dimension]
     extent = place.extent
     apart = (math.prod(extent) / most) ** (1 / len(extent))
-    apart = max(apart, max(extent) / longest)
+    # No more voxels than there are.
+    apart = max(apart, max(extent) / longest, min(place.spacing))
     return tuple(max(2, round(length / apart / step)) * step for length in extent)
 
 
