@@ -1,13 +1,15 @@
-"""The commands: nephi-register, -warp, -jacobian, -info and -compare."""
+"""The commands: nephi-register, -series, -template, -warp, -jacobian, ..."""
 
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 
 from icon_nephi._memory import memory_for
+from icon_nephi.commands.early import check_compare, check_jacobian, check_there
 from icon_nephi.commands.flags import (
     CompareFlags,
     InfoFlags,
@@ -15,6 +17,8 @@ from icon_nephi.commands.flags import (
     RegisterFlags,
     WarpFlags,
 )
+from icon_nephi.commands.group_flags import SeriesFlags, TemplateFlags
+from icon_nephi.commands.tasks import find_tasks
 
 _Command = Callable[[Sequence[str] | None], None]
 
@@ -81,19 +85,52 @@ def register(argv: Sequence[str] | None = None) -> None:
 
 
 @_one_sentence
+def series(argv: Sequence[str] | None = None) -> None:
+    """Register all images of a series at once."""
+    _group(SeriesFlags, "run_series", argv)
+
+
+@_one_sentence
+def template(argv: Sequence[str] | None = None) -> None:
+    """Build the template of a group of images."""
+    _group(TemplateFlags, "run_template", argv)
+
+
+def _group(
+    kind: type[SeriesFlags] | type[TemplateFlags],
+    name: str,
+    argv: Sequence[str] | None,
+) -> None:
+    typed = list(sys.argv[1:] if argv is None else argv)
+    flags = kind.typed(typed)
+
+    from icon_nephi.commands import group
+    from icon_nephi.commands.text import group_text
+
+    command = shlex.join([kind.PROG, *typed])
+    summary = getattr(group, name)(flags, command)
+    as_json = str(flags.json) == "-"
+    text = json.dumps(summary, indent=2) if as_json else group_text(summary)
+    _say(kind.PROG, text, summary["warnings"], quiet=flags.quiet and not as_json)
+
+
+@_one_sentence
 def warp(argv: Sequence[str] | None = None) -> None:
     """Write images, label maps, points and meshes, moved by registrations."""
     flags = WarpFlags.typed(argv)
+    tasks = find_tasks(flags)  # what is wrong by name is said before ITK is loaded
 
     from icon_nephi.commands.warp import warp_files
 
-    _say("nephi-warp", *warp_files(flags), quiet=flags.quiet)
+    _say("nephi-warp", *warp_files(flags, tasks), quiet=flags.quiet)
 
 
 @_one_sentence
 def jacobian(argv: Sequence[str] | None = None) -> None:
     """Write determinants, their logarithm or the matrices, and sum them up."""
     flags = JacobianFlags.typed(argv)
+    check_jacobian(flags)
+    check_there(flags)
 
     from icon_nephi.commands.jacobian import write_jacobian
 
@@ -104,6 +141,7 @@ def jacobian(argv: Sequence[str] | None = None) -> None:
 def info(argv: Sequence[str] | None = None) -> None:
     """Print what is in a saved registration or an ITK transform."""
     flags = InfoFlags.typed(argv)
+    check_there(flags)
 
     from icon_nephi.commands.info import describe
     from icon_nephi.commands.text import lines
@@ -116,6 +154,7 @@ def info(argv: Sequence[str] | None = None) -> None:
 def compare(argv: Sequence[str] | None = None) -> None:
     """Print a table of NePhi and a voxel network on the pairs of a folder."""
     flags = CompareFlags.typed(argv)
+    check_compare(flags)
 
     from icon_nephi.commands.compare import compare_folder
     from icon_nephi.commands.text import comparison_table

@@ -47,6 +47,10 @@ def _iterations(text: str) -> int | None:
     return count
 
 
+_NUMBER = (
+    "of nephi-series and nephi-template: which image moves, the first is 0; the fixed "
+    "image is the reference"
+)
 _FORMATS = f".nephi, {', '.join(MAPS)}"
 _SCALE = "how to scale intensities: ct takes Hounsfield units (default: none)"
 _CLIP = "clip its intensities to these"
@@ -246,6 +250,7 @@ and data are kept."""
         dest="transform",
         metavar="FILE",
     )
+    number: int | None = flag(_NUMBER)
     affine: str | None = flag(
         "whose the plain numbers of a .mat or .txt are: ras (greedy, c3d) or fsl "
         "(flirt's, with --reference and --moving)",
@@ -300,6 +305,7 @@ are exact, of an ITK transform central differences a twentieth of a voxel to eac
 In Python a tensor is itk.imread(path, itk.VariableLengthVector[itk.F])."""
 
     transform: Path = flag(f"of nephi-register ({_FORMATS})", required=True)
+    number: int | None = flag(_NUMBER)
     out: Path = flag("image, fixed grid or the reference's", required=True)
     reference: Path | None = flag(
         "image whose grid the result gets (default: the fixed image's)"

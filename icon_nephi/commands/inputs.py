@@ -16,7 +16,9 @@ from icon_nephi.io.point_file import PointFile
 from icon_nephi.io.points import read_points
 from icon_nephi.registration.chain import Chain
 from icon_nephi.registration.itk_pair import ItkPair
-from icon_nephi.registration.result import Registration, load
+from icon_nephi.registration.result import Registration
+from icon_nephi.registration.saved import load
+from icon_nephi.registration.series import Series
 from icon_nephi.space.frames import Array
 
 
@@ -143,11 +145,14 @@ def _windowed(flags: RegisterFlags, side: str, image: Any) -> Any:
     return itk_images.image_of(clipped, itk_images.geometry_of(image))
 
 
-def read_map(path: Path, way: str | None, **affine: Any) -> Registration | ItkPair:
+def read_map(
+    path: Path, way: str | None, number: int | None = None, **affine: Any
+) -> Registration | ItkPair:
     """Return what ``--transform`` holds; of an ITK transform there is one direction.
 
-    ``way`` is what was typed to ask for a direction, if anything; ``affine`` says of
-    plain numbers what `read_any_transform` wants to know.
+    ``way`` is what was typed to ask for a direction, if anything; ``number`` of an
+    image, of a series or a template; ``affine`` says of plain numbers what
+    `read_any_transform` wants to know.
 
     Raises:
         ValueError: neither, a registration of tensors, or a way of an ITK transform.
@@ -161,6 +166,13 @@ def read_map(path: Path, way: str | None, **affine: Any) -> Registration | ItkPa
             )
         return ItkPair(read_any_transform("--transform", path, **affine))
     registration = load(path)
+    if isinstance(registration, Series):
+        if number is None:
+            raise ValueError(
+                f"--transform: {path} holds {len(registration)} images; say which one "
+                f"with --number, 0 to {len(registration) - 1}"
+            )
+        registration = registration.from_reference(number)
     if not registration.itk:
         raise ValueError(
             f"--transform: {path} holds a registration of tensors, which have no place "
@@ -182,7 +194,10 @@ def read_chain(flags: WarpFlags) -> Registration | ItkPair | Chain:
             if path is not None:
                 flag = "--reference" if name == "fixed" else "--moving"
                 about[name] = itk_images.geometry_of(read_image(flag, path))
-    steps = [(read_map(path, way, **about), turned) for path, turned in flags.transform]
+    number = flags.number
+    steps = [
+        (read_map(p, way, number, **about), turned) for p, turned in flags.transform
+    ]
     if len(steps) == 1 and not steps[0][1]:
         return steps[0][0]
     return Chain(steps)

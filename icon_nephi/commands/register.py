@@ -1,4 +1,7 @@
-"""One registration as the flags of nephi-register ask for it: read, register, write."""
+"""One registration as the flags of nephi-register ask for it: read, register, write.
+
+What is heavy to import is imported once the flags have been checked.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,9 @@ import time
 from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
+from icon_nephi.commands.early import check_there
 from icon_nephi.commands.flags import (
     IMAGES,
     SIDES,
@@ -19,16 +21,12 @@ from icon_nephi.commands.flags import (
     VECTORS,
     RegisterFlags,
 )
-from icon_nephi.commands.inputs import Inputs
 from icon_nephi.commands.outputs import check_outputs, is_same
 from icon_nephi.io.atomic import written_whole
-from icon_nephi.io.image_files import check_holds, write_image
-from icon_nephi.io.itk_images import geometry_of
-from icon_nephi.io.itk_transforms import write_transform
 from icon_nephi.io.versions import versions
-from icon_nephi.maps.two_way import MOVING_TO_FIXED
-from icon_nephi.registration.itk_pair import ItkPair
-from icon_nephi.report.measure import score_labels, score_landmarks, summarize_result
+
+if TYPE_CHECKING:
+    from icon_nephi.commands.inputs import Inputs
 
 OUTPUTS = {
     "transform_out": TRANSFORMS,
@@ -149,6 +147,9 @@ def check_places(outputs: dict[str, Path], inputs: Inputs) -> None:
     Raises:
         ValueError: one cannot.
     """
+    from icon_nephi.io.image_files import check_holds
+    from icon_nephi.io.itk_images import geometry_of
+
     for name, path in outputs.items():
         if OUTPUTS[name] not in (IMAGES, VECTORS):
             continue
@@ -168,6 +169,13 @@ def run(flags: RegisterFlags, command: list[str]) -> dict[str, Any]:
     """
     check_flags(flags)
     outputs = find_outputs(flags)
+    check_there(flags)
+
+    from tqdm import tqdm
+
+    from icon_nephi.commands.inputs import Inputs
+    from icon_nephi.report import measure
+
     inputs = Inputs(flags)
     check_places(outputs, inputs)
     start = time.perf_counter()
@@ -184,13 +192,16 @@ def run(flags: RegisterFlags, command: list[str]) -> dict[str, Any]:
         "flags": flags_of(flags),
     }
     if not flags.quiet or flags.json is not None:
-        numbers |= summarize_result(result, others)
+        numbers |= measure.summarize_result(result, others)
+    for name, way in (("transform_out", "phi_AB"), ("inverse_transform_out", "phi_BA")):
+        if name in outputs:  # made now, so that what they miss is said
+            getattr(result, way)
     warnings = (*result.warnings, *inputs.warnings)
     numbers["warnings"] = [in_flags(warning) for warning in warnings]
     if inputs.landmarks is not None:
-        numbers["landmarks_mm"] = score_landmarks(result, *inputs.landmarks)
+        numbers["landmarks_mm"] = measure.score_landmarks(result, *inputs.landmarks)
     if inputs.labels is not None:
-        numbers["dice"] = score_labels(result, *inputs.labels)
+        numbers["dice"] = measure.score_labels(result, *inputs.labels)
     numbers["outputs"] = {name: str(path) for name, path in outputs.items()}
     numbers["versions"] = versions()
     writers = _writers(result, others, inputs, numbers)
@@ -215,6 +226,7 @@ def flags_of(flags: RegisterFlags) -> dict[str, str]:
 def _from_scratch(flags: RegisterFlags, images: dict[str, Any]) -> list[Any]:
     """Return a `Registration` of each seed."""
     from icon_nephi.fit.settings import find_effort
+    from icon_nephi.io.itk_images import geometry_of
     from icon_nephi.registration.register import register
 
     kinds = [
@@ -252,6 +264,7 @@ def _through_model(flags: RegisterFlags, images: dict[str, Any]) -> list[Any]:
     from icon_nephi.io.image_input import choose_device
     from icon_nephi.itk_wrapper import register_pair_with_mask
     from icon_nephi.losses.similarities import PatchNCC
+    from icon_nephi.registration.itk_pair import ItkPair
 
     device = choose_device(flags.device, None)
     weights = flags.network_weights
@@ -296,6 +309,9 @@ def _writers(
     result: Any, others: list[Any], inputs: Inputs, numbers: dict[str, Any]
 ) -> dict[str, Callable[[Path], object]]:
     """Return what writes each of `OUTPUTS`; it makes what it writes when called."""
+    from icon_nephi.io.image_files import write_image
+    from icon_nephi.io.itk_transforms import write_transform
+    from icon_nephi.maps.two_way import MOVING_TO_FIXED
 
     def write_report(path: Path) -> None:
         extras = {name: numbers[name] for name in ("seconds", "command")}

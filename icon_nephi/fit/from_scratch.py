@@ -27,8 +27,22 @@ from icon_nephi.fit.levels import fit_levels, levels_of
 from icon_nephi.fit.likeness import Likeness
 from icon_nephi.fit.optimize import Course, FitOptions, Stage, optimize
 from icon_nephi.fit.search import identity
-from icon_nephi.fit.settings import GRID, Fit, Settings, find_settings, make_pair
-from icon_nephi.fit.simpler import Simpler, check_transform, headers_or, simpler
+from icon_nephi.fit.settings import (
+    GRID,
+    Fit,
+    Settings,
+    find_settings,
+    make_pair,
+    suited,
+)
+from icon_nephi.fit.sharpness import sharpness
+from icon_nephi.fit.simpler import (
+    Simpler,
+    Watch,
+    check_transform,
+    headers_or,
+    simpler,
+)
 from icon_nephi.fit.unfold import unfold
 from icon_nephi.losses.features import FeatureDifference, FeaturesAlone
 from icon_nephi.losses.gradient_icon import GradientICONPoints
@@ -44,11 +58,10 @@ DRAW = 0.07
 # Where single points are compared: how many for each block there would be, and the
 # blur of the images, in strides that the samples of a block would have.
 POINTS, BLUR = 8, 0.5
-# Noise above which features fade out, and above which larger blocks are compared; real
-# scans have 0.002 to 0.04.
-CLEAN, NOISY = 0.01, 0.06
 # The settings of a registration without a deformation.
 STILL = replace(GRID, grids=(4,), channels=(1,), arguments=(("width", 4),))
+# Part of the rates with which a fit goes on that ran away.
+SLOWER = 0.3
 # Weight of the label maps' overlap, where there are label maps.
 DICE = 1.0
 
@@ -109,7 +122,7 @@ def fit_pair(
         )
     check_transform(transform, affine=affine)
     both = image_A, image_B
-    work = _Work.of(*both, choice, settings, options, mass_preserving=mass_preserving)
+    work = Work.of(*both, choice, settings, options, mass_preserving=mass_preserving)
     generator = torch.Generator().manual_seed(options.seed)
     rigid, said = transform == "rigid", [*image_A.notes, *image_B.notes]
     aligned = identity(image_B.place.dimension)
@@ -122,7 +135,7 @@ def fit_pair(
         )
         if name != choice.name:
             choice = find_similarity(name, settings.floor)
-            work = _Work.of(*both, choice, settings, options)
+            work = Work.of(*both, choice, settings, options)
     start, warnings = work.better_start(aligned, deformable=deformable)
     course, loss = Course([], []), work.still(start)
     if deformable:
@@ -130,7 +143,7 @@ def fit_pair(
         settings, code = begin_with(begin, *of, free=field == "auto")
         work = replace(work, settings=settings)
         loss = work.loss_from(start, generator, code)
-        course = work.fit(loss)
+        course = work.watched_fit(loss)
         # Those on disk have no features, and after a warning nothing follows.
         if in_parts and not course.warnings and choice.features != "only":
             points = POINTS if choice.points else None
@@ -151,6 +164,8 @@ def fit_pair(
         where, place = images.where_B.cpu(), images.geometry_B
         counts = images.counts_on("cpu")
         numbers = evidence(pair, *images.smooth, place, where, generator, counts)
+        phi_AB = pair(*images.smooth)[0]
+        sharp = sharpness(images, phi_AB, generator, contrast=choice.contrast)
     numbers |= of_images(image_A, image_B)
     return Fit(
         matrix=in_unit_boxes(start, place, images.geometry_A),
@@ -166,21 +181,12 @@ def fit_pair(
         ],
         evidence=numbers,
         similarity=choice.name,
+        sharp=sharp,
     )
 
 
-def _suited(settings: Settings, level: float) -> Settings:
-    """The settings for images with noise of that standard deviation."""
-    if level > CLEAN:
-        settings = replace(settings, kept=0.0)
-    if level > NOISY:
-        half = max(1, settings.patches // 2)
-        settings = replace(settings, size=settings.noisy, patches=half)
-    return settings
-
-
 @dataclass(frozen=True)
-class _Work:
+class Work:
     """The deformable part of one pair, and by what it is done."""
 
     images: ImagePair
@@ -198,12 +204,12 @@ class _Work:
         options: FitOptions,
         *,
         mass_preserving: bool = False,
-    ) -> _Work:
+    ) -> Work:
         """The work at two images that are compared like that."""
         if choice.features != "beside":
             settings = replace(settings, features=0.0)
         if not choice.points:
-            settings = _suited(settings, max(image_A.noise, image_B.noise))
+            settings = suited(settings, max(image_A.noise, image_B.noise))
         featured = bool(settings.features) or choice.features == "only"
         both = image_A, image_B
         images = ImagePair(*both, featured=featured, mass_preserving=mass_preserving)
@@ -231,7 +237,7 @@ class _Work:
             return None
         with torch.no_grad():
             maps = loss.regis_net(*self.images.smooth)
-        return simpler(maps, start, self.likeness, self.options)
+        return simpler(maps, start, self.likeness)
 
     def still(self, start: Tensor) -> GradientICONPoints:
         """What `loss_from` gives, of maps without a deformation."""
@@ -244,7 +250,8 @@ class _Work:
         pair: Any = loss.regis_net
         codes = pair.net.net.parameters()
         rate = 0.04 * self.settings.code_rate
-        unfold(pair, codes, *both, rate=rate, generator=generator)
+        how: dict[str, Any] = {"rate": rate, "generator": generator}
+        unfold(pair, codes, *both, **how, options=self.options)
 
     def _furthest(self, starts: Sequence[Tensor]) -> Tensor:
         """The start from which a short coarse fit gets furthest; the first, if near.
@@ -309,9 +316,38 @@ class _Work:
             generator=generator,
         )
 
-    def fit(self, loss: GradientICONPoints) -> Course:
-        """Codes and fields moved to where the loss is least, coarse to fine."""
-        images, settings = self.images, self.settings
+    def watched_fit(self, loss: GradientICONPoints) -> Course:
+        """As `fit`; from a level where it ran away back, and on with smaller rates."""
+        if self.images.segmentations:  # they say what images do not show
+            return self.fit(loss)
+        watch = Watch(loss.regis_net, self.likeness)
+        course = self.fit(loss, ended=watch.look)
+        good = watch.back()
+        if good is None or course.warnings or self.options.late:
+            return course
+        again = self.fit(loss, after=good, rate=SLOWER, ended=watch.look)
+        reached = "it went back and on with smaller rates"
+        if watch.back() is not None:
+            reached = "the rest of it was left out"
+        begun = f"after level {good}" if good else "from its start on"
+        sentence = f"{begun} the fit ran away: {reached}"
+        losses = [*course.losses, *again.losses]
+        return Course(losses, [sentence, *again.warnings])
+
+    def fit(
+        self,
+        loss: GradientICONPoints,
+        *,
+        after: int = 0,
+        rate: float = 1.0,
+        ended: Callable[[], None] | None = None,
+    ) -> Course:
+        """Codes and fields moved to where the loss is least, coarse to fine.
+
+        After so many levels, and with that part of the rates.
+        """
+        images, settings, stages = self.images, self.settings, self.stages()
+        before = sum(stage.steps for stage in stages[:after])
         pair: Any = loss.regis_net
         net = pair.net
         fields = [*net.field_AB.parameters(), *net.field_BA.parameters()]
@@ -322,21 +358,22 @@ class _Work:
         return optimize(
             loss,
             *both,
-            self._stages(),
+            stages[after:],
             [
-                {"params": list(net.net.parameters()), "lr": settings.code_rate},
-                {"params": fields, "lr": settings.field_rate},
+                {"params": list(net.net.parameters()), "lr": rate * settings.code_rate},
+                {"params": fields, "lr": rate * settings.field_rate},
             ],
             mask_A=images.where_A,
             mask_B=images.where_B,
             extras=images.segmentations,
-            similarity=self._similarity,
+            similarity=lambda step: self.similarity(before + step),
             spacing_A=images.geometry_A.tensor_spacing,
             spacing_B=images.geometry_B.tensor_spacing,
+            ended=ended,
             options=self.options,
         )
 
-    def _similarity(self, step: int) -> Callable[..., Tensor]:
+    def similarity(self, step: int) -> Callable[..., Tensor]:
         """What is compared after so many steps: features fade, or are all there is."""
         choice, settings = self.choice, self.settings
         channels = self.images.image_A.shape[1]
@@ -348,7 +385,7 @@ class _Work:
         weight = settings.features * (1 - faded)
         return FeatureDifference(choice.similarity, channels, weight)
 
-    def _stages(self) -> list[Stage]:
+    def stages(self) -> list[Stage]:
         """Blocks, or single points of smoothed images, coarse to fine."""
         settings, stages = self.settings, []
         for stride, share, exact in zip(

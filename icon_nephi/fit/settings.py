@@ -143,6 +143,21 @@ def find_settings(
     return replace(settings, grids=grids, channels=settings.channels[: len(grids)])
 
 
+# Noise above which features fade out, and above which larger blocks are compared; real
+# scans have 0.002 to 0.04.
+CLEAN, NOISY = 0.01, 0.06
+
+
+def suited(settings: Settings, level: float) -> Settings:
+    """The settings for images with noise of that standard deviation."""
+    if level > CLEAN:
+        settings = replace(settings, kept=0.0)
+    if level > NOISY:
+        half = max(1, settings.patches // 2)
+        settings = replace(settings, size=settings.noisy, patches=half)
+    return settings
+
+
 # How long to work at a pair, by name: whose settings, and times their steps.
 EFFORTS = {"fast": ("grid", 0.5), "default": ("auto", 1.0), "accurate": ("auto", 2.0)}
 
@@ -176,6 +191,7 @@ class Fit:
         warnings: in words.
         evidence: the numbers they were made of, see `icon_nephi.fit.doubts`.
         similarity: the name of what was compared, if it has one.
+        sharp: see `icon_nephi.fit.sharpness`.
     """
 
     matrix: Tensor
@@ -186,6 +202,7 @@ class Fit:
     warnings: list[str]
     evidence: dict[str, float] = field(default_factory=dict)
     similarity: str = ""
+    sharp: Tensor | None = None
 
 
 def make_pair(

@@ -39,6 +39,7 @@ NOT_AT_TOP = ["torchvision", "icon_registration.data", "icon_registration.constr
 # where an ITK image may come.
 KNOW_ITK = {
     "io.image_files",
+    "io.itk_frames",
     "io.itk_images",
     "io.itk_transforms",
     "io.other_transforms",
