@@ -21,7 +21,7 @@ from icon_nephi.fit.content import ImagePair
 from icon_nephi.fit.learned import Looker, save_encoder, working_size
 from icon_nephi.fit.optimize import FitOptions
 from icon_nephi.io.atomic import written_whole
-from icon_nephi.io.itk_images import read_image
+from icon_nephi.io.image_files import read_image
 from icon_nephi.io.pair_input import read_pair
 from icon_nephi.losses.similarities import PatchNCC, find_similarity
 from training import command

@@ -95,8 +95,7 @@ def fit_pair(
         mass_preserving: intensities are densities, of modality "ct": image_A's are
             multiplied by det J before they are compared, and so the other way. "lncc"
             sees only how det J changes within a block, "ncc" sees all of it.
-        begin: the deformation with nothing, "scratch", or with what the general
-            network predicts, "learned"; "auto": see `begin_with`.
+        begin: the deformation with "scratch", "learned" or "auto", see `begin_with`.
         options: seed, limit of time, and what else all parts go by; of an interrupt
             that is kept the fit's warnings say so, and folds are still looked for.
 
@@ -139,8 +138,7 @@ def fit_pair(
     start, warnings = work.better_start(aligned, deformable=deformable)
     course, loss = Course([], []), work.still(start)
     if deformable:
-        of = work.likeness, start, work.settings
-        settings, code = begin_with(begin, *of, free=field == "auto")
+        settings, code = begin_with(begin, work.likeness, start, work.settings, field)
         work = replace(work, settings=settings)
         loss = work.loss_from(start, generator, code)
         course = work.watched_fit(loss)

@@ -206,21 +206,25 @@ def beginning(settings: Settings) -> Settings:
 
 
 def begin_with(
-    begin: str, likeness: Likeness, start: Tensor, settings: Settings, *, free: bool
+    begin: str,
+    likeness: Likeness,
+    start: Tensor,
+    settings: Settings,
+    field: str | Settings,
 ) -> tuple[Settings, LatentCode | None]:
     """The settings of a fit and the code that it begins with, None for nothing.
 
     "auto" takes what the general network predicts in 2D (`PAYS`), where its weights
     are there, the settings can begin with it, and the images agree more with it than
     with the affine start alone by `BETTER`, at places and by a measure that no fit goes
-    by. Settings that cannot are changed where they are ``free``.
+    by. Settings that cannot are changed where they were nobody's choice.
 
     Args:
         begin: one of `STARTS`.
         likeness: of the pair.
         start: the affine start, millimetres.
         settings: of the fit.
-        free: the settings were nobody's choice.
+        field: how they were asked for.
 
     Raises:
         ValueError: an unknown start, or settings that cannot begin with it.
@@ -229,7 +233,9 @@ def begin_with(
     if begin not in STARTS:
         raise ValueError(f"start must be one of {STARTS}, got {begin!r}")
     images = likeness.images
-    able = beginning(settings) if free and not can_begin(settings) else settings
+    able = settings
+    if field == "auto" and not can_begin(settings):
+        able = beginning(settings)
     place = images.geometry_B
     possible = has_weights(place.dimension) and can_begin(able)
     possible = possible and sum(place.size) >= place.dimension * PAYS[place.dimension]

@@ -112,7 +112,7 @@ def begun(begin, A, B):
     pair = ImagePair(prepared(A), prepared(B))
     likeness = Likeness(pair, find_similarity(None), 0)
     start = torch.eye(A.dim() - 1, dtype=torch.float64)
-    return learned.begin_with(begin, likeness, start, SIREN, free=True)
+    return learned.begin_with(begin, likeness, start, SIREN, "auto")
 
 
 @pytest.fixture

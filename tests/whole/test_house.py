@@ -245,7 +245,7 @@ INNER = {
     ),
     "training.data": ("io.atomic space.frames space.images", TENSORS),
     "training.finetune": (
-        "fit.affine fit.content fit.learned fit.optimize io.atomic io.itk_images "
+        "fit.affine fit.content fit.learned fit.optimize io.atomic io.image_files "
         "io.pair_input losses.similarities",
         "the network's own view of a pair",
     ),
