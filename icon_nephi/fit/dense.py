@@ -20,6 +20,7 @@ from tqdm import tqdm
 from icon_nephi.fields import make_field
 from icon_nephi.fields.codes import LatentCodeTable
 from icon_nephi.fit.adam import Adam
+from icon_nephi.fit.affine import in_unit_boxes
 from icon_nephi.fit.content import ImagePair
 from icon_nephi.fit.optimize import Course, FitOptions, stopped
 from icon_nephi.fit.settings import Lattices
@@ -113,7 +114,7 @@ def suits(images: ImagePair, choice: Comparison) -> bool:
 
 def fit_dense(
     images: ImagePair,
-    matrix: Tensor,
+    start: Tensor,
     similarity: PatchNCC,
     settings: Lattices,
     options: FitOptions,
@@ -124,13 +125,14 @@ def fit_dense(
 
     Args:
         images: as they are fitted; see `suits`.
-        matrix: ``[d + 1, d + 1]``, fixed unit box -> moving unit box.
+        start: ``[d + 1, d + 1]``, fixed millimetres -> moving millimetres.
         similarity: local correlation; its floor and whether it is squared count.
         settings: how.
         options: limit of time, interrupts, progress; nothing is random.
         coarse: only the coarsest level.
     """
     place = images.geometry_B
+    matrix = in_unit_boxes(start, place, images.geometry_A)
     levels = plan(images.image_B.shape[2:], place.extent, settings)
     levels = levels[:1] if coarse else levels
     d, history = len(place.extent), list[dict[str, float]]()
@@ -254,13 +256,14 @@ def _smoother(code: Tensor) -> Tensor:
     return code
 
 
-def spline_pair(code: Tensor, scale: Tensor) -> NePhi:
+def spline_pair(code: Tensor, extent: Sequence[float]) -> NePhi:
     """The two maps of a code ``[1, 2 d, *nodes]``: linear fields that pick channels.
 
-    A field is a network without hidden layers on the code's channels; see `DensePair`
-    for the scale ``[d]``.
+    A field is a network without hidden layers on the code's channels, which are in the
+    largest of the extents.
     """
-    d = len(scale)
+    d = len(extent)
+    scale = torch.tensor([max(extent) / e for e in extent])
     table = LatentCodeTable(
         1, grids=[tuple(code.shape[2:])], channels=(2 * d,), global_size=0
     )

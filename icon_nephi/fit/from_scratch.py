@@ -12,19 +12,29 @@ from torch import Tensor
 
 from icon_nephi._check import check_both
 from icon_nephi._memory import memory_for
+from icon_nephi.fields.codes import LatentCode
 from icon_nephi.fit.affine import coincide, find_affine, in_unit_boxes
 from icon_nephi.fit.content import ImagePair
 from icon_nephi.fit.contrast import find_contrast
 from icon_nephi.fit.dense import fit_dense, spline_pair, suits
 from icon_nephi.fit.doubts import doubts, evidence, of_images
+from icon_nephi.fit.learned import begin_with
 from icon_nephi.fit.levels import fit_levels, levels_of
 from icon_nephi.fit.likeness import Likeness
 from icon_nephi.fit.optimize import Course, FitOptions, Stage, optimize
 from icon_nephi.fit.search import identity
-from icon_nephi.fit.settings import GRID, Fit, Settings, find_settings, make_pair
+from icon_nephi.fit.settings import (
+    GRID,
+    Fit,
+    Settings,
+    find_settings,
+    make_pair,
+    suited,
+    trial_of,
+)
 from icon_nephi.fit.sharpness import sharpness
 from icon_nephi.fit.simpler import Simpler, Watch, check_transform, headers_or, simpler
-from icon_nephi.fit.stages import POINTS, compared, stages_of, suited
+from icon_nephi.fit.stages import POINTS, compared, stages_of
 from icon_nephi.fit.unfold import unfold
 from icon_nephi.fit.wishes import Wishes
 from icon_nephi.losses.gradient_icon import GradientICONPoints
@@ -34,8 +44,7 @@ from icon_nephi.maps.networks import AffinePair, NePhi
 from icon_nephi.space.intensities import PreparedImage
 from icon_nephi.space.sampling import Points
 
-# Steps of the short fits that choose between starts, and the advantage the first has.
-TRIAL_STEPS = 40
+# Of short fits that choose between starts, the advantage the first has.
 DRAW = 0.07
 # The settings of a registration without a deformation.
 STILL = replace(GRID, grids=(4,), channels=(1,), arguments=(("width", 4),))
@@ -120,19 +129,30 @@ def fit_pair(
     start, warnings = work.better_start(aligned, deformable=deformable)
     course, loss = Course([], []), work.still(start)
     if deformable:
-        latticed = work.latticed and not in_parts
+        begin = wishes.beginning
+        latticed = work.latticed and not in_parts and begin != "learned"
         if latticed:
             course, loss = work.on_lattices(start)
         else:
-            loss = work.loss_from(start, generator)
+            known = work.likeness, start, work.settings, field
+            settings, code = begin_with(begin, *known)
+            work = replace(work, settings=settings)
+            loss = work.loss_from(start, generator, code)
             course = work.watched_fit(loss)
         # Those on disk have no features, and after a warning nothing follows.
         if in_parts and not course.warnings and choice.features != "only":
             points = POINTS if choice.points else None
             levels = levels_of(image_A, image_B)
             fitted: Any = loss.regis_net
-            known = fitted.net.net, work.settings, points, options
-            last = fit_levels(loss, levels, work.images, *known)
+            last = fit_levels(
+                loss,
+                levels,
+                work.images,
+                fitted.net.net,
+                work.settings,
+                points,
+                options,
+            )
             course = Course(course.losses + last.losses, last.warnings)
         if not latticed:  # there it is done
             work.unfold(loss, generator)
@@ -249,22 +269,11 @@ class Work:
         """
         options = replace(self.options, progress=False, keep_on_interrupt=False)
         if self.latticed:
-            trials = [self._dense(s, options, coarse=True)[1].losses for s in starts]
-            costs = [losses[-1]["all_loss"] for losses in trials]
+            trials = [self._dense(s, options, coarse=True)[1] for s in starts]
+            costs = [course.losses[-1]["all_loss"] for course in trials]
             near = costs[0] * (1 - DRAW) <= min(costs)
             return starts[0 if near else costs.index(min(costs))]
-        settings = replace(
-            self.settings,
-            steps=TRIAL_STEPS,
-            strides=self.settings.strides[:1],
-            shares=(1.0,),
-            exact=self.settings.exact[:1],
-            features=0.0,
-            consistency=self.settings.consistency / 10,  # free to go far in few steps
-            patches=self.settings.patches // 3,
-            regularity_points=self.settings.regularity_points // 3,
-        )
-        trial = replace(self, settings=settings, options=options)
+        trial = replace(self, settings=trial_of(self.settings), options=options)
         courses = []
         for start in starts:
             generator = torch.Generator().manual_seed(options.seed)
@@ -287,25 +296,27 @@ class Work:
     def on_lattices(self, start: Tensor) -> tuple[Course, GradientICONPoints]:
         """How a fit on lattices went, and a loss with the pair that it made."""
         code, course = self._dense(start, self.options)
-        extent = torch.tensor(self.images.geometry_B.extent, dtype=code.dtype)
-        pair = spline_pair(code, extent.max() / extent)
-        return course, self.loss_from(start, torch.Generator(), pair)
+        pair = spline_pair(code, self.images.geometry_B.extent)
+        return course, self.loss_from(start, torch.Generator(), net=pair)
 
     def _dense(
         self, start: Tensor, options: FitOptions, *, coarse: bool = False
     ) -> tuple[Tensor, Course]:
-        images, how = self.images, self.settings.lattices
-        matrix = in_unit_boxes(start, images.geometry_B, images.geometry_A)
+        how: Any = self.settings.lattices
         plain = cast(PatchNCC, self.choice.similarity)
-        assert how is not None
-        return fit_dense(images, matrix, plain, how, options, coarse=coarse)
+        return fit_dense(self.images, start, plain, how, options, coarse=coarse)
 
     def loss_from(
-        self, start: Tensor, generator: torch.Generator, net: NePhi | None = None
+        self,
+        start: Tensor,
+        generator: torch.Generator,
+        known: LatentCode | None = None,
+        net: NePhi | None = None,
     ) -> GradientICONPoints:
         """What is minimised, of intensities; its pair is untrained, behind a start."""
         images, settings = self.images, self.settings
-        net = net or make_pair(settings, images.geometry_B.extent, generator)
+        extent = images.geometry_B.extent
+        net = net or make_pair(settings, extent, generator, known)
         self.wishes.hold(net)
         matrix = in_unit_boxes(start, images.geometry_B, images.geometry_A)
         pair = AffinePair(net, matrix.to(images.image_B.dtype))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -18,19 +17,6 @@ from icon_nephi.space.sampling import Patches, Points
 # Where single points are compared: how many for each block there would be, and the
 # blur of the images, in strides that the samples of a block would have.
 POINTS, BLUR = 8, 0.5
-# Noise above which features fade out, and above which larger blocks are compared; real
-# scans have 0.002 to 0.04.
-CLEAN, NOISY = 0.01, 0.06
-
-
-def suited(settings: Settings, level: float) -> Settings:
-    """The settings for images with noise of that standard deviation."""
-    if level > CLEAN:
-        settings = replace(settings, kept=0.0)
-    if level > NOISY:
-        half = max(1, settings.patches // 2)
-        settings = replace(settings, size=settings.noisy, patches=half)
-    return settings
 
 
 def compared(

@@ -127,7 +127,7 @@ def test_folds_are_mended_and_the_rest_stays(dimension):
 
     @torch.no_grad()
     def least(code):
-        phi = spline_pair(code, scale)(*[torch.zeros(1, 1, *size)] * 2)[0]
+        phi = spline_pair(code, (1.0,) * dimension)(*[torch.zeros(1, 1, *size)] * 2)[0]
         slopes = value_and_jacobian(phi, identity_map(size))[1]
         return float(torch.linalg.det(slopes.movedim((1, 2), (-2, -1))).min())
 
