@@ -14,7 +14,7 @@ from icon_nephi._check import check_both
 from icon_nephi._memory import memory_for
 from icon_nephi.fields.codes import LatentCode
 from icon_nephi.fit.affine import coincide, find_affine, in_unit_boxes
-from icon_nephi.fit.content import ImagePair
+from icon_nephi.fit.content import ImagePair, check_densities
 from icon_nephi.fit.contrast import find_contrast
 from icon_nephi.fit.dense import fit_dense, spline_pair, suits
 from icon_nephi.fit.doubts import doubts, evidence, of_images
@@ -24,7 +24,7 @@ from icon_nephi.fit.likeness import Likeness
 from icon_nephi.fit.optimize import Course, FitOptions, Stage, optimize
 from icon_nephi.fit.search import identity
 from icon_nephi.fit.settings import (
-    GRID,
+    STILL,
     Fit,
     Settings,
     find_settings,
@@ -46,8 +46,6 @@ from icon_nephi.space.sampling import Points
 
 # Of short fits that choose between starts, the advantage the first has.
 DRAW = 0.07
-# The settings of a registration without a deformation.
-STILL = replace(GRID, grids=(4,), channels=(1,), arguments=(("width", 4),))
 # Part of the rates with which a fit goes on that ran away.
 SLOWER = 0.3
 # Weight of the label maps' overlap, where there are label maps.
@@ -102,11 +100,8 @@ def fit_pair(
     if in_parts:  # what the corners of the blocks miss is found on the finer levels
         settings = replace(settings, exact=(False,) * len(settings.exact))
     choice = find_similarity(similarity, settings.floor)
-    if mass_preserving and (modality != "ct" or choice.contrast):
-        raise ValueError(
-            "mass_preserving takes intensities for densities: both images must be of "
-            "modality ct, and similarity 'lncc', 'ncc' or a callable"
-        )
+    if mass_preserving:
+        check_densities(modality, choice)
     check_transform(transform, affine=affine)
     both = image_A, image_B
     asked: dict[str, Any] = {"mass_preserving": mass_preserving, "wishes": wishes}
@@ -144,15 +139,8 @@ def fit_pair(
             points = POINTS if choice.points else None
             levels = levels_of(image_A, image_B)
             fitted: Any = loss.regis_net
-            last = fit_levels(
-                loss,
-                levels,
-                work.images,
-                fitted.net.net,
-                work.settings,
-                points,
-                options,
-            )
+            rest = fitted.net.net, work.settings, points, options
+            last = fit_levels(loss, levels, work.images, *rest)
             course = Course(course.losses + last.losses, last.warnings)
         if not latticed:  # there it is done
             work.unfold(loss, generator)

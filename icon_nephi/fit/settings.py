@@ -118,6 +118,8 @@ GRID = replace(
     field_rate=3e-3,
     code_rate=3e-2,
 )
+# Of a registration without a deformation.
+STILL = replace(GRID, grids=(4,), channels=(1,), arguments=(("width", 4),))
 # Brains at 1 mm and the like: small structures everywhere, so finer codes, and maps
 # evaluated at every sample, which the small field affords.
 DETAIL = replace(
