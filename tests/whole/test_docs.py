@@ -9,7 +9,6 @@ optimisation.
 import re
 import shlex
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import itk
@@ -130,13 +129,15 @@ OUTPUTS = re.compile(r"--(out|save|report|json|\w+_out)$")
 
 def run(words):
     """The command, with the files that it reads; its outputs are there after it."""
-    written = []
-    for before, word in pairwise(words):
-        if OUTPUTS.match(before):
+    written, flag = [], ""
+    for word in words[1:]:
+        if word.startswith("--"):
+            flag = word
+        elif OUTPUTS.match(flag):
             written.append(Path(word))
-        elif before == "--out_dir":
+        elif flag == "--out_dir":
             Path(word).mkdir(exist_ok=True)
-        elif before.startswith("--") and "." in word and not Path(word).exists():
+        elif flag and re.search("[.][a-z]", word) and not Path(word).exists():
             make_file(Path(word))
     getattr(cli, words[0].removeprefix("nephi-"))(words[1:])
     for path in written:
