@@ -94,7 +94,7 @@ def make_file(path):
         noise = np.random.default_rng(0).normal(size=(3, 9, 10, 11))
         frames = [itk_images.image_of(n, geometry(n.shape, 3)) for n in noise]
         return write_frames(frames, path)
-    name, generator = path.name, np.random.default_rng(len(path.name))
+    name, generator = path.name, np.random.default_rng(list(path.name.encode()))
     size = (9, 10) if name.endswith(".tif") else (9, 10, 11)
     if name.endswith((".nii.gz", ".nrrd", ".tif")):
         kind = np.uint8 if re.search("mask|lungs|labels", name) else np.int16
