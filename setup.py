@@ -92,6 +92,8 @@ setup(
     entry_points={
         "console_scripts": [
             "nephi-register = icon_nephi.cli:register",
+            "nephi-series = icon_nephi.cli:series",
+            "nephi-template = icon_nephi.cli:template",
             "nephi-warp = icon_nephi.cli:warp",
             "nephi-jacobian = icon_nephi.cli:jacobian",
             "nephi-info = icon_nephi.cli:info",

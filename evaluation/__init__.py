@@ -53,6 +53,12 @@ def _itk_images() -> Any:
     return itk_images
 
 
+def _image_files() -> Any:
+    from icon_nephi.io import image_files
+
+    return image_files
+
+
 # --- images -------------------------------------------------------------------------
 
 
@@ -90,13 +96,13 @@ def image_from(array: np.ndarray, like: Any = None) -> Any:
 
 def read_image(path: Path) -> Any:
     """Return a float image; colours become grey (ITK's luminance weights)."""
-    return _itk_images().read_image("image", path, as_float=True)
+    return _image_files().read_image("image", path, as_float=True)
 
 
 def read_labels(path: Path) -> Any:
     """Return a label map in an integer type."""
-    rooms = _itk_images()
-    return rooms.check_label_map("labels", rooms.read_image("labels", path))
+    maps = _image_files().read_image("labels", path)
+    return _itk_images().check_label_map("labels", maps)
 
 
 # --- scores -------------------------------------------------------------------------

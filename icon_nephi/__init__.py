@@ -24,10 +24,14 @@ if TYPE_CHECKING:
     from icon_nephi.maps.networks import TwoStepPair as TwoStepPair
     from icon_nephi.models import make_network as make_network
     from icon_nephi.proofs.certificate import certify as certify
+    from icon_nephi.registration.group import build_template as build_template
+    from icon_nephi.registration.group import register_series as register_series
     from icon_nephi.registration.register import ensemble as ensemble
     from icon_nephi.registration.register import register as register
     from icon_nephi.registration.result import Registration as Registration
-    from icon_nephi.registration.result import load as load
+    from icon_nephi.registration.saved import load as load
+    from icon_nephi.registration.series import Series as Series
+    from icon_nephi.registration.template import Template as Template
     from icon_nephi.space.sampling import Patches as Patches
     from icon_nephi.space.sampling import Points as Points
     from icon_nephi.swap import add_neural_residual as add_neural_residual
@@ -43,8 +47,12 @@ _ROOMS = {
     "maps.networks": "FirstTransform FunctionFromNeuralField NePhi TwoStepPair",
     "models": "make_network",
     "proofs.certificate": "certify",
+    "registration.group": "build_template register_series",
     "registration.register": "ensemble register",
-    "registration.result": "Registration load",
+    "registration.result": "Registration",
+    "registration.saved": "load",
+    "registration.series": "Series",
+    "registration.template": "Template",
     "space.sampling": "Patches Points",
     "swap": "add_neural_residual swap_fields",
 }

@@ -92,8 +92,14 @@ def check_labels(
         )
     if values.dtype.kind in "iub":
         return values
-    kind = np.int16 if np.abs(values).max(initial=0) < 2**15 else np.int32
-    return values.astype(kind)
+    largest = np.abs(values).max(initial=0)
+    if largest > 2**53:
+        raise ValueError(
+            f"{name} holds labels up to {largest:g}, which its numbers cannot tell "
+            "apart; number them anew, below 2^53"
+        )
+    kinds = (np.int16, np.int32, np.int64)
+    return values.astype(next(k for k in kinds if largest <= np.iinfo(k).max))
 
 
 def check_dimension(

@@ -1,8 +1,9 @@
-"""The commands: nephi-register, -warp, -jacobian, -info and -compare."""
+"""The commands: nephi-register, -series, -template, -warp, -jacobian, ..."""
 
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
@@ -15,6 +16,7 @@ from icon_nephi.commands.flags import (
     RegisterFlags,
     WarpFlags,
 )
+from icon_nephi.commands.group_flags import SeriesFlags, TemplateFlags
 
 _Command = Callable[[Sequence[str] | None], None]
 
@@ -81,13 +83,43 @@ def register(argv: Sequence[str] | None = None) -> None:
 
 
 @_one_sentence
+def series(argv: Sequence[str] | None = None) -> None:
+    """Register all images of a series at once."""
+    _group(SeriesFlags, "run_series", argv)
+
+
+@_one_sentence
+def template(argv: Sequence[str] | None = None) -> None:
+    """Build the template of a group of images."""
+    _group(TemplateFlags, "run_template", argv)
+
+
+def _group(
+    kind: type[SeriesFlags] | type[TemplateFlags],
+    name: str,
+    argv: Sequence[str] | None,
+) -> None:
+    typed = list(sys.argv[1:] if argv is None else argv)
+    flags = kind.typed(typed)
+
+    from icon_nephi.commands import group
+    from icon_nephi.commands.text import group_text
+
+    command = shlex.join([kind.PROG, *typed])
+    summary = getattr(group, name)(flags, command)
+    as_json = str(flags.json) == "-"
+    text = json.dumps(summary, indent=2) if as_json else group_text(summary)
+    _say(kind.PROG, text, summary["warnings"], quiet=flags.quiet and not as_json)
+
+
+@_one_sentence
 def warp(argv: Sequence[str] | None = None) -> None:
-    """Write an image, a label map, points or a mesh, moved by a registration."""
+    """Write images, label maps, points and meshes, moved by registrations."""
     flags = WarpFlags.typed(argv)
 
-    from icon_nephi.commands.warp import warp_file
+    from icon_nephi.commands.warp import warp_files
 
-    _say("nephi-warp", *warp_file(flags), quiet=flags.quiet)
+    _say("nephi-warp", *warp_files(flags), quiet=flags.quiet)
 
 
 @_one_sentence

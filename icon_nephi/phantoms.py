@@ -153,6 +153,55 @@ def breathing_thorax(
     )
 
 
+@dataclass(frozen=True, eq=False)
+class ThoraxCycle:
+    """Images of one breathing thorax: ``images[k](maps[k](x))`` is the same place x.
+
+    Attributes:
+        images: of each phase, [1, 1, *shape], float32, in HU; phase 0 breathed out.
+        points: the same vessel forks in each, [phases, N, d], float32, unit box.
+        maps: from phase 0 to each, [B, d, *any] in the unit box.
+        spacing: mm between voxels, one for each array axis.
+    """
+
+    images: tuple[Tensor, ...]
+    points: Tensor
+    maps: tuple[_Map, ...]
+    spacing: tuple[float, ...]
+
+
+def breathing_cycle(
+    shape: Sequence[int] = (96, 80, 96),
+    phases: int = 10,
+    seed: int = 0,
+    amplitude: float = 20.0,
+    noise: float = 20.0,
+) -> ThoraxCycle:
+    """Return the thorax of `breathing_thorax` at evenly spaced times of one breath.
+
+    The diaphragm goes down and up as a raised cosine; the chest follows a twentieth of
+    a breath later, so the way out is not the way in. Arguments and errors as there.
+    """
+    whole = breathing_thorax(shape, None, seed, amplitude, noise)
+    axes = [0, 1, 2] if len(shape) == 3 else [0, 2]
+    anatomy = _Anatomy(axes, torch.Generator().manual_seed(seed))
+    strengths, waves, _ = whole.phi_AB.args  # type: ignore[attr-defined]
+    generator = torch.Generator().manual_seed(seed + 1)
+    images, maps = [], []
+    lags = [0.05 * bool(axis) for axis in axes]
+    for time in torch.arange(phases) / phases:
+        now = [  # less what lags behind at the time 0
+            s * (math.cos(2 * math.pi * lag) - math.cos(2 * math.pi * (time - lag))) / 2
+            for s, lag in zip(strengths, lags, strict=True)
+        ]
+        forth, back = (partial(_breathe, now, waves, way) for way in (False, True))
+        image = _paint(anatomy, tuple(whole.image_A.shape[2:]), back)[1]
+        images.append(image + noise * torch.randn(image.shape, generator=generator))
+        maps.append(forth)
+    points = torch.stack([phi(whole.points_B.T[None])[0].T for phi in maps])
+    return ThoraxCycle(tuple(images), points, tuple(maps), whole.spacing)
+
+
 # Breathing along z, y, x: profiles over the own coordinate, at most 1 in size. They
 # and their slopes vanish at both ends, so nothing leaves the box. z peaks at the
 # diaphragm (1/3) and dies off slowly towards the apex; x moves the two lungs apart.

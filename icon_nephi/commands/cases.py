@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from icon_nephi.commands.flags import SIDES
+from icon_nephi.io.image_files import read_image
 from icon_nephi.io.image_input import read_input
 from icon_nephi.io.itk_images import (
     array_of,
     check_label_map,
     geometry_of,
     image_of,
-    read_image,
 )
 from icon_nephi.io.points import read_points
 from icon_nephi.space.frames import Array, Geometry

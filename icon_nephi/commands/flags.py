@@ -1,50 +1,39 @@
-"""The flags of each command, with their help; which paths they may be."""
+"""The flags of each command, with their help; which endings paths may have."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from icon_nephi.commands.parsing import Flags, flag
+from icon_nephi.commands.parsing import Chained, Flags, flag
 
-IMAGES = (".nii.gz", ".nii", ".nrrd", ".mha", ".tif", ".tiff")
+IMAGES = (".nii.gz", ".nii", ".nrrd", ".mha", ".tif", ".tiff", ".png")
 TRANSFORMS = (".h5", ".hdf5", ".tfm", ".txt")
 VECTORS = (".nii.gz", ".nii", ".nrrd", ".mha")
-POINTS = (".csv", ".fcsv", ".mrk.json", ".vtk", ".ply", ".stl", ".gii")
+#: What is read as a transform beside .nephi: of ANTs, greedy, FSL, and fields.
+MAPS = (*TRANSFORMS, ".mat", *VECTORS, ".mhd")
+POINTS = (
+    *(".csv", ".fcsv", ".mrk.json", ".vtk", ".vtp", ".ply", ".stl", ".obj", ".gii"),
+)
 SIDES = ("fixed", "moving")
 MODALITIES = ("ct", "mri", "none")
 MODELS = ("lung", "brain", "knee", "unigradicon", "multigradicon", "none")
 
 
-def check_output(name: str, path: Path, endings: Sequence[str]) -> Path:
-    """Return the path if it can be written to, so that no work is done in vain.
-
-    Raises:
-        ValueError: it cannot, or has another ending.
-    """
-    if not path.name.lower().endswith(tuple(endings)):
-        raise ValueError(f"--{name}: {path} must end in {', '.join(endings)}")
-    if path.is_dir():
-        raise ValueError(f"--{name}: {path} is a folder; give a file name in it")
-    if not path.parent.is_dir():
-        raise ValueError(f"--{name}: the folder {path.parent} does not exist")
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"--{name}: the folder {path.parent} cannot be written to")
-    return path
-
-
 def is_own(name: str, path: Path) -> bool:
-    """Return whether a path is that of a .nephi file; else of an ITK transform.
+    """Return whether a path is that of a .nephi file; else of another transform.
 
     Raises:
-        ValueError: another ending.
+        ValueError: another ending, or no file.
     """
-    endings = (".nephi", *TRANSFORMS)
+    endings = (".nephi", *MAPS)
     if not str(path).lower().endswith(endings):
         raise ValueError(f"{name}: {path} must end in one of {', '.join(endings)}")
+    if not path.is_file():
+        what = "is a folder, not a file" if path.is_dir() else "does not exist"
+        raise ValueError(f"{name}: {path} {what}")
     return str(path).lower().endswith(".nephi")
 
 
@@ -58,7 +47,11 @@ def _iterations(text: str) -> int | None:
     return count
 
 
-_FORMATS = f".nephi, {', '.join(TRANSFORMS)}"
+_NUMBER = (
+    "of nephi-series and nephi-template: which image moves, the first is 0; the fixed "
+    "image is the reference"
+)
+_FORMATS = f".nephi, {', '.join(MAPS)}"
 _SCALE = "how to scale intensities: ct takes Hounsfield units (default: none)"
 _CLIP = "clip its intensities to these"
 _LOOK = "look only where this is above zero"
@@ -76,7 +69,7 @@ _output = partial(flag, group="outputs")
 _score = partial(flag, group="scores")
 _how = partial(flag, group="how")
 _many = partial(flag, group="many pairs")
-_what = partial(flag, group="what", alone=True)
+_files = partial(flag, group="what", type=Path, nargs="+", metavar="FILE")
 _way = partial(flag, group="way", alone=True)
 _kind = partial(flag, group="kind", alone=True)
 _ends = partial(_input, type=float, nargs=2, metavar=("LOW", "HIGH"))
@@ -207,28 +200,61 @@ class WarpFlags(Flags):
     """The flags of nephi-warp."""
 
     PROG = "nephi-warp"
-    ABOUT = "Apply a registration to an image, a label map, points or a mesh."
+    ABOUT = "Apply registrations to images, label maps, points and meshes."
     EXAMPLES = """examples:
   nephi-warp --transform a_b.nephi --image moving.nii.gz --out warped.nii.gz
   nephi-warp --transform a_b.nephi --labels moving_seg.nii.gz --out warped_seg.nii.gz
   nephi-warp --transform T.hdf5 --image moving.nrrd --reference fixed.nrrd --out w.nrrd
   nephi-warp --transform a_b.nephi --points fixed_points.csv --out in_moving.csv
   nephi-warp --transform a_b.nephi --points moving.vtk --to fixed --out in_fixed.vtk
+  nephi-warp --transform a_b.nephi --image t1.nii.gz t2.nii.gz --labels seg.nii.gz \\
+      --to fixed --out_dir warped
+  nephi-warp --transform a_b.nephi b_c.nephi --inverse_of d_c.nephi --image d.nrrd \\
+      --out d_on_a.nrrd
 
 Images and label maps go from the moving image's space to the fixed image's grid;
 points go from the fixed image to the moving image. --inverse turns both around, or
 say --to fixed, --to moving: the image in whose space the result lies. Where there is
-no image the result has the image's least value (air in CT); beside label maps 0.
+no image the result has the image's least value (air in CT), beside label maps 0, or
+what --outside says.
+
+Several files are moved in one call: --out has a name for each, images first, then
+labels, then points; with --out_dir each keeps its own. Several transforms are a chain:
+points of the fixed image go through the first, then the second, ..., as in
+antsApplyTransforms; --inverse_of adds inverses, in the order typed.
 
 Coordinates are LPS mm, unless the file says RAS: .fcsv and .mrk.json name their frame,
-.vtk may (SPACE=RAS), .gii is RAS. Other columns, triangles and data are kept."""
+.vtk, .vtp, .ply, .stl and .obj may (SPACE=RAS), .gii is RAS. Other columns, triangles
+and data are kept."""
 
-    transform: Path = flag(f"of nephi-register ({_FORMATS})", required=True)
-    image: Path | None = _what("image to warp", required=True)
-    labels: Path | None = _what("label map to warp")
-    points: Path | None = _what(
-        "points or mesh: .csv with columns x,y,z (2D: x,y), .fcsv, .mrk.json, .vtk, "
-        ".ply, .stl, .gii"
+    transform: Sequence[tuple[Path, bool]] = flag(
+        f"of nephi-register or other programs ({_FORMATS}), one or a chain",
+        (),
+        action=Chained,
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+    )
+    inverse_of: Sequence[tuple[Path, bool]] = flag(
+        "a chain goes on with the inverse of these",
+        (),
+        action=Chained,
+        type=Path,
+        nargs="+",
+        dest="transform",
+        metavar="FILE",
+    )
+    number: int | None = flag(_NUMBER)
+    affine: str | None = flag(
+        "whose the plain numbers of a .mat or .txt are: ras (greedy, c3d) or fsl "
+        "(flirt's, with --reference and --moving)",
+        choices=("ras", "fsl"),
+    )
+    moving: Path | None = flag("flirt's -in, with --affine fsl")
+    image: Sequence[Path] | None = _files("images to warp")
+    labels: Sequence[Path] | None = _files("label maps to warp")
+    points: Sequence[Path] | None = _files(
+        f"points or meshes ({', '.join(POINTS)}; .csv with columns x,y,z, 2D: x,y)"
     )
     reference: Path | None = flag("image whose grid the result gets")
     interpolation: str | None = flag(
@@ -236,7 +262,13 @@ Coordinates are LPS mm, unless the file says RAS: .fcsv and .mrk.json name their
         "(default) or onehot (each label read linearly, the largest share wins)",
         choices=("linear", "cubic", "nearest", "onehot"),
     )
-    out: Path = flag("image; points: ending as they have", required=True)
+    outside: float | None = flag(
+        "value where there is no image (default: the image's least, of labels 0)"
+    )
+    out: Sequence[Path] | None = flag(
+        "a name for each; points: ending as they have", type=Path, nargs="+"
+    )
+    out_dir: Path | None = flag("existing folder, in which each keeps its name")
     errors: bool = flag(
         "add a column with the error to expect in mm (.csv of a .nephi only)", False
     )
@@ -267,6 +299,7 @@ are exact, of an ITK transform central differences a twentieth of a voxel to eac
 In Python a tensor is itk.imread(path, itk.VariableLengthVector[itk.F])."""
 
     transform: Path = flag(f"of nephi-register ({_FORMATS})", required=True)
+    number: int | None = flag(_NUMBER)
     out: Path = flag("image, fixed grid or the reference's", required=True)
     reference: Path | None = flag(
         "image whose grid the result gets (default: the fixed image's)"

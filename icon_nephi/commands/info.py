@@ -9,8 +9,9 @@ from typing import Any
 from safetensors import safe_open
 
 from icon_nephi.commands.flags import is_own
-from icon_nephi.io.itk_transforms import read_transform
-from icon_nephi.io.nephi import load_fit
+from icon_nephi.io.nephi import load_fit, read_contents
+from icon_nephi.io.nephi_group import GROUP, load_group
+from icon_nephi.io.other_transforms import read_any_transform
 from icon_nephi.space.frames import Geometry
 
 
@@ -24,7 +25,38 @@ def describe(path: Path) -> dict[str, Any]:
     return {"file": str(path), "bytes": path.stat().st_size, **contents}
 
 
+def _group(path: Path) -> dict[str, Any]:
+    fit, told = load_group(path)
+    code = [fit.code.global_code, *fit.code.local_codes]
+    fields = fit.field_AB, fit.field_BA
+    images: list[dict[str, Any]] = [{"name": name} for name in told.names]
+    for number, entry in enumerate(images):
+        if told.times is not None:
+            entry["time"] = told.times[number]
+        entry["size"] = list(told.places[number].itk_size)
+    return {
+        "kind": f"{told.kind} by icon_nephi",
+        "format": GROUP,
+        "coordinates": "ITK images (LPS mm)" if told.itk else "tensors (unit boxes)",
+        "reference": "the mean of all"
+        if told.reference is None
+        else f"image {told.reference}",
+        "period": "none" if told.period is None else told.period,
+        "frame": _place(fit.place),
+        "directions": "between any two images, both ways",
+        "parameters": {
+            "fields": sum(p.numel() for f in fields for p in f.parameters()),
+            "code_of_each_image": sum(part[0].numel() for part in code),
+        },
+        "images": images,
+        "left_out": list(told.left_out),
+        "warnings": [text for texts in fit.warnings for text in texts],
+    }
+
+
 def _registration(path: Path) -> dict[str, Any]:
+    if read_contents(path, GROUP).header.get("format") == GROUP:
+        return _group(path)
     saved = load_fit(path)
     with safe_open(path, framework="pt") as file:
         header = json.loads(file.metadata()["nephi"])
@@ -63,7 +95,7 @@ def _place(geometry: Geometry) -> dict[str, Any]:
 
 
 def _transform(path: Path) -> dict[str, Any]:
-    transform = read_transform("FILE", path)
+    transform = read_any_transform("FILE", path)
     parts = [transform]
     if hasattr(transform, "GetNumberOfTransforms"):
         count = transform.GetNumberOfTransforms()

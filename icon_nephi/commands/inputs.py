@@ -8,13 +8,17 @@ from typing import Any
 import numpy as np
 
 from icon_nephi._check import check_dimension, check_mask_numbers
-from icon_nephi.commands.flags import SIDES, RegisterFlags, is_own
+from icon_nephi.commands.flags import SIDES, RegisterFlags, WarpFlags, is_own
 from icon_nephi.io import itk_images
-from icon_nephi.io.itk_transforms import read_transform
+from icon_nephi.io.image_files import read_image
+from icon_nephi.io.other_transforms import read_any_transform
+from icon_nephi.io.point_file import PointFile
 from icon_nephi.io.points import read_points
-from icon_nephi.maps.two_way import Mapping
+from icon_nephi.registration.chain import Chain
 from icon_nephi.registration.itk_pair import ItkPair
-from icon_nephi.registration.result import Registration, load
+from icon_nephi.registration.result import Registration
+from icon_nephi.registration.saved import load
+from icon_nephi.registration.series import Series
 from icon_nephi.space.frames import Array
 
 
@@ -32,7 +36,7 @@ class Inputs:
     def __init__(self, flags: RegisterFlags) -> None:
         self.warnings: list[str] = []
         self.images = {
-            name: itk_images.read_image(f"--{name}", path)
+            name: read_image(f"--{name}", path, said=self.warnings)
             for end in ("", "_mask", "_segmentation")
             for name in (f"moving{end}", f"fixed{end}")
             if (path := getattr(flags, name)) is not None
@@ -60,12 +64,14 @@ class Inputs:
     def _read_landmarks(
         self, flags: RegisterFlags, dimension: int
     ) -> tuple[Array, Array]:
-        fixed, moving = (
-            read_points(
-                f"--landmarks_{side}", getattr(flags, f"landmarks_{side}")
-            ).points
+        files = [
+            read_points(f"--landmarks_{side}", getattr(flags, f"landmarks_{side}"))
             for side in SIDES
-        )
+        ]
+        if dimension == 2:
+            files = [file.flat() for file in files]
+        fixed, moving, said = paired(*files)
+        self.warnings += said
         for side, points in zip(SIDES, (fixed, moving), strict=True):
             if points.shape[1] != dimension:
                 raise ValueError(
@@ -87,9 +93,37 @@ class Inputs:
         return fixed, moving
 
 
+def paired(first: PointFile, second: PointFile) -> tuple[Array, Array, list[str]]:
+    """Return the points of two files that belong together, and what there is to say.
+
+    By their names where each point of both has its own, else row by row.
+    """
+    names = first.names, second.names
+    if names == (None, None) or names[0] == names[1]:
+        return first.points, second.points, []
+    rows = [dict(zip(n or (), range(len(n or ())), strict=True)) for n in names]
+    own = all(n and len(r) == len(n) for n, r in zip(names, rows, strict=True))
+    common = [name for name in rows[0] if name in rows[1]]
+    if not own or not common:
+        why = "no name is in both" if own else "not each has a name of its own"
+        return (
+            *(first.points, second.points),
+            [f"landmarks are paired row by row, because {why}"],
+        )
+    found = [[r[name] for name in common] for r in rows]
+    said = []
+    alone = sorted(set(rows[0]) ^ set(rows[1]))
+    if alone:
+        said.append(
+            f"landmarks are paired by name; left out are those of one file only: "
+            f"{', '.join(alone[:5])}{', ...' if len(alone) > 5 else ''}"
+        )
+    return first.points[found[0]], second.points[found[1]], said
+
+
 def _read_labels(flags: RegisterFlags, side: str, dimension: int) -> Any:
     flag = f"--labels_{side}"
-    image = itk_images.read_image(flag, getattr(flags, f"labels_{side}"))
+    image = read_image(flag, getattr(flags, f"labels_{side}"))
     check_dimension(flag, image.GetImageDimension(), "the images are", dimension)
     return itk_images.check_label_map(flag, image)
 
@@ -111,10 +145,14 @@ def _windowed(flags: RegisterFlags, side: str, image: Any) -> Any:
     return itk_images.image_of(clipped, itk_images.geometry_of(image))
 
 
-def read_map(path: Path, way: str | None) -> Registration | ItkPair:
+def read_map(
+    path: Path, way: str | None, number: int | None = None, **affine: Any
+) -> Registration | ItkPair:
     """Return what ``--transform`` holds; of an ITK transform there is one direction.
 
-    ``way`` is what was typed to ask for a direction, if anything.
+    ``way`` is what was typed to ask for a direction, if anything; ``number`` of an
+    image, of a series or a template; ``affine`` says of plain numbers what
+    `read_any_transform` wants to know.
 
     Raises:
         ValueError: neither, a registration of tensors, or a way of an ITK transform.
@@ -124,10 +162,17 @@ def read_map(path: Path, way: str | None) -> Registration | ItkPair:
             raise ValueError(
                 f"--{'inverse' if way == 'inverse' else 'to'} needs a .nephi file; of "
                 "an ITK transform give the file that nephi-register wrote to "
-                "--inverse_transform_out"
+                "--inverse_transform_out, or give it to --inverse_of of nephi-warp"
             )
-        return ItkPair(read_transform("--transform", path))
+        return ItkPair(read_any_transform("--transform", path, **affine))
     registration = load(path)
+    if isinstance(registration, Series):
+        if number is None:
+            raise ValueError(
+                f"--transform: {path} holds {len(registration)} images; say which one "
+                f"with --number, 0 to {len(registration) - 1}"
+            )
+        registration = registration.from_reference(number)
     if not registration.itk:
         raise ValueError(
             f"--transform: {path} holds a registration of tensors, which have no place "
@@ -136,15 +181,38 @@ def read_map(path: Path, way: str | None) -> Registration | ItkPair:
     return registration
 
 
-def read_reference(path: Path | None, mapping: Mapping) -> Any:
+def read_chain(flags: WarpFlags) -> Registration | ItkPair | Chain:
+    """Return what ``--transform`` and ``--inverse_of`` hold together.
+
+    Raises:
+        ValueError: see `read_map`; or inverses typed as ``--inverse`` of a chain.
+    """
+    way = "inverse" if flags.inverse else flags.to
+    about: dict[str, Any] = {"affine": flags.affine}
+    if flags.affine == "fsl":
+        for name, path in (("fixed", flags.reference), ("moving", flags.moving)):
+            if path is not None:
+                flag = "--reference" if name == "fixed" else "--moving"
+                about[name] = itk_images.geometry_of(read_image(flag, path))
+    number = flags.number
+    steps = [
+        (read_map(p, way, number, **about), turned) for p, turned in flags.transform
+    ]
+    if len(steps) == 1 and not steps[0][1]:
+        return steps[0][0]
+    return Chain(steps)
+
+
+def read_reference(path: Path | None, mapping: Any) -> Any:
     """Return the image whose grid a result gets, None: that of the registration.
 
     Raises:
         ValueError: a file that is no image, or none with an ITK transform.
     """
     if path is not None:
-        return itk_images.read_image("--reference", path)
-    if isinstance(mapping, ItkPair):
+        return read_image("--reference", path)
+    lone = isinstance(mapping, ItkPair)
+    if lone or (isinstance(mapping, Chain) and mapping.place() is None):
         raise ValueError(
             "--reference is needed with an ITK transform: the image whose grid the "
             "result gets, usually the fixed image"
@@ -152,8 +220,10 @@ def read_reference(path: Path | None, mapping: Mapping) -> Any:
     return None
 
 
-def in_words(mapping: Mapping, direction: str) -> str:
+def in_words(mapping: Any, direction: str) -> str:
     """Return a direction as people read it; a lone ITK transform does not tell its."""
     if isinstance(mapping, ItkPair):
         return "as the transform says"
+    if isinstance(mapping, Chain):
+        return f"through {len(mapping.steps)} transforms"
     return direction.replace("_to_", " -> ")

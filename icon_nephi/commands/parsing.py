@@ -28,6 +28,18 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see {self.prog} --help")
 
 
+class Chained(argparse.Action):
+    """Adds what is typed to one list, with whether it was an ``--inverse...`` flag."""
+
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option: str | None = None
+    ) -> None:
+        """Keep the values in the order typed."""
+        turned = str(option).startswith("--inverse")
+        before = getattr(namespace, self.dest) or ()
+        setattr(namespace, self.dest, (*before, *((v, turned) for v in values)))
+
+
 FlagsT = TypeVar("FlagsT", bound="Flags")
 
 

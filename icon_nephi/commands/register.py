@@ -18,11 +18,12 @@ from icon_nephi.commands.flags import (
     TRANSFORMS,
     VECTORS,
     RegisterFlags,
-    check_output,
 )
 from icon_nephi.commands.inputs import Inputs
+from icon_nephi.commands.outputs import check_outputs, is_same
 from icon_nephi.io.atomic import written_whole
-from icon_nephi.io.itk_images import geometry_of, write_image
+from icon_nephi.io.image_files import check_holds, write_image
+from icon_nephi.io.itk_images import geometry_of
 from icon_nephi.io.itk_transforms import write_transform
 from icon_nephi.io.versions import versions
 from icon_nephi.maps.two_way import MOVING_TO_FIXED
@@ -94,7 +95,7 @@ def check_flags(flags: RegisterFlags) -> None:
             )
     if flags.quantiles and not 0 <= flags.quantiles[0] < flags.quantiles[1] <= 1:
         raise ValueError("--quantiles must be shares from 0 to 1, such as 0.01 0.99")
-    if _same(fixed, moving):
+    if fixed.exists() and is_same(fixed, moving):
         raise ValueError(
             f"--fixed and --moving are the same file, {fixed}: there is nothing to "
             "register"
@@ -123,10 +124,6 @@ def _check_model_flags(flags: RegisterFlags) -> None:
         )
 
 
-def _same(first: Path, second: Path) -> bool:
-    return first.exists() and second.exists() and first.samefile(second)
-
-
 def find_outputs(flags: RegisterFlags) -> dict[str, Path]:
     """Return the outputs asked for, each of which can be written.
 
@@ -134,22 +131,32 @@ def find_outputs(flags: RegisterFlags) -> dict[str, Path]:
         ValueError: one that cannot, none at all, or one over another or an input.
     """
     paths = {k: v for k, v in vars(flags).items() if isinstance(v, Path)}
-    outputs = {
-        name: check_output(name, paths[name], endings)
+    asked = {
+        name: (paths[name], endings)
         for name, endings in OUTPUTS.items()
         if name in paths and (name, str(paths[name])) != ("json", "-")
     }
+    read = [paths[name] for name in paths if name not in (*OUTPUTS, "out_dir")]
+    outputs = check_outputs(asked, read)
     if not set(outputs) - {"json"} and flags.json is None:
         raise ValueError("nothing to write: give --transform_out or --save")
-    if len({path.absolute() for path in outputs.values()}) < len(outputs):
-        raise ValueError("two outputs have the same path; give each its own")
-    inputs = [paths[name] for name in paths if name not in (*OUTPUTS, "out_dir")]
-    for name, path in outputs.items():
-        if any(_same(path, other) for other in inputs):
-            raise ValueError(
-                f"--{name}: {path} is also an input; it would be overwritten"
-            )
     return outputs
+
+
+def check_places(outputs: dict[str, Path], inputs: Inputs) -> None:
+    """Refuse formats that cannot hold the images to be written.
+
+    Raises:
+        ValueError: one cannot.
+    """
+    for name, path in outputs.items():
+        if OUTPUTS[name] not in (IMAGES, VECTORS):
+            continue
+        side = "moving" if name == "inverse_displacement_out" else "fixed"
+        place = geometry_of(inputs.images[side])
+        vectors = place.dimension if OUTPUTS[name] == VECTORS else None
+        said = inputs.warnings
+        check_holds(f"--{name}", path, place, components=vectors, said=said)
 
 
 def run(flags: RegisterFlags, command: list[str]) -> dict[str, Any]:
@@ -162,6 +169,7 @@ def run(flags: RegisterFlags, command: list[str]) -> dict[str, Any]:
     check_flags(flags)
     outputs = find_outputs(flags)
     inputs = Inputs(flags)
+    check_places(outputs, inputs)
     start = time.perf_counter()
     register = _from_scratch if flags.model == "none" else _through_model
     try:

@@ -69,6 +69,23 @@ def summary_text(summary: dict[str, Any]) -> str:
     return "\n".join(text)
 
 
+def group_text(summary: dict[str, Any]) -> str:
+    """Return the summary of nephi-series and nephi-template, a line each."""
+    heads = {
+        **{"name": ("image", "s"), "time": ("time", "g")},
+        **{"alike_before": ("alike before", ".3f"), "alike": ("alike", ".3f")},
+        "folds_percent": ("folds %", ".2g"),
+    }
+    rest = summary["mean_displacement_voxels"]
+    text = [
+        f"registered {len(summary['images'])} images in {summary['seconds']:.1f} s",
+        aligned(summary["images"], heads),
+        f"mean of all displacements: {rest:.3f} voxels",
+    ]
+    text += [f"{name}: {path}" for name, path in summary["outputs"].items()]
+    return "\n".join(text)
+
+
 def pairs_table(rows: Sequence[dict[str, Any]]) -> str:
     """Return rows of summary.csv as aligned columns."""
     heads = {

@@ -1,18 +1,29 @@
-"""Images, label maps, points and meshes through a registration, as files."""
+"""Images, label maps, points and meshes through registrations, as files."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from icon_nephi.commands.flags import IMAGES, POINTS, WarpFlags, check_output
-from icon_nephi.commands.inputs import in_words, read_map, read_reference
-from icon_nephi.io import itk_images
+from tqdm import tqdm
+
+from icon_nephi.commands.flags import IMAGES, POINTS, WarpFlags
+from icon_nephi.commands.inputs import in_words, read_chain, read_reference
+from icon_nephi.commands.outputs import check_outputs
 from icon_nephi.io.atomic import written_whole
-from icon_nephi.io.points import read_points, with_column
+from icon_nephi.io.image_files import check_holds, read_image, write_image
+from icon_nephi.io.image_input import voxels_of
+from icon_nephi.io.itk_images import check_label_map, geometry_of
+from icon_nephi.io.points import read_points
+from icon_nephi.io.resampling import check_outside, type_of_result
+from icon_nephi.io.tables import with_column
 from icon_nephi.maps.two_way import direction_of, opposite
+from icon_nephi.registration.chain import Chain
 from icon_nephi.registration.itk_pair import ItkPair
 from icon_nephi.registration.result import Registration
 from icon_nephi.report.expected_error import error_estimate
+from icon_nephi.space.frames import Geometry
 
 # How each kind of file may be read between voxels; the first is the default.
 MODES: dict[str, tuple[str, ...]] = {
@@ -22,84 +33,199 @@ MODES: dict[str, tuple[str, ...]] = {
 }
 
 
-def warp_file(flags: WarpFlags) -> tuple[str, list[str]]:
+class Task(NamedTuple):
+    """One file to move: its kind, where it is, where its result goes."""
+
+    kind: str
+    path: Path
+    out: Path
+
+
+# What a task's reading returns: writes its result, and says what it did.
+_Write = Callable[[Path], str]
+
+
+def warp_files(flags: WarpFlags) -> tuple[str, list[str]]:
     """Write what is moved; return a text that says what was done, and warnings.
+
+    Everything is read and checked before anything is moved, and all files appear
+    together, or none.
 
     Raises:
         ValueError: files that cannot be used, or flags that do not go together.
     """
-    kind = next(kind for kind in MODES if getattr(flags, kind) is not None)
-    path: Path = getattr(flags, kind)
-    endings: tuple[str, ...] = IMAGES
-    if kind == "points":
-        endings = tuple(e for e in POINTS if path.name.lower().endswith(e)) or POINTS
-    out = check_output("out", flags.out, endings)
-    if flags.interpolation not in (None, *MODES[kind]):
+    tasks = find_tasks(flags)
+    mapping = read_chain(flags)
+    if flags.errors and not isinstance(mapping, Registration):
+        raise ValueError("--errors needs one .nephi file and --points in a .csv")
+    warnings: list[str] = []
+    reference = None
+    if any(task.kind != "points" for task in tasks) or flags.reference is not None:
+        reference = read_reference(flags.reference, mapping)
+    ready = [_read(task, flags, mapping, reference, warnings) for task in tasks]
+    text = []
+    with written_whole(*(task.out for task in tasks)) as parts:
+        each = list(zip(ready, parts, tasks, strict=True))
+        quiet = flags.quiet or len(each) < 2
+        for write, part, task in tqdm(each, "warping", disable=quiet, leave=False):
+            text.append(f"{task.kind}: {write(part)}\nout: {task.out}")
+    return "\n".join(text), warnings
+
+
+def find_tasks(flags: WarpFlags) -> list[Task]:
+    """Return what is to be moved, in the order of ``--out``; every name is checked.
+
+    Raises:
+        ValueError: nothing to move, other counts, names that cannot be written, or
+            flags that do not go together.
+    """
+    if not flags.transform:
         raise ValueError(
-            f"--interpolation {flags.interpolation} is not for --{kind}; of --image "
-            "linear or cubic, of --labels nearest or onehot"
+            "the following arguments are required: --transform; see nephi-warp --help"
         )
-    # An image comes from where its points are looked up, so it goes the other way.
-    home = "moving" if kind == "points" else "fixed"
-    inverse = flags.inverse if flags.to is None else flags.to != home
-    mapping = read_map(flags.transform, "inverse" if flags.inverse else flags.to)
-    if flags.errors and (isinstance(mapping, ItkPair) or endings != (".csv",)):
-        raise ValueError("--errors needs a .nephi file and --points in a .csv")
-    if kind == "points":
-        return _warp_points(flags, mapping, path, out, direction_of(inverse=inverse))
-    image = itk_images.read_image(f"--{kind}", path)
-    if kind == "labels":
-        image = itk_images.check_label_map(f"--{kind}: {path}", image)
-    warped = mapping.warp(
-        image,
-        flags.interpolation or MODES[kind][0],
-        read_reference(flags.reference, mapping),
-        inverse=inverse,
-        outside=0 if kind == "labels" else None,
-    )
-    with written_whole(out) as (part,):
-        itk_images.write_image(warped, part)
-    way = in_words(mapping, opposite(direction_of(inverse=inverse)))
-    return f"{kind}: {way}\nout: {out}", []
-
-
-def _warp_points(
-    flags: WarpFlags,
-    mapping: Registration | ItkPair,
-    path: Path,
-    out: Path,
-    direction: str,
-) -> tuple[str, list[str]]:
-    file = read_points("--points", path)
-    points = file.points
-    if isinstance(mapping, Registration):
-        place, side = mapping.two_way.place(direction), direction.split("_")[0]
-        dimension = place.dimension
+    named = [(k, p) for k in MODES for p in getattr(flags, k) or ()]
+    if not named:
+        raise ValueError(
+            "one of the arguments --image --labels --points is required; see "
+            "nephi-warp --help"
+        )
+    if (flags.out is None) == (flags.out_dir is None):
+        raise ValueError("give either --out, a name for each file, or --out_dir")
+    if flags.out_dir is not None:
+        if not flags.out_dir.is_dir():
+            raise ValueError(f"--out_dir: {flags.out_dir} is not a folder")
+        outs = [flags.out_dir / path.name for _, path in named]
     else:
-        place, side, dimension = None, "reference", mapping.dimension
-        if flags.reference is not None:
-            image = itk_images.read_image("--reference", flags.reference)
-            place = itk_images.geometry_of(image)
-            if place.dimension != dimension:
-                raise ValueError(
-                    "--reference and --transform have different dimensions"
-                )
+        outs = list(flags.out or ())
+    if len(outs) != len(named):
+        raise ValueError(
+            f"--out has {len(outs)} names for {len(named)} files; give one for each: "
+            "images first, then labels, then points"
+        )
+    tasks = [Task(*both, out) for both, out in zip(named, outs, strict=True)]
+    read = [p for _, p in named] + [p for p, _ in flags.transform]
+    read += [p for p in (flags.reference, flags.moving) if p is not None]
+    several = len(tasks) > 1
+    names = [f"out, name {i}" if several else "out" for i in range(1, len(tasks) + 1)]
+    check_outputs(
+        {
+            name: (task.out, _endings(task))
+            for name, task in zip(names, tasks, strict=True)
+        },
+        read,
+    )
+    kinds = {task.kind for task in tasks}
+    allowed = {mode for kind in kinds for mode in MODES[kind]}
+    if flags.interpolation is not None and flags.interpolation not in allowed:
+        raise ValueError(
+            f"--interpolation {flags.interpolation} is not for --{min(kinds)}; of "
+            "--image linear or cubic, of --labels nearest or onehot"
+        )
+    if flags.outside is not None and kinds == {"points"}:
+        raise ValueError("--outside is for --image and --labels")
+    if flags.errors and any(
+        _endings(t) != (".csv",) or t.kind != "points" for t in tasks
+    ):
+        raise ValueError("--errors needs one .nephi file and --points in a .csv")
+    for kind, path in named:
+        if kind == "points" and not path.is_file():
+            raise ValueError(f"--points: {path} does not exist or is not a file")
+        if not path.exists():
+            raise ValueError(f"--{kind}: {path} does not exist")
+    return tasks
+
+
+def _endings(task: Task) -> tuple[str, ...]:
+    if task.kind != "points":
+        return IMAGES
+    return tuple(e for e in POINTS if task.path.name.lower().endswith(e)) or POINTS
+
+
+def _read(
+    task: Task,
+    flags: WarpFlags,
+    mapping: Registration | ItkPair | Chain,
+    reference: Any,
+    warnings: list[str],
+) -> _Write:
+    """Return what writes the result of a file that was read and can be written."""
+    # An image comes from where its points are looked up, so it goes the other way.
+    home = "moving" if task.kind == "points" else "fixed"
+    inverse = flags.inverse if flags.to is None else flags.to != home
+    direction = direction_of(inverse=inverse)
+    if task.kind == "points":
+        return _read_points(task, flags, mapping, reference, direction, warnings)
+    name = f"--{task.kind}"
+    colours = task.kind == "image"
+    image = read_image(name, task.path, components=colours, said=warnings)
+    if task.kind == "labels":
+        image = check_label_map(f"{name}: {task.path}", image)
+    modes = MODES[task.kind]
+    mode = flags.interpolation if flags.interpolation in modes else modes[0]
+    outside = 0.0 if task.kind == "labels" and flags.outside is None else flags.outside
+    voxels = voxels_of(image)
+    if outside is not None:
+        check_outside(outside, voxels, mode)
+    channels = voxels.shape[-1]
+    place = _place_of(reference, mapping, direction)
+    if place is not None and place.dimension == image.GetImageDimension():
+        kind = type_of_result(voxels, mode)
+        several = None if channels == 1 else channels
+        check_holds("--out", task.out, place, kind, several, warnings)
+
+    def write(part: Path) -> str:
+        warped = mapping.warp(image, mode, reference, inverse=inverse, outside=outside)
+        write_image(warped, part)
+        return in_words(mapping, opposite(direction))
+
+    return write
+
+
+def _place_of(reference: Any, mapping: Any, direction: str) -> Geometry | None:
+    """Return where the first image of a direction lies, or the reference."""
+    if reference is not None:
+        return geometry_of(reference)
+    if isinstance(mapping, Registration):
+        return mapping.two_way.place(direction)
+    return mapping.place(direction) if isinstance(mapping, Chain) else None
+
+
+def _read_points(
+    task: Task,
+    flags: WarpFlags,
+    mapping: Registration | ItkPair | Chain,
+    reference: Any,
+    direction: str,
+    warnings: list[str],
+) -> _Write:
+    file, dimension = read_points("--points", task.path, some=True), mapping.dimension
+    file = file.flat() if dimension == 2 else file
+    points = file.points
     if points.shape[1] != dimension:
         raise ValueError(
-            f"points must be {dimension}D as the transform, but --points has "
-            f"{points.shape[1]} coordinates a point"
+            f"points must be {dimension}D as the transform, but --points {task.path} "
+            f"has {points.shape[1]} coordinates a point"
         )
-    content = file.content(mapping.transform_points(points, direction))
-    if flags.errors:
-        expected = error_estimate(mapping, points, (), direction)
-        content = with_column(content, "expected_error_mm", expected)
-    with written_whole(out) as (part,):
-        part.write_bytes(content)
-    way = in_words(mapping, direction)
-    text = f"points: {way} ({len(points)} points, {file.frame} mm)\nout: {out}"
+    own = isinstance(mapping, Registration)
+    side = direction.split("_")[0] if own else "reference"
+    place = _place_of(None if own else reference, mapping, direction)
+    if place is not None and place.dimension != dimension:
+        raise ValueError("--reference and --transform have different dimensions")
     far = 0 if place is None else int(place.outside(points).sum())
-    warning = (
-        f"{far} of {len(points)} points lie outside the {side} image, where nothing "
-        "was registered; they must be LPS mm"
-    )
-    return text, [warning] if far else []
+    if far:
+        warnings.append(
+            f"{far} of {len(points)} points lie outside the {side} image, where "
+            "nothing was registered; they must be LPS mm"
+        )
+    warnings += [f"{task.path}: {note}" for note in file.notes]
+
+    def write(part: Path) -> str:
+        content = file.moved(lambda p: mapping.transform_points(p, direction))
+        if isinstance(mapping, Registration) and flags.errors:
+            expected = error_estimate(mapping, points, (), direction)
+            content = with_column(content, "expected_error_mm", expected)
+        part.write_bytes(content)
+        way = in_words(mapping, direction)
+        return f"{way} ({len(points)} points, {file.frame} mm)"
+
+    return write

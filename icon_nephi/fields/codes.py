@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -116,6 +117,38 @@ class LatentCode:
             total = total + grid.square().sum(1).flatten(1).mean(1)
         return total.mean() / sigma**2
 
+    @staticmethod
+    def of(codes: Sequence[LatentCode]) -> LatentCode:
+        """One code of the batches of several, one after the other."""
+        local = zip(*(code.local_codes for code in codes), strict=True)
+        return replace(
+            codes[0],
+            global_code=torch.cat([code.global_code for code in codes]),
+            local_codes=tuple(torch.cat(grids) for grids in local),
+        )
+
+    def item(self, number: int) -> LatentCode:
+        """One of the batch, a view: batch 1."""
+        return replace(
+            self,
+            global_code=self.global_code[number : number + 1],
+            local_codes=tuple(g[number : number + 1] for g in self.local_codes),
+        )
+
+    def mixed(self, shares: Sequence[float]) -> LatentCode:
+        """The weighted sum over the batch, with a share for each: batch 1."""
+
+        def summed(values: Tensor) -> Tensor:
+            weights = torch.tensor(shares, dtype=values.dtype, device=values.device)
+            total: Tensor = torch.tensordot(weights, values, 1)
+            return total[None]
+
+        return replace(
+            self,
+            global_code=summed(self.global_code),
+            local_codes=tuple(map(summed, self.local_codes)),
+        )
+
     def detached(self) -> LatentCode:
         """An own copy of the numbers, cut from the graph."""
         return replace(
@@ -123,6 +156,28 @@ class LatentCode:
             global_code=self.global_code.detach().clone(),
             local_codes=tuple(g.detach().clone() for g in self.local_codes),
         )
+
+
+def shares_at(
+    time: float, times: Sequence[float], period: float | None = None
+) -> list[float]:
+    """Shares of codes at increasing times for the code at another: a cubic spline.
+
+    Of two a line. With a period, which is longer than the times, it closes; without one
+    a time before the first or after the last is taken for that.
+    """
+    from scipy.interpolate import CubicSpline  # slow to import
+
+    values, knots = np.eye(len(times)), np.asarray(times, float)
+    if period is not None and len(times) > 2:
+        time = knots[0] + (time - knots[0]) % period
+        knots = np.append(knots, knots[0] + period)
+        spline = CubicSpline(knots, [*values, values[0]], bc_type="periodic")
+    else:
+        time = min(max(time, knots[0]), knots[-1])
+        spline = CubicSpline(knots, values)
+    shares: list[float] = spline(time).tolist()
+    return shares
 
 
 class LatentCodeTable(nn.Module):

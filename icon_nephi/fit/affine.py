@@ -37,7 +37,7 @@ FEW = {2: 64, 3: 32}
 
 def centre_of_mass(image: Tensor, geometry: Geometry) -> Tensor:
     """``[d]`` float64 millimetres: the centroid of non-negative weights on a grid."""
-    weights = image[0, 0].double()
+    weights = image[0, 0].double().cpu()
     total = weights.sum().clamp(min=1e-12)
     centre = []
     for axis, n in enumerate(weights.shape):

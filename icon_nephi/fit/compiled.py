@@ -121,6 +121,7 @@ class PairSteps:
         groups: Adam's parameter groups: of these, what the loss depends on moves.
         similarity: in place of the loss's own; another one later may differ from it in
             its weights, not in its channels.
+        beside: steps of another pair with the same fields, which move for both.
     """
 
     def __init__(
@@ -132,12 +133,13 @@ class PairSteps:
         mask_B: Tensor | None,
         groups: Sequence[dict[str, Any]],
         similarity: object = None,
+        beside: PairSteps | None = None,
     ) -> None:
         self.loss, pair = loss, cast(AffinePair, loss.regis_net)
         net: Any = pair.net
         self.dimension, self.steps = image_A.dim() - 2, 0
         self.patches = cast(Patches, loss.similarity_sampler)
-        self._collect(net, groups)
+        self._collect(net, groups, beside)
         measure = find_measure(similarity or loss.similarity, image_A.shape[1])
         assert measure is not None
         self.images = Channels.of((image_A, image_B), measure, loss.counts)
@@ -162,7 +164,9 @@ class PairSteps:
             _Map(plans[1], back, self.identity, slices[1]),
         )
 
-    def _collect(self, net: Any, groups: Sequence[dict[str, Any]]) -> None:
+    def _collect(
+        self, net: Any, groups: Sequence[dict[str, Any]], beside: PairSteps | None
+    ) -> None:
         """All weights beside each other, codes channels last, and what is of each."""
         self.grids = list(net.net.local_codes)
         self.owners: list[nn.Parameter] = [*self.grids, net.net.global_codes]
@@ -182,6 +186,9 @@ class PairSteps:
         for weight, before, first in zip(self.weights, self.before, start, strict=True):
             weight.copy_(first)
             before.copy_(first)
+        if beside is not None:  # codes come first, then the fields
+            for name in ("weights", "gradients", "means", "squares", "before"):
+                getattr(self, name)[count + 1 :] = getattr(beside, name)[count + 1 :]
         sigma, prior = self.loss.sigma, self.loss.prior_lmbda
         self.decays = [
             prior / sigma**2 / (w[..., 0].numel() if n < count else 1)

@@ -26,7 +26,13 @@ from icon_nephi.fit.likeness import Likeness
 from icon_nephi.fit.optimize import Course, FitOptions, Stage, optimize
 from icon_nephi.fit.search import identity
 from icon_nephi.fit.settings import GRID, Fit, Settings, find_settings, make_pair
-from icon_nephi.fit.simpler import Simpler, check_transform, headers_or, simpler
+from icon_nephi.fit.simpler import (
+    Simpler,
+    Watch,
+    check_transform,
+    headers_or,
+    simpler,
+)
 from icon_nephi.fit.unfold import unfold
 from icon_nephi.losses.features import FeatureDifference, FeaturesAlone
 from icon_nephi.losses.gradient_icon import GradientICONPoints
@@ -47,6 +53,8 @@ POINTS, BLUR = 8, 0.5
 CLEAN, NOISY = 0.01, 0.06
 # The settings of a registration without a deformation.
 STILL = replace(GRID, grids=(4,), channels=(1,), arguments=(("width", 4),))
+# Part of the rates with which a fit goes on that ran away.
+SLOWER = 0.3
 # Weight of the label maps' overlap, where there are label maps.
 DICE = 1.0
 
@@ -104,7 +112,7 @@ def fit_pair(
         )
     check_transform(transform, affine=affine)
     both = image_A, image_B
-    work = _Work.of(*both, choice, settings, options, mass_preserving=mass_preserving)
+    work = Work.of(*both, choice, settings, options, mass_preserving=mass_preserving)
     generator = torch.Generator().manual_seed(options.seed)
     rigid, said = transform == "rigid", [*image_A.notes, *image_B.notes]
     aligned = identity(image_B.place.dimension)
@@ -117,12 +125,12 @@ def fit_pair(
         )
         if name != choice.name:
             choice = find_similarity(name, settings.floor)
-            work = _Work.of(*both, choice, settings, options)
+            work = Work.of(*both, choice, settings, options)
     start, warnings = work.better_start(aligned, deformable=deformable)
     course, loss = Course([], []), work.still(start)
     if deformable:
         loss = work.loss_from(start, generator)
-        course = work.fit(loss)
+        course = work.watched_fit(loss)
         # Those on disk have no features, and after a warning nothing follows.
         if in_parts and not course.warnings and choice.features != "only":
             points = POINTS if choice.points else None
@@ -172,7 +180,7 @@ def _suited(settings: Settings, level: float) -> Settings:
 
 
 @dataclass(frozen=True)
-class _Work:
+class Work:
     """The deformable part of one pair, and by what it is done."""
 
     images: ImagePair
@@ -190,7 +198,7 @@ class _Work:
         options: FitOptions,
         *,
         mass_preserving: bool = False,
-    ) -> _Work:
+    ) -> Work:
         """The work at two images that are compared like that."""
         if choice.features != "beside":
             settings = replace(settings, features=0.0)
@@ -298,9 +306,37 @@ class _Work:
             generator=generator,
         )
 
-    def fit(self, loss: GradientICONPoints) -> Course:
-        """Codes and fields moved to where the loss is least, coarse to fine."""
-        images, settings = self.images, self.settings
+    def watched_fit(self, loss: GradientICONPoints) -> Course:
+        """As `fit`; from a level where it ran away back, and on with smaller rates."""
+        if self.images.segmentations:  # they say what images do not show
+            return self.fit(loss)
+        watch = Watch(loss.regis_net, self.likeness)
+        course = self.fit(loss, ended=watch.look)
+        good = watch.back()
+        if good is None or course.warnings or self.options.late:
+            return course
+        again = self.fit(loss, after=good, rate=SLOWER, ended=watch.look)
+        reached = "it went back and on with smaller rates"
+        if watch.back() is not None:
+            reached = "the rest of it was left out"
+        sentence = f"after level {good} the fit ran away: {reached}"
+        losses = [*course.losses, *again.losses]
+        return Course(losses, [sentence, *again.warnings])
+
+    def fit(
+        self,
+        loss: GradientICONPoints,
+        *,
+        after: int = 0,
+        rate: float = 1.0,
+        ended: Callable[[], None] | None = None,
+    ) -> Course:
+        """Codes and fields moved to where the loss is least, coarse to fine.
+
+        After so many levels, and with that part of the rates.
+        """
+        images, settings, stages = self.images, self.settings, self.stages()
+        before = sum(stage.steps for stage in stages[:after])
         pair: Any = loss.regis_net
         net = pair.net
         fields = [*net.field_AB.parameters(), *net.field_BA.parameters()]
@@ -311,21 +347,22 @@ class _Work:
         return optimize(
             loss,
             *both,
-            self._stages(),
+            stages[after:],
             [
-                {"params": list(net.net.parameters()), "lr": settings.code_rate},
-                {"params": fields, "lr": settings.field_rate},
+                {"params": list(net.net.parameters()), "lr": rate * settings.code_rate},
+                {"params": fields, "lr": rate * settings.field_rate},
             ],
             mask_A=images.where_A,
             mask_B=images.where_B,
             extras=images.segmentations,
-            similarity=self._similarity,
+            similarity=lambda step: self.similarity(before + step),
             spacing_A=images.geometry_A.tensor_spacing,
             spacing_B=images.geometry_B.tensor_spacing,
+            ended=ended,
             options=self.options,
         )
 
-    def _similarity(self, step: int) -> Callable[..., Tensor]:
+    def similarity(self, step: int) -> Callable[..., Tensor]:
         """What is compared after so many steps: features fade, or are all there is."""
         choice, settings = self.choice, self.settings
         channels = self.images.image_A.shape[1]
@@ -337,7 +374,7 @@ class _Work:
         weight = settings.features * (1 - faded)
         return FeatureDifference(choice.similarity, channels, weight)
 
-    def _stages(self) -> list[Stage]:
+    def stages(self) -> list[Stage]:
         """Blocks, or single points of smoothed images, coarse to fine."""
         settings, stages = self.settings, []
         for stride, share, exact in zip(

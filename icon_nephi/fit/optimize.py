@@ -112,7 +112,9 @@ def optimize(
     spacing_B: Sequence[float] | None = None,
     patience: int | None = None,
     callback: Callable[[int, ICONLoss], None] | None = None,
+    ended: Callable[[], None] | None = None,
     options: FitOptions | None = None,
+    make: Callable[..., Steps] = make_steps,
 ) -> Course:
     """The `Course` of the losses; the network is left at its optimum.
 
@@ -124,8 +126,9 @@ def optimize(
     parameters are Adam's groups, each with its ``lr``. A ``similarity`` is taken in
     place of the loss's own, by the number of steps done. A stage ends early after
     ``patience`` steps without a new lowest moving average of the loss (default: never).
-    The callback is called after every step with its number and ICONLoss. The default
-    options have no bar and no limit of time.
+    The callback is called after every step with its number and ICONLoss, and ``ended``
+    after every stage, when the network has the weights. The default options have no bar
+    and no limit of time; ``make`` makes the steps, as `make_steps`.
 
     Raises:
         ValueError: the loss was not finite at once.
@@ -146,7 +149,7 @@ def optimize(
                 for image, spacing in ((image_A, spacing_A), (image_B, spacing_B))
             ]
             if steps is None:
-                steps = make_steps(
+                steps = make(
                     loss,
                     images,
                     masks,
@@ -180,6 +183,9 @@ def optimize(
                 lowest = min(lowest, average)
                 if options.late or (patience is not None and waited >= patience):
                     break
+            if ended is not None and steps.finite():
+                steps.write()
+                ended()
             if options.late:
                 break
     except KeyboardInterrupt:

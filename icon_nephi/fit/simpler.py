@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from icon_nephi.fit.affine import improved
 from icon_nephi.fit.likeness import Likeness
@@ -20,6 +20,8 @@ from icon_nephi.maps.transforms import Map
 TRANSFORMS = ("rigid", "affine", "deformable")
 # By how much something simpler must be better to be kept.
 BETTER = 1.02
+# By how much an earlier level must be better to be gone back to.
+LOST = 1.05
 
 #: A matrix in the physical frame, and why it is kept.
 Simpler = tuple[Tensor, str]
@@ -46,6 +48,38 @@ def headers_or(aligned: Tensor, likeness: Likeness) -> tuple[Tensor, list[str]]:
         f"headers do ({found:.3f}, theirs {before:.3f}, by what it was not found by): "
         "it was left out"
     ]
+
+
+class Watch:
+    """The best of what a network had reached when each level ended, by that judgement.
+
+    Args:
+        network: of maps; its weights are put back where they were better.
+        likeness: judges.
+    """
+
+    def __init__(self, network: nn.Module, likeness: Likeness) -> None:
+        self.network, self.likeness = network, likeness
+        self.scores: list[float] = []
+        self.best: dict[str, Tensor] = {}
+
+    def look(self) -> None:
+        """Judge the network as it is, after one more level."""
+        with torch.no_grad():
+            maps = self.network(*self.likeness.images.smooth)
+        self.scores.append(self.likeness.judge(maps))
+        if self.scores[-1] >= max(self.scores):
+            state = self.network.state_dict()
+            self.best = {name: weight.clone() for name, weight in state.items()}
+
+    def back(self) -> int | None:
+        """Go back to the best level if the last is much worse; how many were good."""
+        if not self.scores or max(self.scores) <= LOST * self.scores[-1]:
+            return None
+        self.network.load_state_dict(self.best)
+        good = self.scores.index(max(self.scores)) + 1
+        self.scores = self.scores[:good]
+        return good
 
 
 def simpler(

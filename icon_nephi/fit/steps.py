@@ -122,6 +122,7 @@ def make_steps(
     groups: Sequence[dict[str, Any]],
     samplers: Sequence[object],
     similarity: Callable[..., Tensor] | None,
+    beside: Steps | None = None,
 ) -> Steps:
     """Steps on the compiled core, where it suits, or else by torch.
 
@@ -133,8 +134,52 @@ def make_steps(
         groups: Adam's parameter groups, each with its ``lr``.
         samplers: of every stage; None where it needs more of torch than that.
         similarity: in place of the loss's own, at the first step.
+        beside: steps of another pair with the same fields.
     """
     if compiled.suits(loss, images, samplers, similarity, extras):
         (A, B), (mask_A, mask_B) = cast(Any, images), masks
-        return compiled.PairSteps(loss, A, B, mask_A, mask_B, groups, similarity)
+        pair = A, B, mask_A, mask_B
+        other = beside if isinstance(beside, compiled.PairSteps) else None
+        return compiled.PairSteps(loss, *pair, groups, similarity, other)
     return TorchSteps(loss, masks, extras, groups)
+
+
+class StepsInTurn:
+    """Steps of several pairs with the same fields, one pair after the other.
+
+    Args:
+        each: steps of every pair.
+        images: of every pair, as its steps take them.
+    """
+
+    def __init__(
+        self, each: Sequence[Steps], images: Sequence[Sequence[Image]]
+    ) -> None:
+        self.each, self.images, self.turn = each, images, 0
+
+    def begin(self, images: Sequence[Image], sampler: Points | Patches) -> None:
+        """Go on with another sampler; every pair keeps its own images."""
+        for steps, own in zip(self.each, self.images, strict=True):
+            steps.begin(own, sampler)
+
+    def derive(self, similarity: Callable[..., Tensor] | None = None) -> ICONLoss:
+        """The loss of the pair whose turn it is."""
+        return self.each[self.turn].derive(similarity)
+
+    def advance(self, part: float) -> None:
+        """Go on with that pair; then it is the next one's turn."""
+        self.each[self.turn].advance(part)
+        self.turn = (self.turn + 1) % len(self.each)
+
+    def restore(self) -> None:
+        """Take back the last step that was made."""
+        self.each[self.turn - 1].restore()
+
+    def finite(self) -> bool:
+        """Whether all weights of all pairs are finite numbers."""
+        return all(steps.finite() for steps in self.each)
+
+    def write(self) -> None:
+        """See that the networks have the weights."""
+        for steps in self.each:
+            steps.write()

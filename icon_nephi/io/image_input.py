@@ -17,6 +17,9 @@ from icon_nephi.io.resampling import reader
 from icon_nephi.maps.framed import over_grid
 from icon_nephi.space.frames import Array, Geometry
 
+# Of a voxel: what two grids may lie apart and be one; headers hold float32.
+_SAME = 1e-3
+
 
 def is_itk(image: Any) -> bool:
     """Return whether this is an ITK image, asked without importing ITK."""
@@ -54,8 +57,12 @@ def choose_device(
     return where
 
 
-def place_of(name: str, image: Any, *, itk: bool, dimension: int) -> Geometry:
+def place_of(
+    name: str, image: Any, *, itk: bool, dimension: int, components: bool = False
+) -> Geometry:
     """Return where a checked image lies: an ITK image (``itk``) or a tensor.
+
+    Several numbers a voxel are refused in ITK images, unless ``components``.
 
     Raises:
         TypeError: the other kind of image.
@@ -64,7 +71,7 @@ def place_of(name: str, image: Any, *, itk: bool, dimension: int) -> Geometry:
     if itk:
         from icon_nephi.io.itk_images import check_itk_image, geometry_of
 
-        check_itk_image(name, image)
+        check_itk_image(name, image, components=components)
         place = geometry_of(image)
     else:
         place = voxel_geometry(check_tensor(name, image).shape[2:])
@@ -78,9 +85,10 @@ def voxels_of(image: Any) -> Array:
     if is_itk(image):
         from icon_nephi.io.itk_images import array_of
 
-        return array_of(image)[..., None]
-    values: Array = image[0].movedim(0, -1).detach().cpu().numpy()
-    return values
+        values = array_of(image)
+        several = image.GetNumberOfComponentsPerPixel() > 1
+        return values if several else values[..., None]
+    return np.asarray(image[0].movedim(0, -1).detach().cpu().numpy())
 
 
 def voxel_geometry(size: Sequence[int]) -> Geometry:
@@ -207,7 +215,8 @@ def check_points(name: str, points: Any, dimension: int) -> Array:
 
 
 def _same_place(first: Geometry, second: Geometry) -> bool:
-    """Return whether they are equal up to the rounding of file headers."""
-    return first.size == second.size and np.allclose(
-        first.unit_to_physical(), second.unit_to_physical(), rtol=0, atol=1e-4
-    )
+    """Return whether they are equal up to the rounding of file headers, in voxels."""
+    if first.size != second.size:
+        return False
+    apart = first.unit_to_physical() - second.unit_to_physical()
+    return bool(apart.abs().max() < _SAME * min(*first.spacing, *second.spacing))

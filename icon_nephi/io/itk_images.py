@@ -1,10 +1,8 @@
-"""ITK images: checked, read and written, as arrays and back, on another grid."""
+"""ITK images: checked, as arrays and back, on another grid."""
 
 from __future__ import annotations
 
-import gzip
 import os
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,15 +14,17 @@ import torch
 from torch import Tensor
 
 from icon_nephi._check import check_labels
-from icon_nephi._memory import machine_memory
 from icon_nephi.io.itk_modules import itk_class
 from icon_nephi.space.frames import Array, Geometry, other_order
 
-_HEADER = 348  # bytes of the smallest NIfTI header
+#: Whole numbers that float64 holds.
+EXACT = 2**53
 
 
-def check_itk_image(name: str, image: Any) -> None:
-    """Raise unless it is a scalar 2D or 3D image with an extent on every axis.
+def check_itk_image(name: str, image: Any, *, components: bool = False) -> None:
+    """Raise unless it is a 2D or 3D image with an extent on every axis.
+
+    And with one number a voxel, unless several ``components`` are welcome.
 
     Raises:
         TypeError: not an ITK image.
@@ -38,7 +38,7 @@ def check_itk_image(name: str, image: Any) -> None:
         raise ValueError(
             f"{name} is {d}D, expected one 2D or 3D image; take one frame of a series"
         )
-    if image.GetNumberOfComponentsPerPixel() != 1:
+    if image.GetNumberOfComponentsPerPixel() != 1 and not components:
         raise ValueError(
             f"{name} has {image.GetNumberOfComponentsPerPixel()} numbers per voxel, "
             "expected one; take one component, or convert colours to grey"
@@ -87,12 +87,21 @@ def tensor_of(image: Any) -> Tensor:
 
 
 def image_of(array: Array, geometry: Geometry) -> Any:
-    """Return an ITK image of ``[*grid]``, or of ``[*grid, c]`` (float32), placed."""
+    """Return an ITK image of ``[*grid]``, or of ``[*grid, c]`` (float32), placed.
+
+    ITK's Python has no images of int8 and int64; their numbers are kept, in a type that
+    holds them. Three or four uint8 a voxel are colours, and stay uint8.
+
+    Raises:
+        ValueError: whole numbers that no type of ITK's Python holds.
+    """
     d = geometry.dimension
     if array.ndim == d:
-        kinds = {"bool": np.uint8, "float16": np.float32}
-        values = array.astype(kinds.get(array.dtype.name, array.dtype))
-        image = itk.image_from_array(np.ascontiguousarray(values))
+        image = itk.image_from_array(np.ascontiguousarray(_in_known_type(array)))
+    elif array.dtype == np.uint8 and array.shape[-1] in (3, 4):
+        pixel = (itk.RGBPixel, itk.RGBAPixel)[array.shape[-1] - 3]
+        colours = itk.Image[pixel[itk.UC], d]
+        image = itk.image_from_array(np.ascontiguousarray(array), ttype=(colours,))
     else:
         values = np.ascontiguousarray(array, dtype=np.float32)
         kind: dict[str, Any] = {"is_vector": True}
@@ -103,6 +112,26 @@ def image_of(array: Array, geometry: Geometry) -> Any:
     image.SetOrigin(geometry.origin)
     image.SetDirection(itk.matrix_from_array(np.array(geometry.direction)))
     return image
+
+
+def _in_known_type(array: Array) -> Array:
+    """Return the same numbers in a type that ITK's Python has images of."""
+    name = array.dtype.name
+    if name in ("bool", "int8", "float16"):
+        kind = {"bool": np.uint8, "int8": np.int16, "float16": np.float32}[name]
+        return array.astype(kind)
+    if name not in ("int64", "uint64"):
+        return array
+    least, most = (int(array.min()), int(array.max())) if array.size else (0, 0)
+    for known in (np.int32, np.uint32):
+        if np.iinfo(known).min <= least and most <= np.iinfo(known).max:
+            return array.astype(known)
+    if least >= -EXACT and most <= EXACT:
+        return array.astype(np.float64)
+    raise ValueError(
+        f"whole numbers from {least} to {most} are in no type of ITK's Python; give "
+        "the labels numbers below 2^53"
+    )
 
 
 def check_label_map(name: str, image: Any) -> Any:
@@ -117,49 +146,6 @@ def check_label_map(name: str, image: Any) -> Any:
     return image if labels is values else image_of(labels, geometry_of(image))
 
 
-def read_image(
-    name: str, path: str | os.PathLike[str], *, as_float: bool = False
-) -> Any:
-    """Return a scalar 2D or 3D image from a file.
-
-    Args:
-        name: of the argument, for errors.
-        path: of the file.
-        as_float: voxels as float32, and colours of a 2D image as grey; else as they
-            are stored.
-
-    Raises:
-        ValueError: missing, unreadable or truncated file, or one that
-            `check_itk_image` refuses; the sentence names the argument and the path.
-    """
-    path = Path(path)
-    if not path.is_file():
-        what = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise ValueError(f"{name}: {path} {what}")
-    try:
-        with no_stderr():
-            header = read_header(path)
-            least = int(header.GetImageSizeInBytes())
-            whole = least <= machine_memory() and _is_whole(path, least)
-            parts = header.GetNumberOfComponents()
-            if parts > 1 and not (header.GetNumberOfDimensions() == 2 < parts < 5):
-                as_float = False  # of vectors ITK would read nonsense
-            kind = itk.F if as_float else None
-            image = itk.imread(str(path), kind) if whole else None
-    except Exception as error:  # ITK raises RuntimeError, AttributeError, KeyError...
-        raise ValueError(f"{name}: {path} cannot be read as an image") from error
-    if image is None:
-        what = "is truncated; copy or download it again"
-        if least > machine_memory():
-            what = (
-                f"is said to hold {least / 2**30:.0f} GiB, more than this machine's "
-                "memory; is its header damaged? (icon_nephi.volumes reads in parts)"
-            )
-        raise ValueError(f"{name}: {path} {what}")
-    check_itk_image(f"{name}: {path}", image)
-    return image
-
-
 def read_header(path: Path) -> Any:
     """Return ITK's reader of an image file, which has read its header."""
     mode = itk.CommonEnums.IOFileMode_ReadMode
@@ -167,23 +153,6 @@ def read_header(path: Path) -> Any:
     header.SetFileName(str(path))
     header.ReadImageInformation()
     return header
-
-
-def _is_whole(path: Path, least: int) -> bool:
-    """Return whether a NIfTI file holds its voxels: ITK reads missing ones as zeros."""
-    lower = path.name.lower()
-    if lower.endswith(".nii"):
-        return path.stat().st_size >= least + _HEADER
-    if not lower.endswith(".nii.gz"):
-        return True
-    count = 0
-    try:
-        with gzip.open(path) as file:
-            while count < least + _HEADER and (part := file.read(2**20)):
-                count += len(part)
-    except (EOFError, OSError, zlib.error):
-        return False
-    return count >= least + _HEADER
 
 
 @contextmanager
@@ -248,18 +217,3 @@ def resample(
     if mode == "linear":
         return result
     return image_of(array_of(result).astype(values.dtype), geometry_of(result))
-
-
-def write_image(image: Any, path: Path) -> None:
-    """Write an ITK image, compressed.
-
-    Raises:
-        ValueError: its format cannot hold it.
-    """
-    try:
-        itk.imwrite(image, str(path), compression=True)
-    except RuntimeError as error:
-        raise ValueError(
-            f"a {path.suffix} file could not be written: it cannot hold such an image, "
-            "or the disk is full"
-        ) from error

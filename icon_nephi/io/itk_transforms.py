@@ -23,7 +23,8 @@ from icon_nephi.space.frames import Array, Geometry, apply_affine, other_order
 #: Nodes of an exported field, each three doubles: where an axis has steps finer than
 #: the voxels at most the first number (70 MB as a file), else the second (200 MB).
 FINE_NODES, MOST_NODES = 6_000_000, 2**24
-#: Of an exported field: of points in millimetres, and of Jacobian determinants.
+#: Of an exported field: of points in millimetres (in voxels where these are below 1 mm
+#: or above 100, as in microscopy), and of Jacobian determinants.
 TOLERANCES = 1e-3, 1e-3
 _MARGIN = 0.05  # share of the image that the field has on every side of it
 
@@ -102,8 +103,10 @@ def composite_transform(
 
     finest = min(FINE_NODES, max(10**6, 4**d * int(np.prod(source.size))))
     limits = max(MOST_NODES, finest), finest
-    nodes, *off = spline_nodes(mapped, into, source.size, smooth, TOLERANCES, limits)
-    missed = any(x > most for x, most in zip(off, TOLERANCES, strict=True))
+    voxel = min(*source.spacing, *target.spacing)
+    allowed = TOLERANCES[0] * (voxel if voxel < 1 or voxel > 100 else 1), TOLERANCES[1]
+    nodes, *off = spline_nodes(mapped, into, source.size, smooth, allowed, limits)
+    missed = any(x > most for x, most in zip(off, allowed, strict=True))
     if said is not None and missed:
         said.append(
             f"the ITK transform has no room for more nodes: between voxels it is up to "
@@ -115,7 +118,7 @@ def composite_transform(
     frame = grid.unit_to_physical()
     field = over_grid(beside, grid.size, frame, d, np.float64, mapped=mapped)
     solvers = [_coefficients(n, p) for n, p in zip(nodes, pads, strict=True)]
-    quantum = 2.0 ** np.floor(np.log2(TOLERANCES[0] / 200))  # so that files compress
+    quantum = 2.0 ** np.floor(np.log2(allowed[0] / 200))  # so that files compress
     for component in range(d):
         values = field[..., component]
         for axis, solve in enumerate(solvers):

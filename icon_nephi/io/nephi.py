@@ -12,9 +12,10 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,6 +33,7 @@ from icon_nephi.space.frames import Geometry
 FORMAT = 1
 _FIELDS = ("field_AB", "field_BA")
 _SUM = "sha256"
+_T = TypeVar("_T")
 
 
 class Saved(NamedTuple):
@@ -57,36 +59,55 @@ def save_fit(
         OSError: the file cannot be written.
         ValueError: a field that is not registered, or has no ``arguments``.
     """
-    code, names = fit.code, list(fit.losses[0]) if fit.losses else []
-    tensors: dict[str, Tensor] = {
-        "matrix": fit.matrix,
-        "losses": torch.tensor(
-            [[step[name] for name in names] for step in fit.losses], dtype=torch.float32
-        ).reshape(len(fit.losses), len(names)),
-        "code.global": code.global_code,
-    }
-    tensors |= {f"code.local.{i}": grid for i, grid in enumerate(code.local_codes)}
-    fields = {}
-    for name in _FIELDS:
-        field: nn.Module = getattr(fit, name)
-        fields[name] = {"kind": name_of_field(field), "arguments": _arguments(field)}
-        tensors |= {f"{name}.{k}": value for k, value in field.state_dict().items()}
-    header = {
+    names = list(fit.losses[0]) if fit.losses else []
+    header, tensors = described(fit.code, fit.field_AB, fit.field_BA)
+    tensors["matrix"] = fit.matrix
+    tensors["losses"] = torch.tensor(
+        [[step[name] for name in names] for step in fit.losses], dtype=torch.float32
+    ).reshape(len(fit.losses), len(names))
+    header |= {
         "format": FORMAT,
         "itk": itk,
         "geometry_A": asdict(geometry_A),
         "geometry_B": asdict(geometry_B),
-        "interpolation": code.interpolation,
-        "local_codes": len(code.local_codes),
-        "fields": fields,
         "losses": names,
         "warnings": fit.warnings,
         "evidence": fit.evidence,
         "similarity": fit.similarity,
+    }
+    write_contents(path, header, tensors)
+
+
+def described(
+    code: LatentCode, field_AB: nn.Module, field_BA: nn.Module
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return header entries and tensors of codes and fields.
+
+    Raises:
+        ValueError: a field that is not registered, or has no ``arguments``.
+    """
+    tensors: dict[str, Tensor] = {"code.global": code.global_code}
+    tensors |= {f"code.local.{i}": grid for i, grid in enumerate(code.local_codes)}
+    fields = {}
+    for name, field in zip(_FIELDS, (field_AB, field_BA), strict=True):
+        fields[name] = {"kind": name_of_field(field), "arguments": _arguments(field)}
+        tensors |= {f"{name}.{k}": value for k, value in field.state_dict().items()}
+    header = {
+        "interpolation": code.interpolation,
+        "local_codes": len(code.local_codes),
+        "fields": fields,
         "versions": versions(),
     }
+    return header, tensors
+
+
+def write_contents(
+    path: str | os.PathLike[str], header: dict[str, Any], tensors: dict[str, Tensor]
+) -> None:
+    """Write a file of this format, whole or not at all."""
     # A tensor that shares memory with another is refused, hence the copies.
     owned = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
+    header = json.loads(json.dumps(header))
     header[_SUM] = _checksum(header, owned)
     with written_whole(path) as (part,):
         # Not save_file, whose files nobody else may read.
@@ -111,6 +132,23 @@ def load_fit(path: str | os.PathLike[str]) -> Saved:
         ValueError: missing, not such a file, truncated, of a newer format, or with a
             field that is not registered.
     """
+    contents = read_contents(path, FORMAT)
+    return rebuilt(path, lambda: _assemble(*contents))
+
+
+class Contents(NamedTuple):
+    """What a file holds, its checksum tried."""
+
+    header: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def read_contents(path: str | os.PathLike[str], newest: int) -> Contents:
+    """Return what is in a file of a format up to the newest.
+
+    Raises:
+        ValueError: missing, not such a file, truncated, damaged, or of a newer format.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} does not exist or is not a file")
@@ -124,9 +162,9 @@ def load_fit(path: str | os.PathLike[str]) -> Saved:
             "Registration.save"
         ) from error
     known = header.get("format", 0) if isinstance(header, dict) else None
-    if not isinstance(known, int) or known > FORMAT:
+    if not isinstance(known, int) or known > newest:
         raise ValueError(
-            f"{path} has a format newer than this icon_nephi reads ({FORMAT}); "
+            f"{path} has a format newer than this icon_nephi reads ({newest}); "
             "upgrade icon_nephi"
         )
     told = header.pop(_SUM, None)  # files of the first versions have none
@@ -135,8 +173,17 @@ def load_fit(path: str | os.PathLike[str]) -> Saved:
             f"{path} is damaged: it is not what was saved; save it again, or copy or "
             "download it again"
         )
+    return Contents(header, tensors)
+
+
+def rebuilt(path: str | os.PathLike[str], make: Callable[[], _T]) -> _T:
+    """Return what is made of a file's contents; errors say that it is damaged.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
     try:
-        return _assemble(header, tensors)
+        return make()
     except UnknownField as error:
         raise ValueError(f"{path} cannot be read here: {error}") from error
     except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
@@ -156,11 +203,12 @@ def _checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 
 
 def _assemble(header: dict[str, Any], tensors: dict[str, Tensor]) -> Saved:
-    local = tuple(tensors[f"code.local.{i}"] for i in range(header["local_codes"]))
-    code = LatentCode(tensors["code.global"], local, header["interpolation"])
-    places = [_geometry(header[name]) for name in ("geometry_A", "geometry_B")]
-    fields = {name: _field(name, header["fields"][name], tensors) for name in _FIELDS}
-    _check_parts(code, tensors["matrix"], places, fields)
+    code = code_from(header, tensors)
+    places = [geometry_from(header[name]) for name in ("geometry_A", "geometry_B")]
+    fields = {
+        name: module_from(name, header["fields"][name], tensors) for name in _FIELDS
+    }
+    check_parts(code, tensors["matrix"], places, fields)
     fit = Fit(
         matrix=tensors["matrix"],
         code=code,
@@ -176,7 +224,15 @@ def _assemble(header: dict[str, Any], tensors: dict[str, Tensor]) -> Saved:
     return Saved(fit, places[0], places[1], bool(header["itk"]))
 
 
-def _field(name: str, told: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
+def code_from(header: dict[str, Any], tensors: dict[str, Tensor]) -> LatentCode:
+    """Return the codes of a file."""
+    local = tuple(tensors[f"code.local.{i}"] for i in range(header["local_codes"]))
+    return LatentCode(tensors["code.global"], local, header["interpolation"])
+
+
+def module_from(
+    name: str, told: dict[str, Any], tensors: dict[str, Tensor]
+) -> nn.Module:
     """Return a field with its weights; what only the header sizes is not made."""
     start = f"{name}."
     own = [key for key in tensors if key.startswith(start)]
@@ -193,7 +249,7 @@ def _field(name: str, told: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Mo
     return field.requires_grad_(False)
 
 
-def _check_parts(
+def check_parts(
     code: LatentCode, matrix: Tensor, places: list[Geometry], fields: dict[str, Any]
 ) -> None:
     """Raise a ValueError if parts do not belong together."""
@@ -218,7 +274,8 @@ def _check_parts(
             raise ValueError(f"{name} does not fit to the code")
 
 
-def _geometry(numbers: dict[str, Any]) -> Geometry:
+def geometry_from(numbers: dict[str, Any]) -> Geometry:
+    """Return a place from the numbers of a header; a ValueError where it is none."""
     place = Geometry(
         size=tuple(int(n) for n in numbers["size"]),
         spacing=tuple(float(s) for s in numbers["spacing"]),

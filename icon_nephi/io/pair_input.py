@@ -80,8 +80,8 @@ def read_pair(
     if any(is_volume(i) or (where.type == "cpu" and _is_large(i)) for i in images):
         A, B = _read_volumes(images, masks, modalities, where, memory_limit, progress)
     else:
-        A = _read_whole("A", image_A, mask_A, modalities[0], where)
-        B = _read_whole("B", image_B, mask_B, modalities[1], where)
+        A = read_alone("A", image_A, mask_A, modalities[0], where)
+        B = read_alone("B", image_B, mask_B, modalities[1], where)
     check_dimension("image_A", A.place.dimension, "image_B is", B.place.dimension)
     if A.values.shape[1] != B.values.shape[1]:
         raise ValueError(
@@ -96,9 +96,14 @@ def read_pair(
     return A, B
 
 
-def _read_whole(
+def read_alone(
     letter: str, image: Any, mask: Any, modality: str | None, where: torch.device
 ) -> PreparedImage:
+    """Return one image in memory as a fit takes it; see `read_pair`.
+
+    Raises:
+        TypeError, ValueError: as `read_pair`, of ``image_`` and the letter.
+    """
     placed, (values, inside, place) = is_itk(image), read_input(letter, image, mask)
     counts, notes = what_counts(f"image_{letter}", values, inside)
     check_intensities(f"image_{letter}", values, counts)

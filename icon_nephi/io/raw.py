@@ -84,8 +84,8 @@ class RawFile:
         return (values * self.slope + self.intercept).astype(np.float32)
 
 
-def find_voxels(path: Path) -> RawFile:
-    """Return where the voxels of a file are.
+def find_voxels(path: Path, *, several: bool = False) -> RawFile:
+    """Return where the voxels of a file are, of ``several`` numbers each or of one.
 
     Raises:
         ValueError: compressed, or of a kind that cannot be mapped.
@@ -94,7 +94,7 @@ def find_voxels(path: Path) -> RawFile:
     try:
         if kind == ".nii":
             return _nifti(path)
-        return _meta(path) if kind in (".mha", ".mhd") else _nrrd(path)
+        return _meta(path, several) if kind in (".mha", ".mhd") else _nrrd(path)
     except (LookupError, UnicodeDecodeError, OverflowError, struct.error) as error:
         raise ValueError(
             f"{path} has a header that says not where its voxels are ({error}); "
@@ -212,7 +212,7 @@ def _beside(path: Path, where: str) -> Path:
     return voxels
 
 
-def _meta(path: Path) -> RawFile:
+def _meta(path: Path, several: bool) -> RawFile:
     lines, place = _lines(path)
     pairs = (line.split("=", 1) for line in lines if "=" in line)
     fields = {key.strip(): value.strip() for key, value in pairs}
@@ -222,7 +222,7 @@ def _meta(path: Path) -> RawFile:
     big = fields.get("BinaryDataByteOrderMSB", big)
     order = ">" if big.lower() == "true" else "<"
     stored = np.dtype(order + _META[fields["ElementType"]])
-    if int(fields.get("ElementNumberOfChannels", "1")) != 1:
+    if int(fields.get("ElementNumberOfChannels", "1")) != 1 and not several:
         raise KeyError("several numbers a voxel")
     where = fields["ElementDataFile"]
     if where == "LOCAL":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ def reader(
 ) -> Callable[[Array], Array]:
     """Return rows ``[N, d]`` of a frame -> the image's values there, ``[N, C]``.
 
+    Colours (uint8) are rounded and stay colours.
+
     Args:
         voxels: ``[*grid, C]``.
         into: homogeneous matrix, the frame -> the image's unit box.
@@ -37,12 +40,14 @@ def reader(
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
     size = voxels.shape[:-1]
     limits = np.array(size) - 1.0
-    values_at = _KINDS[mode](voxels)
+    values_at, kind = _KINDS[mode](voxels), type_of_result(voxels, mode)
 
     def read(points: Array) -> Array:
         unit = apply_affine(into, torch.from_numpy(points)).numpy()
         index = unit * limits
         values = values_at(unit if mode == "linear" else np.clip(index, 0, limits))
+        if values.dtype != kind:  # colours
+            values = np.clip(np.round(values), 0, 255).astype(kind)
         if outside is not None:
             far = outside_grid(index, size)[:, np.newaxis]
             values = np.where(far, np.asarray(outside, values.dtype), values)
@@ -69,25 +74,72 @@ def _nearest(voxels: Array) -> Callable[[Array], Array]:
 
 
 def least_value(voxels: Array) -> float:
-    """Return the least voxel that is a number, what is shown where there is no image.
+    """Return the least finite voxel, what is shown where there is no image.
 
     The border's value would go on as streaks that look like tissue, and 0 is water in
     CT; the least is air there, and 0 in most other images.
     """
-    least: float = np.fmin.reduce(voxels, axis=None).item()
-    return least
+    if voxels.dtype.kind != "f":
+        return int(voxels.min())
+    least = float(np.fmin.reduce(voxels, axis=None))
+    if np.isinf(least):
+        least = float(np.min(voxels, where=np.isfinite(voxels), initial=np.inf))
+    return least if np.isfinite(least) else float("nan")
+
+
+def is_coloured(voxels: Array) -> bool:
+    """Return whether ``[*grid, C]`` are colours, which stay what they are: uint8."""
+    return voxels.dtype == np.uint8 and voxels.shape[-1] in (3, 4)
+
+
+def type_of_result(voxels: Array, mode: str) -> np.dtype[Any]:
+    """Return the type of what is read of ``[*grid, C]``: see `reader`."""
+    keeps = mode in ("nearest", "onehot") or is_coloured(voxels)
+    return voxels.dtype if keeps else np.dtype(np.float32)
+
+
+def check_outside(value: float, voxels: Array, mode: str) -> None:
+    """Raise a ValueError unless results can have this value."""
+    kind = type_of_result(voxels, mode)
+    fits = kind.kind == "f" or (
+        value == np.round(value) and np.iinfo(kind).min <= value <= np.iinfo(kind).max
+    )
+    if not fits:
+        raise ValueError(
+            f"outside is {value:g}, which the result's {kind.name} cannot hold; give a "
+            "whole number in its range"
+        )
 
 
 def _cubic(voxels: Array) -> Callable[[Array], Array]:
-    """Return voxel positions ``[N, d]`` -> values ``[N, C]`` float32."""
-    from scipy.ndimage import map_coordinates, spline_filter
+    """Return voxel positions ``[N, d]`` -> values ``[N, C]`` float32.
+
+    A spline reaches through the whole image: voxels that are not finite count as their
+    nearest that is, and make NaN only what a linear reading would take of them.
+    """
+    from scipy.ndimage import distance_transform_edt, map_coordinates, spline_filter
 
     channels = np.moveaxis(voxels, -1, 0).astype(np.float64)
-    splines = [spline_filter(c, mode="mirror") for c in channels]
+    holes = [~np.isfinite(c) for c in channels]
+    splines = []
+    for channel, hole in zip(channels, holes, strict=True):
+        if hole.any():
+            if hole.all():
+                channel[:] = 0
+            else:
+                nearest = distance_transform_edt(
+                    hole, return_distances=False, return_indices=True
+                )
+                channel = channel[tuple(nearest)]
+        splines.append(spline_filter(channel, mode="mirror"))
 
     def read(at: Array) -> Array:
         how = {"order": 3, "mode": "mirror", "prefilter": False}
         values = [map_coordinates(spline, at.T, **how) for spline in splines]
+        for value, hole in zip(values, holes, strict=True):
+            if hole.any():
+                share = map_coordinates(hole.astype(np.float32), at.T, order=1)
+                value[share > 0] = np.nan
         return np.stack(values, 1).astype(np.float32)
 
     return read

@@ -192,6 +192,11 @@ def _scale(two_way: TwoWay, direction: str) -> float:
 
 
 def _search(registration: Registration, direction: str, region: Any) -> Search:
+    if not registration.proper:
+        raise ValueError(
+            "this map of a series is made of several; certify those it is made of, "
+            "series.fitted(number)"
+        )
     fit = registration.fit
     field = fit.field_AB if direction == FIXED_TO_MOVING else fit.field_BA
     where = _region(registration, direction, region)

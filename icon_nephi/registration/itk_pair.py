@@ -12,10 +12,12 @@ import torch
 
 from icon_nephi._check import check_dimension
 from icon_nephi.io import itk_images
+from icon_nephi.io.image_input import voxels_of
 from icon_nephi.io.itk_images import array_of, geometry_of, image_of
 from icon_nephi.io.itk_modules import itk_class
+from icon_nephi.io.itk_points import Rows, rows_through
 from icon_nephi.io.itk_transforms import affine_transform, composed
-from icon_nephi.io.resampling import least_value, reader
+from icon_nephi.io.resampling import check_outside, least_value, reader
 from icon_nephi.maps.framed import over_grid
 from icon_nephi.maps.jacobians import fold_fraction
 from icon_nephi.maps.two_way import (
@@ -50,6 +52,7 @@ class ItkPair:
         self.phi_AB, self.phi_BA = phi_AB, phi_BA
         self.dimension = int(phi_AB.GetInputSpaceDimension())
         self._transforms = dict(zip(DIRECTIONS, (phi_AB, phi_BA), strict=True))
+        self._rows: dict[str, Rows] = {}
         self._images = dict(zip(DIRECTIONS, (fixed, moving), strict=True))
 
     @property
@@ -68,15 +71,19 @@ class ItkPair:
         return np.ones(self.dimension)
 
     def transform_points(self, points: Any, direction: str = FIXED_TO_MOVING) -> Array:
-        """Return the mapped points ``[N, d]``, one `TransformPoint` each.
+        """Return the mapped points ``[N, d]`` float64.
 
         Raises:
             ValueError: not a direction, or one without a transform.
         """
-        transform = self._transform(direction)
-        rows = np.asarray(points, dtype=float).tolist()
-        moved = [tuple(transform.TransformPoint(p)) for p in rows]
-        return np.array(moved, dtype=float).reshape(-1, self.dimension)
+        rows = np.asarray(points, dtype=float).reshape(-1, self.dimension)
+        if direction not in self._rows:
+            self._rows[direction] = rows_through(self.transform(direction))
+        return self._rows[direction](rows)
+
+    def goes(self, direction: str) -> bool:
+        """Return whether there is a transform of a direction."""
+        return self._transforms[check_direction(direction)] is not None
 
     def warp(
         self,
@@ -94,12 +101,15 @@ class ItkPair:
                 of that direction, or no reference where one is needed.
         """
         direction = direction_of(inverse=inverse)
-        transform = self._transform(direction)
+        transform = self.transform(direction)
         reference = self._image(reference, direction)
-        self._check("image", image)
-        values, place = array_of(image)[..., np.newaxis], geometry_of(image)
+        self._check("image", image, components=True)
+        values, place = voxels_of(image), geometry_of(image)
+        if outside is not None:
+            check_outside(outside, values, mode)
         beyond = least_value(values) if outside is None else outside
-        if mode in ("linear", "nearest"):
+        channels = values.shape[-1]
+        if mode in ("linear", "nearest") and channels == 1:
             return itk_images.resample(image, reference, transform, mode, beyond)
         into = torch.linalg.inv(place.unit_to_physical())
         value_at = reader(values, into, mode, beyond)
@@ -108,7 +118,8 @@ class ItkPair:
         frame = target.unit_to_physical()
         positions += over_grid(lambda p: p, target.size, frame, self.dimension, float)
         warped = value_at(positions.reshape(-1, self.dimension))
-        return image_of(warped.reshape(target.size), target)
+        shape = target.size if channels == 1 else (*target.size, channels)
+        return image_of(warped.reshape(shape), target)
 
     def warp_labels(
         self, labels: Any, reference: Any = None, *, inverse: bool = False
@@ -121,7 +132,7 @@ class ItkPair:
     ) -> Any:
         """Return mapped minus own place at every voxel: vectors, LPS mm."""
         place = geometry_of(self._image(reference, direction))
-        return image_of(_displacements(self._transform(direction), place), place)
+        return image_of(_displacements(self.transform(direction), place), place)
 
     def jacobian(self, reference: Any = None, direction: str = FIXED_TO_MOVING) -> Any:
         """Return d mapped_i / d place_j at every voxel, number d i + j; LPS, mm by mm.
@@ -148,12 +159,17 @@ class ItkPair:
 
     def inverse_consistency_error(self, reference: Any = None) -> Any:
         """Return |phi_BA(phi_AB(x)) - x| in mm at every voxel of the fixed grid."""
-        there_and_back = composed(self.phi_AB, self._transform(MOVING_TO_FIXED))
+        there_and_back = composed(self.phi_AB, self.transform(MOVING_TO_FIXED))
         place = geometry_of(self._image(reference, FIXED_TO_MOVING))
         missed = np.linalg.norm(_displacements(there_and_back, place), axis=-1)
         return image_of(missed.astype(np.float32), place)
 
-    def _transform(self, direction: str) -> Any:
+    def transform(self, direction: str) -> Any:
+        """Return the ITK transform of a direction.
+
+        Raises:
+            ValueError: there is none.
+        """
         transform = self._transforms[check_direction(direction)]
         if transform is None:
             raise ValueError(
@@ -173,8 +189,8 @@ class ItkPair:
             )
         return self._check("reference", image)
 
-    def _check(self, name: str, image: Any) -> Any:
-        itk_images.check_itk_image(name, image)
+    def _check(self, name: str, image: Any, **allowed: bool) -> Any:
+        itk_images.check_itk_image(name, image, **allowed)
         own, advice = image.GetImageDimension(), "pass those of the same registration"
         check_dimension(f"the {name}", own, "the transform", self.dimension, advice)
         return image
@@ -192,7 +208,7 @@ class ItkPair:
         # ITK's fields are float32: what is left of the map is small, and so exact.
         back = np.linalg.inv(linear)
         undo = affine_transform(back, middle - back @ moved[-1])
-        rest = composed(self._transform(direction), undo)
+        rest = composed(self.transform(direction), undo)
         matrices = np.empty((*place.size, d, d))
         for axis, step in enumerate(h * np.eye(d)):
             higher = _displacements(rest, _shifted(place, step)).astype(np.float64)

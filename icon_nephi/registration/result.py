@@ -18,7 +18,13 @@ import torch
 from icon_nephi.fit.settings import Fit
 from icon_nephi.io.image_input import check_points, place_of, voxels_of
 from icon_nephi.io.nephi import load_fit, save_fit
-from icon_nephi.io.resampling import MODES, least_value, reader
+from icon_nephi.io.resampling import (
+    MODES,
+    check_outside,
+    least_value,
+    reader,
+    type_of_result,
+)
 from icon_nephi.maps.framed import FramedMap, over_grid
 from icon_nephi.maps.transforms import Composition, MatrixTransform, NeuralTransform
 from icon_nephi.maps.two_way import (
@@ -63,6 +69,9 @@ class Registration:
         two_way: both with their grids, in the frame of the registration's points.
     """
 
+    #: Whether its maps are those of its fit, and no compositions.
+    proper = True
+
     def __init__(
         self,
         fit: Fit,
@@ -84,6 +93,11 @@ class Registration:
             self.map_BA = Composition(backward, MatrixTransform(self._inverse[None]))
         ways = (self.map_AB, self.map_BA, geometry_A, geometry_B, self.device)
         self.two_way = TwoWay(*ways, "physical" if itk else "unit", fit.matrix)
+
+    @property
+    def dimension(self) -> int:
+        """The number of axes."""
+        return self.geometry_B.dimension
 
     @property
     def losses(self) -> list[dict[str, float]]:
@@ -117,10 +131,11 @@ class Registration:
         """Return a moving-space image on the fixed image's grid.
 
         Args:
-            image: ITK image on any grid in the moving image's space, or a tensor
-                ``[1, C, *grid]`` over its unit box.
+            image: ITK image on any grid in the moving image's space, of one or several
+                numbers a voxel, or a tensor ``[1, C, *grid]`` over its unit box.
             mode: ``"linear"`` or ``"cubic"`` (float32 comes out), ``"nearest"`` or
-                ``"onehot"`` (same pixel type): see `icon_nephi.io.resampling`.
+                ``"onehot"`` (same pixel type): see `icon_nephi.io.resampling`. Colours
+                stay colours.
             reference: another grid to warp to: an ITK image, or a tensor.
             inverse: take a fixed-space image to the moving image's grid instead.
             outside: the value where there is no image; default: the image's least (0
@@ -132,16 +147,20 @@ class Registration:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
         direction = direction_of(inverse=inverse)
-        place, values = self._place_of("image", image), voxels_of(image)
+        place = self._place_of("image", image, components=True)
+        values = voxels_of(image)
         into = torch.linalg.inv(self.two_way.frame_of(place))
+        if outside is not None:
+            check_outside(outside, values, mode)
         beyond = least_value(values) if outside is None else outside
         value_at = reader(values, into, mode, beyond)
+        single = self.itk and values.shape[-1] == 1
         warped = self._on_grid(
-            lambda _, moved: value_at(moved)[:, 0] if self.itk else value_at(moved),
+            lambda _, moved: value_at(moved)[:, 0] if single else value_at(moved),
             reference,
             direction,
-            None if self.itk else values.shape[-1],
-            dtype=np.float32 if mode in ("linear", "cubic") else values.dtype,
+            None if single else values.shape[-1],
+            dtype=type_of_result(values, mode),
             mapped=self.two_way.framed(direction),
         )
         return warped if self.itk else warped.to(image.device)
@@ -273,8 +292,9 @@ class Registration:
     def _points(self, points: Any) -> Array:
         return check_points("points", points, self.geometry_B.dimension)
 
-    def _place_of(self, name: str, image: Any) -> Geometry:
-        return place_of(name, image, itk=self.itk, dimension=self.geometry_B.dimension)
+    def _place_of(self, name: str, image: Any, **allowed: bool) -> Geometry:
+        d = self.geometry_B.dimension
+        return place_of(name, image, itk=self.itk, dimension=d, **allowed)
 
     def _on_grid(
         self,

@@ -71,32 +71,47 @@ def write_report(
     scene = Scene(result, others)
     landmarks = (landmarks_fixed, landmarks_moving)
     measured = measure_scene(scene, landmarks, (labels_fixed, labels_moving))
-    scales = _scales(measured)
+    scales = scales_of(measured)
     stacks = pictures.views_of(scene.B, physical=scene.itk, slices=SLICES)
-    page = {
+    heads = {
+        "title": "Registration report: moving → fixed",
+        "about": "The moving image is laid on the fixed image. Images go moving → "
+        "fixed; the map takes points fixed → moving.",
+        "thing": "slice",
         "tiles": _tiles(scene, measured, result, seconds),
         "warnings": _warnings(scene, measured, result),
         "layers": layers_of(scene, scales),
-        "palettes": pictures.PALETTES,
         "views": [_view(scene, v, scales) for v in stacks],
         "notes": _notes(scene, measured),
         "tables": _tables(scene, measured),
-        "curves": _curves(result.losses),
+        "curves": curves_of(result.losses),
         "command": command or _call(result),
+        "seed": result.made_with.get("seed"),
+    }
+    write_page(path, page_of(heads))
+
+
+def page_of(heads: dict[str, Any]) -> dict[str, Any]:
+    """Return what a page holds, with what every page says at its end."""
+    return heads | {
+        "palettes": pictures.PALETTES,
         "versions": [
             ("Python", platform.python_version()),
             *((name, number) for name, number in versions().items() if number),
             ("System", f"{platform.system()} {platform.machine()}"),
         ],
-        "seed": result.made_with.get("seed"),
         "made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def write_page(path: str | os.PathLike[str], page: dict[str, Any]) -> None:
+    """Write a page, whole or not at all."""
     html = _render(page)
     with written_whole(path) as (part,):
         part.write_text(html, encoding="utf-8")
 
 
-def _scales(measured: Measured) -> Scales:
+def scales_of(measured: Measured) -> Scales:
     """Return where the colours end: hardly any voxel is beyond."""
     good = measured.determinants[measured.determinants > 0]
     growth = np.abs(np.log2(good)) if len(good) else np.ones(1)
@@ -244,7 +259,7 @@ def _view(scene: Scene, view: pictures.View, scales: Scales) -> dict[str, Any]:
     }
 
 
-def _curves(losses: list[dict[str, float]]) -> list[dict[str, Any]]:
+def curves_of(losses: list[dict[str, float]]) -> list[dict[str, Any]]:
     """Return for each term of the loss a name, points of an SVG line, its two ends."""
     curves = []
     for key, name in _TERMS.items():

@@ -172,7 +172,7 @@ OTHERS = {
     ),
     "mesh to table": (cli.warp, "--transform pair.nephi --points mesh.vtk --out o.csv"),
     "no mesh": (cli.warp, "--transform pair.nephi --points mesh.vtk --out o.vtk"),
-    "unknown mesh": (cli.warp, "--transform pair.nephi --points m.vtp --out o.vtp"),
+    "unknown mesh": (cli.warp, "--transform pair.nephi --points m.dae --out o.dae"),
     "image as points": (cli.warp, "--transform pair.nephi --points m.nrrd --out o.csv"),
     "no reference": (cli.jacobian, "--transform T.h5 --out o.nrrd"),
     "inverse of ITK": (

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from icon_nephi import cli
-from icon_nephi.io import itk_images, itk_transforms
+from icon_nephi.io import image_files, itk_images, itk_transforms
 from icon_nephi.io.image_input import voxel_geometry
 from icon_nephi.registration.result import Registration, load
 from tests.commands.command_files import (
@@ -198,7 +198,11 @@ BAD_WARPS = {
         "no.nephi",
     ),
     "no file": ("--transform no.h5 --points points.csv --out o.csv", "no.h5"),
-    "kind": ("--transform fixed.nrrd --image moving.nrrd --out o.nrrd", "must end in"),
+    "kind": ("--transform none.png --image moving.nrrd --out o.nrrd", "must end in"),
+    "no field": (
+        "--transform fixed.nrrd --image moving.nrrd --out o.nrrd",
+        "is no displacement field",
+    ),
     "broken": ("--transform bad.nephi --image moving.nrrd --out o.nrrd", "bad.nephi"),
     "broken ITK": ("--transform bad.h5 --points points.csv --out o.csv", "bad.h5"),
     "tensors": ("--transform tensor.nephi --image moving.nrrd --out o.nrrd", "tensors"),
@@ -224,7 +228,10 @@ BAD_WARPS = {
     "2D image": ("--transform pair.nephi --image flat.nrrd --out o.nrrd", "2D"),
     "ending": ("--transform pair.nephi --image moving.nrrd --out o.csv", "must end in"),
     "csv": ("--transform pair.nephi --points points.csv --out o.nrrd", "must end in"),
-    "two": ("--transform pair.nephi --points p --image i --out o.nrrd", "not allowed"),
+    "two": (
+        "--transform pair.nephi --points p --image i --out o.nrrd",
+        "1 names for 2",
+    ),
     "none": ("--transform pair.nephi --out o.nrrd", "required"),
     "reference": ("--transform T.h5 --image moving.nrrd --out o.nrrd", "--reference"),
     "inverse": (
@@ -305,7 +312,7 @@ def test_register_through_a_model(folder, tiny_lung):
     for name in ("T.hdf5", "I.h5"):
         transform = itk_transforms.read_transform("T", folder.path / "out" / name)
         assert transform.GetNumberOfTransforms() == 3
-    warped = itk_images.read_image("w", folder.path / "out" / "w.nrrd")
+    warped = image_files.read_image("w", folder.path / "out" / "w.nrrd")
     assert itk_images.geometry_of(warped).size == PLACE_B.size
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icon_nephi.io import itk_images, itk_transforms
+from icon_nephi.io import image_files, itk_images, itk_transforms
 from icon_nephi.registration.result import Registration
 from icon_nephi.space.frames import Geometry, apply_affine
 from tests.small_fits import geometry, rows_in, small_fit, unit_matrix, voxels_in
@@ -217,21 +217,21 @@ def test_truncated_and_foreign_files_are_refused(tmp_path, ending, capfd):
     path = tmp_path / f"image.{ending}"
     noise = np.random.default_rng(0).normal(size=(9, 9, 9)).astype(np.float32)
     itk.imwrite(itk.image_from_array(noise), str(path))
-    assert itk_images.read_image("--fixed", path).GetImageDimension() == 3
+    assert image_files.read_image("--fixed", path).GetImageDimension() == 3
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match=r"--fixed: .*image"):
-        itk_images.read_image("--fixed", path)
+        image_files.read_image("--fixed", path)
     path.write_bytes(b"not an image")
     with pytest.raises(ValueError, match=r"--fixed: .*image"):
-        itk_images.read_image("--fixed", path)
+        image_files.read_image("--fixed", path)
     assert capfd.readouterr().err == ""
 
 
 def test_missing_files_and_folders_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"--fixed: .* does not exist"):
-        itk_images.read_image("--fixed", tmp_path / "none.nii")
+        image_files.read_image("--fixed", tmp_path / "none.nii")
     with pytest.raises(ValueError, match=r"--fixed: .* is a folder"):
-        itk_images.read_image("--fixed", tmp_path)
+        image_files.read_image("--fixed", tmp_path)
     (tmp_path / "bad.h5").write_bytes(b"no")
     for name in ("none.h5", "bad.h5"):
         with pytest.raises(ValueError, match="--transform"):

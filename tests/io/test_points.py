@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 
-from icon_nephi.io import points as point_files
+from icon_nephi.io import meshes
 from icon_nephi.io.points import FORMATS, read_points
 
 POINTS = np.array(
@@ -79,7 +79,7 @@ def ply_file(form):
 
 def stl_file(binary):
     corners = POINTS[FACES]
-    normals = point_files._normals(corners)
+    normals = meshes.normals_of(corners)
     if binary:
         body = b"".join(
             struct.pack("<12fH", *n, *c.ravel(), 7)
@@ -186,9 +186,9 @@ def test_normals_of_a_moved_stl_follow_its_corners(tmp_path):
         found = read_points("--points", path)
         turned = found.points @ np.array([[0.0, 1, 0], [-1, 0, 0], [0, 0, 1]])
         data = found.content(turned)
-        normals = point_files._normals(turned.reshape(-1, 3, 3))
+        normals = meshes.normals_of(turned.reshape(-1, 3, 3))
         if binary:
-            read = np.frombuffer(data, point_files._FACET, 2, 84)["normal"]
+            read = np.frombuffer(data, meshes.FACET, 2, 84)["normal"]
         else:
             lines = [x for x in data.decode().splitlines() if "normal" in x]
             read = [[float(w) for w in x.split()[2:]] for x in lines]
@@ -237,7 +237,7 @@ def test_a_broken_file_is_refused_in_one_sentence(name, tmp_path):
 
 def test_what_is_no_such_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match="must end in"):
-        read_points("--points", tmp_path / "a.vtp")
+        read_points("--points", tmp_path / "a.dae")
     for ending in FORMATS:
         with pytest.raises(ValueError, match="does not exist"):
             read_points("--points", tmp_path / f"a{ending}")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from icon_nephi.io import itk_images
-from icon_nephi.io.itk_images import write_image
+from icon_nephi.io.image_files import write_image
 from icon_nephi.io.itk_transforms import write_transform
 from icon_nephi.maps.framed import over_grid
 from icon_nephi.registration.result import Registration

@@ -16,11 +16,11 @@ import torch
 
 from icon_nephi import _memory as memory
 from icon_nephi import cli, load, register
-from icon_nephi.commands import cases, info
+from icon_nephi.commands import cases, info, inputs
 from icon_nephi.commands import register as register_command
 from icon_nephi.fit import optimize as optimize_room
 from icon_nephi.fit.optimize import FitOptions
-from icon_nephi.io import atomic, itk_images, itk_modules
+from icon_nephi.io import atomic, itk_modules
 from icon_nephi.io import blocks as block_files
 from icon_nephi.maps.transforms import NeuralTransform
 from icon_nephi.phantoms import triangles_and_circles
@@ -162,7 +162,7 @@ def press(*_, **__):
 @pytest.mark.parametrize("place", ["read", "fit", "write"])
 def test_a_stopped_registration_writes_nothing(folder, monkeypatch, capfd, place):
     module, name = {
-        "read": (itk_images, "read_image"),
+        "read": (inputs, "read_image"),
         "fit": (registration, "fit_pair"),
         "write": (itk_modules, "write_transforms"),
     }[place]

@@ -14,8 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from icon_nephi.io import itk_images
+from icon_nephi.io import image_files, itk_images
+from icon_nephi.io.itk_points import rows_through
 from icon_nephi.io.nephi import save_fit
+from icon_nephi.io.other_transforms import read_any_transform
 from icon_nephi.io.points import FORMATS, read_points
 from icon_nephi.io.raw import find_voxels, geometry_in
 from icon_nephi.registration.result import load
@@ -52,6 +54,13 @@ POINTS = {
     b"property float y\nproperty float z\nelement face 1\n"
     b"property list uchar int vertex_indices\nend_header\n"
     b"0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n",
+    ".vtp": b'<VTKFile type="PolyData" byte_order="LittleEndian">'
+    b'<PolyData><Piece NumberOfPoints="3"><PointData Normals="N"><DataArray '
+    b'type="Float32" Name="N" NumberOfComponents="3" format="binary">JAAAAAAAAAAAAAAAAA'
+    b"CAPwAAAAAAAAAAAACAPwAAAAAAAAAAAACAPw==</DataArray></PointData><Points><DataArray "
+    b'type="Float32" NumberOfComponents="3" format="ascii">0 0 0 1 0 0 0 1 0'
+    b"</DataArray></Points></Piece></PolyData></VTKFile>\n",
+    ".obj": b"# SPACE=RAS\nv 0 0 0\nv 1 0 0\nv 0 1 0\nvn 0 0 1\nf 1//1 2//1 3//1\n",
     ".stl": b"\0" * 80 + struct.pack("<I", 1) + struct.pack("<12fH", *range(12), 0),
 }
 IMAGES = {
@@ -83,7 +92,39 @@ def nifti(size=(4, 3, 2), spacing=(1.0, 1.0, 1.0), rows=None):
     return bytes(header) + bytes(range(24))
 
 
+def nifti_2():
+    """The same as NIfTI-2."""
+    header = bytearray(544)
+    struct.pack_into("<i8s2h", header, 0, 540, b"n+2\0\r\n\x1a\n", 2, 8)
+    struct.pack_into("<8q", header, 16, 3, 4, 3, 2, 1, 1, 1, 1)
+    struct.pack_into("<8d", header, 104, 1, 1, 1, 1, 0, 0, 0, 0)
+    struct.pack_into("<q2d", header, 168, 544, 1, 0)
+    struct.pack_into("<2i", header, 344, 0, 1)
+    struct.pack_into("<12d", header, 400, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0)
+    return bytes(header) + bytes(range(24))
+
+
+def tiff():
+    """A grey picture of 6 by 4 pixels in two strips."""
+    entries = [
+        *((256, 3, 1, 6), (257, 3, 1, 4), (258, 3, 1, 8), (259, 3, 1, 1)),
+        *((262, 3, 1, 1), (273, 4, 2, 200), (277, 3, 1, 1), (278, 3, 1, 2)),
+        (279, 4, 2, 208),
+    ]
+    data = struct.pack("<2sHIH", b"II", 42, 8, len(entries))
+    data += b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
+    return data.ljust(200, b"\0") + struct.pack("<4I", 216, 228, 12, 12) + bytes(24)
+
+
 IMAGES[".nii"] = nifti()
+IMAGES["_2.nii"] = nifti_2()
+IMAGES[".nii.gz"] = gzip.compress(nifti(), mtime=0)
+IMAGES[".tif"] = tiff()
+IMAGES[".vtk"] = (
+    b"# vtk DataFile Version 3.0\nx\nBINARY\nDATASET STRUCTURED_POINTS\n"
+    b"DIMENSIONS 4 3 2\nSPACING 1 1 1\nORIGIN 0 0 0\nPOINT_DATA 24\n"
+    b"SCALARS s unsigned_char 1\nLOOKUP_TABLE default\n" + bytes(range(24)) + b"\n"
+)
 
 
 def damaged(data):
@@ -235,6 +276,33 @@ def test_surfaces(tmp_path, data):
         assert np.isfinite(found.points).all()
 
 
+MAPS = {
+    ".mat": b"1 0 0 5\n0 1 0 6\n0 0 1 7\n0 0 0 1\n",
+    ".txt": b"#Insight Transform File V1.0\n#Transform 0\n"
+    b"Transform: AffineTransform_double_2_2\nParameters: 1 0 0 1 3 4\n"
+    b"FixedParameters: 0 0\n",
+    ".mha": b"ObjectType = Image\nNDims = 2\nBinaryData = True\n"
+    b"BinaryDataByteOrderMSB = False\nCompressedData = False\n"
+    b"TransformMatrix = 1 0 0 1\nOffset = 0 0\nElementSpacing = 1 1\nDimSize = 3 2\n"
+    b"ElementNumberOfChannels = 2\nElementType = MET_FLOAT\nElementDataFile = LOCAL\n"
+    + np.arange(12, dtype="<f4").tobytes(),
+}
+
+
+@pytest.mark.parametrize("ending", MAPS)
+@FEW
+@given(data=st.data())
+def test_transforms_of_others(tmp_path, ending, data):
+    path = tmp_path / f"map{ending}"
+    path.write_bytes(data.draw(damaged(MAPS[ending])))
+    found = numbers_or_refused(
+        lambda p: read_any_transform("--transform", p, affine="ras"), path
+    )
+    if found is not None:
+        moved = rows_through(found)(np.zeros((2, found.GetInputSpaceDimension())))
+        assert moved.shape[0] == 2
+
+
 def a_mapped_box(path):
     place = geometry_in(path)
     raw = find_voxels(path)
@@ -250,7 +318,7 @@ def test_images(tmp_path, ending, reader, data):
     path.write_bytes(data.draw(damaged(IMAGES[ending])))
     read = {
         "mapped": a_mapped_box,
-        "read": lambda p: itk_images.read_image("--fixed", p),
+        "read": lambda p: image_files.read_image("--fixed", p),
     }[reader]
     numbers_or_refused(read, path)
 
@@ -263,7 +331,7 @@ def test_a_nifti_that_places_no_voxel_is_refused(tmp_path):
         {"rows": np.full((3, 3), np.nan)},
     ):
         path.write_bytes(nifti(**changed))
-        image = numbers_or_refused(lambda p: itk_images.read_image("--fixed", p), path)
+        image = numbers_or_refused(lambda p: image_files.read_image("--fixed", p), path)
         if image is not None:  # ITK mends some of them: then they are whole
             place = itk_images.geometry_of(image)
             assert np.isfinite(place.unit_to_physical()).all()
@@ -282,7 +350,7 @@ def test_images_that_are_said_to_be_huge_are_refused_at_once(tmp_path, ending):
     path = tmp_path / f"image{ending}"
     path.write_bytes(data)
     with pytest.raises(ValueError, match="--fixed"):
-        itk_images.read_image("--fixed", path)
+        image_files.read_image("--fixed", path)
 
 
 def test_a_zip_bomb_is_not_blown_up(tmp_path):
@@ -298,7 +366,7 @@ def test_a_zip_bomb_is_not_blown_up(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gzip.GzipFile, "read", count)
-        image = itk_images.read_image("--fixed", path)
+        image = image_files.read_image("--fixed", path)
     assert itk_images.array_of(image).shape == (2, 3, 4)
     assert sum(opened) < 10**7
 

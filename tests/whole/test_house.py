@@ -38,8 +38,11 @@ NOT_AT_TOP = ["torchvision", "icon_registration.data", "icon_registration.constr
 # Where ITK is imported: at the top in rooms that are there for it, inside functions
 # where an ITK image may come.
 KNOW_ITK = {
+    "io.image_files",
+    "io.itk_frames",
     "io.itk_images",
     "io.itk_transforms",
+    "io.other_transforms",
     "registration.itk_pair",
     "itk_wrapper",
 }
@@ -160,7 +163,8 @@ TENSORS = "images and maps as tensors"
 RIVALS = "nephi-compare's methods and rows, with more methods and rows"
 INNER = {
     "evaluation": (
-        "_memory commands.cases io.atomic io.itk_images io.itk_transforms io.versions "
+        "_memory commands.cases io.atomic io.image_files io.itk_images "
+        "io.itk_transforms io.versions "
         "maps.two_way",
         "what most scripts need, in one place: cases, files, voxels, memory",
     ),
@@ -305,6 +309,7 @@ OTHER_REVERSALS = {
     "commands.info": (1, "transforms, of which ITK applies the last first"),
     "fields.encoders": (2, "levels, from the coarsest up"),
     "fields.pyramid": (3, "levels, from the coarsest up"),
+    "io.itk_points": (1, "transforms, of which ITK applies the last first"),
     "io.volumes": (1, "levels, from the coarsest up"),
     "maps.networks": (2, "maps still to be looked at, of which the last is next"),
     "phantoms": (1, "bends undone in the other order"),
