@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 
 from icon_nephi._memory import memory_for
+from icon_nephi.commands.early import check_compare, check_jacobian, check_there
 from icon_nephi.commands.flags import (
     CompareFlags,
     InfoFlags,
@@ -17,6 +18,7 @@ from icon_nephi.commands.flags import (
     WarpFlags,
 )
 from icon_nephi.commands.group_flags import SeriesFlags, TemplateFlags
+from icon_nephi.commands.tasks import find_tasks
 
 _Command = Callable[[Sequence[str] | None], None]
 
@@ -116,16 +118,19 @@ def _group(
 def warp(argv: Sequence[str] | None = None) -> None:
     """Write images, label maps, points and meshes, moved by registrations."""
     flags = WarpFlags.typed(argv)
+    tasks = find_tasks(flags)  # what is wrong by name is said before ITK is loaded
 
     from icon_nephi.commands.warp import warp_files
 
-    _say("nephi-warp", *warp_files(flags), quiet=flags.quiet)
+    _say("nephi-warp", *warp_files(flags, tasks), quiet=flags.quiet)
 
 
 @_one_sentence
 def jacobian(argv: Sequence[str] | None = None) -> None:
     """Write determinants, their logarithm or the matrices, and sum them up."""
     flags = JacobianFlags.typed(argv)
+    check_jacobian(flags)
+    check_there(flags)
 
     from icon_nephi.commands.jacobian import write_jacobian
 
@@ -136,6 +141,7 @@ def jacobian(argv: Sequence[str] | None = None) -> None:
 def info(argv: Sequence[str] | None = None) -> None:
     """Print what is in a saved registration or an ITK transform."""
     flags = InfoFlags.typed(argv)
+    check_there(flags)
 
     from icon_nephi.commands.info import describe
     from icon_nephi.commands.text import lines
@@ -148,6 +154,7 @@ def info(argv: Sequence[str] | None = None) -> None:
 def compare(argv: Sequence[str] | None = None) -> None:
     """Print a table of NePhi and a voxel network on the pairs of a folder."""
     flags = CompareFlags.typed(argv)
+    check_compare(flags)
 
     from icon_nephi.commands.compare import compare_folder
     from icon_nephi.commands.text import comparison_table

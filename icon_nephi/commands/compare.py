@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from icon_nephi.commands import cases, methods
 from icon_nephi.commands.cases import Case
+from icon_nephi.commands.early import check_compare
 from icon_nephi.commands.flags import CompareFlags
 from icon_nephi.commands.methods import (
     MapPair,
@@ -22,7 +23,6 @@ from icon_nephi.commands.methods import (
     now,
     peak_gib,
 )
-from icon_nephi.commands.outputs import check_outputs
 from icon_nephi.io.atomic import write_csv
 from icon_nephi.io.image_input import choose_device, read_input
 from icon_nephi.io.itk_images import resample_to
@@ -51,12 +51,8 @@ def compare_folder(flags: CompareFlags) -> list[Row]:
     Raises:
         ValueError: flags or cases that cannot be used.
     """
-    named = {} if flags.out is None else {"out": (flags.out, (".csv",))}
-    out = check_outputs(named).get("out")
-    for flag, least in (("seconds", 0.01), ("side", 17), ("threads", 1)):
-        value = getattr(flags, flag)
-        if value is not None and not value >= least:
-            raise ValueError(f"--{flag} must be at least {least}, got {value}")
+    check_compare(flags)
+    out = flags.out
     choose_device(flags.device, None)
     homes = cases.find_cases(flags.data, flags.cases)
     readers = {n: partial(cases.read_case, home, n) for n, home in homes.items()}

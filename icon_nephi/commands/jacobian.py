@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from icon_nephi.commands.flags import IMAGES, VECTORS, JacobianFlags
+from icon_nephi.commands.early import check_jacobian
+from icon_nephi.commands.flags import JacobianFlags
 from icon_nephi.commands.inputs import in_words, read_map, read_reference
-from icon_nephi.commands.outputs import check_outputs
 from icon_nephi.io.atomic import written_whole
 from icon_nephi.io.image_files import check_holds, write_image
 from icon_nephi.io.itk_images import array_of, geometry_of, image_of
@@ -21,9 +21,7 @@ def write_jacobian(flags: JacobianFlags) -> tuple[str, list[str]]:
     Raises:
         ValueError: files that cannot be used, or a direction that there is not.
     """
-    endings = VECTORS if flags.tensor else IMAGES
-    read = [path for path in (flags.transform, flags.reference) if path is not None]
-    out = check_outputs({"out": (flags.out, endings)}, read)["out"]
+    out = check_jacobian(flags)
     way = "inverse" if flags.inverse else None
     mapping = read_map(flags.transform, way, flags.number)
     direction = direction_of(inverse=flags.inverse)

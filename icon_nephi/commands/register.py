@@ -1,4 +1,7 @@
-"""One registration as the flags of nephi-register ask for it: read, register, write."""
+"""One registration as the flags of nephi-register ask for it: read, register, write.
+
+What is heavy to import is imported once the flags have been checked.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,9 @@ import time
 from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
+from icon_nephi.commands.early import check_there
 from icon_nephi.commands.flags import (
     IMAGES,
     SIDES,
@@ -19,16 +21,12 @@ from icon_nephi.commands.flags import (
     VECTORS,
     RegisterFlags,
 )
-from icon_nephi.commands.inputs import Inputs
 from icon_nephi.commands.outputs import check_outputs, is_same
 from icon_nephi.io.atomic import written_whole
-from icon_nephi.io.image_files import check_holds, write_image
-from icon_nephi.io.itk_images import geometry_of
-from icon_nephi.io.itk_transforms import write_transform
 from icon_nephi.io.versions import versions
-from icon_nephi.maps.two_way import MOVING_TO_FIXED
-from icon_nephi.registration.itk_pair import ItkPair
-from icon_nephi.report.measure import score_labels, score_landmarks, summarize_result
+
+if TYPE_CHECKING:
+    from icon_nephi.commands.inputs import Inputs
 
 OUTPUTS = {
     "transform_out": TRANSFORMS,
@@ -43,6 +41,10 @@ OUTPUTS = {
     "json": (".json",),
 }
 WINDOWS = ("fixed_window", "moving_window", "quantiles")
+FROM_SCRATCH = (
+    *("initial", "use_landmarks", "restrict", "allow_mirror"),
+    *("lesion_mask", "moving_lesion_mask", "rigid_mask", "volume_mask"),
+)
 COUPLED = (
     ("landmarks_fixed", "landmarks_moving"),
     ("labels_fixed", "labels_moving"),
@@ -79,6 +81,16 @@ def check_flags(flags: RegisterFlags) -> None:
         )
     if flags.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {flags.seeds}")
+    for name in ("landmark_error", "stiffness"):
+        if not getattr(flags, name) > 0:
+            raise ValueError(f"--{name} must be above zero")
+    if flags.landmarks_fixed is None:
+        if flags.use_landmarks:
+            raise ValueError("--use_landmarks needs --landmarks_fixed and _moving")
+        if str(flags.initial) == "landmarks":
+            raise ValueError("--initial landmarks needs --landmarks_fixed and _moving")
+    if flags.initial not in (None, Path("landmarks")) and not flags.initial.is_file():
+        raise ValueError(f"--initial: {flags.initial} does not exist")
     for first, second in COUPLED:
         if (getattr(flags, first) is None) != (getattr(flags, second) is None):
             raise ValueError(f"--{first} and --{second} belong together: give both")
@@ -115,6 +127,11 @@ def _check_model_flags(flags: RegisterFlags) -> None:
                 f"--{name} is for registration from scratch; --model {flags.model} has "
                 "the intensities it was trained with"
             )
+    for name in FROM_SCRATCH:
+        if getattr(flags, name):
+            raise ValueError(
+                f"--{name} is for registration from scratch, without --model"
+            )
     asked = (flags.preset, flags.similarity, flags.seeds, flags.transform)
     if flags.mass_preserving or asked != ("default", None, 1, "deformable"):
         raise ValueError(
@@ -149,6 +166,9 @@ def check_places(outputs: dict[str, Path], inputs: Inputs) -> None:
     Raises:
         ValueError: one cannot.
     """
+    from icon_nephi.io.image_files import check_holds
+    from icon_nephi.io.itk_images import geometry_of
+
     for name, path in outputs.items():
         if OUTPUTS[name] not in (IMAGES, VECTORS):
             continue
@@ -168,12 +188,19 @@ def run(flags: RegisterFlags, command: list[str]) -> dict[str, Any]:
     """
     check_flags(flags)
     outputs = find_outputs(flags)
+    check_there(flags)
+
+    from tqdm import tqdm
+
+    from icon_nephi.commands.inputs import Inputs
+    from icon_nephi.report import measure
+
     inputs = Inputs(flags)
     check_places(outputs, inputs)
     start = time.perf_counter()
     register = _from_scratch if flags.model == "none" else _through_model
     try:
-        result, *others = register(flags, inputs.images)
+        result, *others = register(flags, inputs)
     except (ValueError, TypeError) as error:
         raise type(error)(in_flags(str(error))) from error
     numbers: dict[str, Any] = {
@@ -184,13 +211,16 @@ def run(flags: RegisterFlags, command: list[str]) -> dict[str, Any]:
         "flags": flags_of(flags),
     }
     if not flags.quiet or flags.json is not None:
-        numbers |= summarize_result(result, others)
+        numbers |= measure.summarize_result(result, others)
+    for name, way in (("transform_out", "phi_AB"), ("inverse_transform_out", "phi_BA")):
+        if name in outputs:  # made now, so that what they miss is said
+            getattr(result, way)
     warnings = (*result.warnings, *inputs.warnings)
     numbers["warnings"] = [in_flags(warning) for warning in warnings]
     if inputs.landmarks is not None:
-        numbers["landmarks_mm"] = score_landmarks(result, *inputs.landmarks)
+        numbers["landmarks_mm"] = measure.score_landmarks(result, *inputs.landmarks)
     if inputs.labels is not None:
-        numbers["dice"] = score_labels(result, *inputs.labels)
+        numbers["dice"] = measure.score_labels(result, *inputs.labels)
     numbers["outputs"] = {name: str(path) for name, path in outputs.items()}
     numbers["versions"] = versions()
     writers = _writers(result, others, inputs, numbers)
@@ -212,9 +242,11 @@ def flags_of(flags: RegisterFlags) -> dict[str, str]:
     }
 
 
-def _from_scratch(flags: RegisterFlags, images: dict[str, Any]) -> list[Any]:
+def _from_scratch(flags: RegisterFlags, inputs: Inputs) -> list[Any]:
     """Return a `Registration` of each seed."""
+    images = inputs.images
     from icon_nephi.fit.settings import find_effort
+    from icon_nephi.io.itk_images import geometry_of
     from icon_nephi.registration.register import register
 
     kinds = [
@@ -228,6 +260,12 @@ def _from_scratch(flags: RegisterFlags, images: dict[str, Any]) -> list[Any]:
         "modality": (kinds[0], kinds[1]),
         "mask_A": images.get("moving_mask"),
         "mask_B": images.get("fixed_mask"),
+        **_landmarks(flags, inputs),
+        "lesion_mask_A": images.get("moving_lesion_mask"),
+        "lesion_mask_B": images.get("lesion_mask"),
+        "rigid_mask": images.get("rigid_mask"),
+        "volume_mask": images.get("volume_mask"),
+        "initial": None if flags.initial is None else str(flags.initial),
         "segmentation_A": images.get("moving_segmentation"),
         "segmentation_B": images.get("fixed_segmentation"),
         # lncc is what the default compares, with all it does beside.
@@ -246,12 +284,22 @@ def _from_scratch(flags: RegisterFlags, images: dict[str, Any]) -> list[Any]:
     ]
 
 
-def _through_model(flags: RegisterFlags, images: dict[str, Any]) -> list[Any]:
+def _landmarks(flags: RegisterFlags, inputs: Inputs) -> dict[str, Any]:
+    """Return the landmarks that the registration itself is to go by."""
+    if not (flags.use_landmarks or str(flags.initial) == "landmarks"):
+        return {}
+    assert inputs.landmarks is not None  # the flags were checked
+    return dict(zip(("landmarks_B", "landmarks_A"), inputs.landmarks, strict=True))
+
+
+def _through_model(flags: RegisterFlags, inputs: Inputs) -> list[Any]:
     """Return one `ItkPair`, of a pretrained network and instance optimisation."""
+    images = inputs.images
     from icon_nephi import pretrained_models
     from icon_nephi.io.image_input import choose_device
     from icon_nephi.itk_wrapper import register_pair_with_mask
     from icon_nephi.losses.similarities import PatchNCC
+    from icon_nephi.registration.itk_pair import ItkPair
 
     device = choose_device(flags.device, None)
     weights = flags.network_weights
@@ -296,6 +344,9 @@ def _writers(
     result: Any, others: list[Any], inputs: Inputs, numbers: dict[str, Any]
 ) -> dict[str, Callable[[Path], object]]:
     """Return what writes each of `OUTPUTS`; it makes what it writes when called."""
+    from icon_nephi.io.image_files import write_image
+    from icon_nephi.io.itk_transforms import write_transform
+    from icon_nephi.maps.two_way import MOVING_TO_FIXED
 
     def write_report(path: Path) -> None:
         extras = {name: numbers[name] for name in ("seconds", "command")}
@@ -328,7 +379,9 @@ def in_flags(message: str) -> str:
     """Return the same complaint with the command's names for things."""
     for letter, side in (("A", "moving"), ("B", "fixed")):
         message = message.replace(f"image_{letter}", f"--{side}")
-        for kind in ("mask", "segmentation"):
+        for kind in ("mask", "segmentation", "landmarks"):
+            if kind == "landmarks":
+                message = message.replace(f"{kind}_{letter}", f"--{kind}_{side}")
             message = message.replace(f"{kind}_{letter}", f"--{side}_{kind}")
     for name, flag in (
         *(("device ", "--device: "), ("time_limit ", "--time_limit ")),

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm import tqdm
 
-from icon_nephi.commands.flags import IMAGES, POINTS, WarpFlags
+from icon_nephi.commands.flags import WarpFlags
 from icon_nephi.commands.inputs import in_words, read_chain, read_reference
-from icon_nephi.commands.outputs import check_outputs
+from icon_nephi.commands.tasks import MODES, Task
 from icon_nephi.io.atomic import written_whole
 from icon_nephi.io.image_files import check_holds, read_image, write_image
 from icon_nephi.io.image_input import voxels_of
@@ -25,27 +25,11 @@ from icon_nephi.registration.result import Registration
 from icon_nephi.report.expected_error import error_estimate
 from icon_nephi.space.frames import Geometry
 
-# How each kind of file may be read between voxels; the first is the default.
-MODES: dict[str, tuple[str, ...]] = {
-    "image": ("linear", "cubic"),
-    "labels": ("nearest", "onehot"),
-    "points": (),
-}
-
-
-class Task(NamedTuple):
-    """One file to move: its kind, where it is, where its result goes."""
-
-    kind: str
-    path: Path
-    out: Path
-
-
 # What a task's reading returns: writes its result, and says what it did.
 _Write = Callable[[Path], str]
 
 
-def warp_files(flags: WarpFlags) -> tuple[str, list[str]]:
+def warp_files(flags: WarpFlags, tasks: Sequence[Task]) -> tuple[str, list[str]]:
     """Write what is moved; return a text that says what was done, and warnings.
 
     Everything is read and checked before anything is moved, and all files appear
@@ -54,7 +38,6 @@ def warp_files(flags: WarpFlags) -> tuple[str, list[str]]:
     Raises:
         ValueError: files that cannot be used, or flags that do not go together.
     """
-    tasks = find_tasks(flags)
     mapping = read_chain(flags)
     if flags.errors and not isinstance(mapping, Registration):
         raise ValueError("--errors needs one .nephi file and --points in a .csv")
@@ -70,75 +53,6 @@ def warp_files(flags: WarpFlags) -> tuple[str, list[str]]:
         for write, part, task in tqdm(each, "warping", disable=quiet, leave=False):
             text.append(f"{task.kind}: {write(part)}\nout: {task.out}")
     return "\n".join(text), warnings
-
-
-def find_tasks(flags: WarpFlags) -> list[Task]:
-    """Return what is to be moved, in the order of ``--out``; every name is checked.
-
-    Raises:
-        ValueError: nothing to move, other counts, names that cannot be written, or
-            flags that do not go together.
-    """
-    if not flags.transform:
-        raise ValueError(
-            "the following arguments are required: --transform; see nephi-warp --help"
-        )
-    named = [(k, p) for k in MODES for p in getattr(flags, k) or ()]
-    if not named:
-        raise ValueError(
-            "one of the arguments --image --labels --points is required; see "
-            "nephi-warp --help"
-        )
-    if (flags.out is None) == (flags.out_dir is None):
-        raise ValueError("give either --out, a name for each file, or --out_dir")
-    if flags.out_dir is not None:
-        if not flags.out_dir.is_dir():
-            raise ValueError(f"--out_dir: {flags.out_dir} is not a folder")
-        outs = [flags.out_dir / path.name for _, path in named]
-    else:
-        outs = list(flags.out or ())
-    if len(outs) != len(named):
-        raise ValueError(
-            f"--out has {len(outs)} names for {len(named)} files; give one for each: "
-            "images first, then labels, then points"
-        )
-    tasks = [Task(*both, out) for both, out in zip(named, outs, strict=True)]
-    read = [p for _, p in named] + [p for p, _ in flags.transform]
-    read += [p for p in (flags.reference, flags.moving) if p is not None]
-    several = len(tasks) > 1
-    names = [f"out, name {i}" if several else "out" for i in range(1, len(tasks) + 1)]
-    check_outputs(
-        {
-            name: (task.out, _endings(task))
-            for name, task in zip(names, tasks, strict=True)
-        },
-        read,
-    )
-    kinds = {task.kind for task in tasks}
-    allowed = {mode for kind in kinds for mode in MODES[kind]}
-    if flags.interpolation is not None and flags.interpolation not in allowed:
-        raise ValueError(
-            f"--interpolation {flags.interpolation} is not for --{min(kinds)}; of "
-            "--image linear or cubic, of --labels nearest or onehot"
-        )
-    if flags.outside is not None and kinds == {"points"}:
-        raise ValueError("--outside is for --image and --labels")
-    if flags.errors and any(
-        _endings(t) != (".csv",) or t.kind != "points" for t in tasks
-    ):
-        raise ValueError("--errors needs one .nephi file and --points in a .csv")
-    for kind, path in named:
-        if kind == "points" and not path.is_file():
-            raise ValueError(f"--points: {path} does not exist or is not a file")
-        if not path.exists():
-            raise ValueError(f"--{kind}: {path} does not exist")
-    return tasks
-
-
-def _endings(task: Task) -> tuple[str, ...]:
-    if task.kind != "points":
-        return IMAGES
-    return tuple(e for e in POINTS if task.path.name.lower().endswith(e)) or POINTS
 
 
 def _read(

@@ -77,6 +77,18 @@ def rate(matrices: Tensor, points: Tensor, target: Tensor, image: Tensor) -> Ten
     return scores
 
 
+def determine(jacobians: Tensor) -> bool:
+    """Whether the core takes the determinants of such a tensor's matrices."""
+    return (
+        loading.library() is not None
+        and type(jacobians) is Tensor
+        and jacobians.dtype == torch.float32
+        and jacobians.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(jacobians)
+    )
+
+
 def determinants(jacobians: Tensor) -> Tensor:
     """``[N]`` of float32 matrices ``[N, d, d]``."""
     jacobians = jacobians.contiguous()

@@ -175,6 +175,7 @@ class Fit:
         warnings: in words.
         evidence: the numbers they were made of, see `icon_nephi.fit.doubts`.
         similarity: the name of what was compared, if it has one.
+        sharp: see `icon_nephi.fit.sharpness`.
     """
 
     matrix: Tensor
@@ -185,6 +186,7 @@ class Fit:
     warnings: list[str]
     evidence: dict[str, float] = field(default_factory=dict)
     similarity: str = ""
+    sharp: Tensor | None = None
 
 
 def make_pair(

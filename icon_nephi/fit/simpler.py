@@ -10,9 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from icon_nephi.fit.affine import improved
+from icon_nephi.fit.affine import nearest_rigid
 from icon_nephi.fit.likeness import Likeness
-from icon_nephi.fit.optimize import FitOptions
 from icon_nephi.fit.search import identity
 from icon_nephi.maps.transforms import Map
 
@@ -20,6 +19,8 @@ from icon_nephi.maps.transforms import Map
 TRANSFORMS = ("rigid", "affine", "deformable")
 # By how much something simpler must be better to be kept.
 BETTER = 1.02
+# By how much the best may be better than what is about as good.
+ABOUT = 1.05
 # By how much an earlier level must be better to be gone back to.
 LOST = 1.05
 
@@ -51,7 +52,7 @@ def headers_or(aligned: Tensor, likeness: Likeness) -> tuple[Tensor, list[str]]:
 
 
 class Watch:
-    """The best of what a network had reached when each level ended, by that judgement.
+    """The best of what a network had at first and when each level ended.
 
     Args:
         network: of maps; its weights are put back where they were better.
@@ -62,6 +63,7 @@ class Watch:
         self.network, self.likeness = network, likeness
         self.scores: list[float] = []
         self.best: dict[str, Tensor] = {}
+        self.look()
 
     def look(self) -> None:
         """Judge the network as it is, after one more level."""
@@ -74,21 +76,19 @@ class Watch:
 
     def back(self) -> int | None:
         """Go back to the best level if the last is much worse; how many were good."""
-        if not self.scores or max(self.scores) <= LOST * self.scores[-1]:
+        if max(self.scores) <= LOST * self.scores[-1]:
             return None
         self.network.load_state_dict(self.best)
-        good = self.scores.index(max(self.scores)) + 1
-        self.scores = self.scores[:good]
+        good = self.scores.index(max(self.scores))
+        self.scores = self.scores[: good + 1]
         return good
 
 
-def simpler(
-    maps: Sequence[Map], start: Tensor, likeness: Likeness, options: FitOptions
-) -> Simpler | None:
+def simpler(maps: Sequence[Map], start: Tensor, likeness: Likeness) -> Simpler | None:
     """What to keep in place of a deformation, where the start alone is better, and why.
 
     Then it is the first that is about as good as any of: where the headers put the
-    images, a rigid map, the start.
+    images, the rigid map nearest to the start, the start.
     """
     reached = likeness.judge(maps)
     if likeness.judge(likeness.start(start)) <= BETTER * reached:
@@ -96,13 +96,12 @@ def simpler(
     none = identity(likeness.images.geometry_B.dimension)
     kept = {"their headers do": none}
     if not torch.equal(start, none):
-        generator = torch.Generator().manual_seed(options.seed)
-        how = likeness.images, start, likeness.choice, generator, options
-        kept["a rigid map does"] = improved(*how, rigid=True)
+        near = nearest_rigid(start, likeness.images.geometry_B)
+        kept["a rigid map does"] = near
         kept["the affine start does"] = start
     scores = {name: likeness.judge(likeness.start(m)) for name, m in kept.items()}
     best = max(scores.values())
-    name = next(name for name, score in scores.items() if BETTER * score >= best)
+    name = next(name for name, score in scores.items() if ABOUT * score >= best)
     return kept[name], (
         f"the deformation lays the images on each other worse than {name} "
         f"({reached:.3f}, there {scores[name]:.3f}, by what it was not fitted to): it "

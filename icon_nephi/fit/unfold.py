@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from icon_nephi.fit.adam import Adam
+from icon_nephi.fit.optimize import FitOptions
 from icon_nephi.losses.regularity import hinge, relative_determinant
 from icon_nephi.maps.transforms import value_and_jacobian
 from icon_nephi.space.frames import points_as_grid
@@ -26,15 +27,17 @@ def unfold(
     *,
     rate: float,
     generator: torch.Generator,
+    options: FitOptions | None = None,
 ) -> None:
     """Look for folds at many points, and push up the determinants found.
 
     Only the codes of the pair move, by Adam at that rate, and only around the folds.
+    Once the time of the options is over, no further round is begun.
     """
     optimizer = Adam([{"params": codes, "lr": rate}])
     d = image_B.dim() - 2
     folded = [torch.zeros(1, 0, d)] * 2
-    for _ in range(UNFOLD_ROUNDS):
+    for round_ in range(UNFOLD_ROUNDS):
         clean = True
         with torch.no_grad():
             for side, phi in enumerate(pair(image_A, image_B)):
@@ -45,6 +48,8 @@ def unfold(
                 clean = clean and bad.shape[1] == 0
                 folded[side] = torch.cat([folded[side], bad], 1)[:, -UNFOLD_KEPT:]
         if clean:
+            return
+        if options is not None and options.late and round_:
             return
         for _ in range(UNFOLD_STEPS):
             total = image_B.new_zeros(())

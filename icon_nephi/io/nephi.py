@@ -65,6 +65,8 @@ def save_fit(
     tensors["losses"] = torch.tensor(
         [[step[name] for name in names] for step in fit.losses], dtype=torch.float32
     ).reshape(len(fit.losses), len(names))
+    if fit.sharp is not None:
+        tensors["sharp"] = fit.sharp
     header |= {
         "format": FORMAT,
         "itk": itk,
@@ -220,8 +222,16 @@ def _assemble(header: dict[str, Any], tensors: dict[str, Tensor]) -> Saved:
         warnings=[str(sentence) for sentence in header["warnings"]],
         evidence={str(k): float(v) for k, v in header.get("evidence", {}).items()},
         similarity=str(header.get("similarity", "")),
+        sharp=_sharp(tensors.get("sharp"), places[1].dimension),
     )
     return Saved(fit, places[0], places[1], bool(header["itk"]))
+
+
+def _sharp(tensor: Tensor | None, d: int) -> Tensor | None:
+    """Return it, if it is as `icon_nephi.fit.sharpness` makes it."""
+    if tensor is not None and (tensor.dim() != d + 2 or not tensor.isfinite().all()):
+        raise ValueError("what is known of errors does not fit to the images")
+    return tensor
 
 
 def code_from(header: dict[str, Any], tensors: dict[str, Tensor]) -> LatentCode:

@@ -20,7 +20,7 @@ _RUNGS = (1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 1, 2, 3, 4, 5, 6, 8, 12, 16)
 _SAMPLES, _WINDOW = 800, 12
 # The worst of all places is about so much worse than the worst of the samples.
 _WORSE = 2.0
-# Determinants may take so many nodes, or twice as many as places take.
+# So many nodes are no burden. What takes more has to be worth it.
 _MODEST = 250_000
 
 
@@ -45,14 +45,18 @@ def spline_nodes(
     smooth: Callable[[Array], Array],
     tolerance: tuple[float, float],
     limits: tuple[int, int],
+    relaxed: float,
 ) -> Nodes:
     """Return the fewest nodes with which an interpolating cubic spline is the map.
 
     Whichever axis misses most is refined, first for the places, then for the
-    determinants. What an axis misses is found at random places from splines through the
-    map at the nodes around them. Determinants need many more nodes than places: the
-    map's second derivatives jump where pieces of a quadratic code meet, and half the
-    steps then divide what determinants miss by little more than two.
+    determinants. Beyond a quarter of a million nodes a looser tolerance does for the
+    places, and determinants take more, up to twice what places took, only where that
+    brings them within their tolerance. What an axis misses is found at random places
+    from splines through the map at the nodes around them. Determinants need many more
+    nodes than places: the map's second derivatives jump where pieces of a quadratic
+    code meet, and half the steps then divide what determinants miss by little more
+    than two.
 
     Args:
         mapped: the map.
@@ -61,6 +65,7 @@ def spline_nodes(
         smooth: rows of the unit box -> whether they lie where the map has no kinks.
         tolerance: of places, in the target's unit, and of determinants.
         limits: nodes in all where all steps are of a voxel or more, and else.
+        relaxed: tolerance of places beyond a quarter of a million nodes.
     """
     unit = np.random.default_rng(0).uniform(size=(10 * _SAMPLES, len(size)))
     if not smooth(unit).any():
@@ -75,8 +80,11 @@ def spline_nodes(
 
     missed = partial(_missed, mapped, frame, unit, smooth)
     misses = [missed(axis, n) for axis, n in enumerate(counts)]
+    within_reason = [*counts], [*misses]
     for kind in (0, 1):
         if kind:
+            within_reason = [*counts], [*misses]
+            cheap = max(_MODEST, math.prod(counts))
             modest = max(_MODEST, 2 * math.prod(counts))
             limits = min(limits[0], modest), min(limits[1], modest)
         left = set(range(len(size)))
@@ -86,11 +94,17 @@ def spline_nodes(
                 break
             finer = [*counts]
             finer[axis] = next((n for n in ladders[axis] if n > counts[axis]), 0)
+            total = math.prod(finer)
             within = all(n <= voxels for n, voxels in zip(finer, size, strict=True))
-            if finer[axis] and math.prod(finer) <= limits[0 if within else 1]:
+            enough = not kind and total > _MODEST and misses[axis][0] <= relaxed
+            if finer[axis] and total <= limits[0 if within else 1] and not enough:
                 counts, misses[axis] = finer, missed(axis, finer[axis])
+                if kind and total <= cheap:
+                    within_reason = [*counts], [*misses]
             else:
                 left.remove(axis)
+    if max(m[1] for m in misses) > tolerance[1]:
+        counts, misses = within_reason
     known = [m for m in misses if math.isfinite(m[0])] or [(0.0, 0.0)]
     place, volume = (max(m[kind] for m in known) for kind in (0, 1))
     return Nodes(tuple(counts), place, volume)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from icon_nephi.maps.jacobians import count_folds
+from icon_nephi.maps.jacobians import count_folds, determinants
 from icon_nephi.maps.lattices import on_lattice
 from icon_nephi.maps.transforms import Map, value_and_jacobian
 from icon_nephi.space.frames import (
@@ -98,7 +98,14 @@ class FramedMap:
 
     def determinants(self, points: Array) -> Array:
         """Analytic ``det`` of d target / d source at points, ``[N]`` float64."""
-        return np.asarray(np.linalg.det(self.jacobians(points)))
+        d, parts = self.dimension, [np.empty(0)]
+        volume = float(torch.linalg.det(self.out[:d, :d] @ self.into[:d, :d]))
+        with torch.no_grad():
+            for part in self._split(points):
+                jacobian = value_and_jacobian(self.phi, self._coordinates(part))[1]
+                # Sums of float32 products would lose digits; Metal has no float64.
+                parts.append(volume * determinants(jacobian.cpu().double()).numpy())
+        return np.concatenate([part.ravel() for part in parts])
 
     def _split(self, points: Array) -> Iterator[Tensor]:
         rows = torch.from_numpy(np.array(points, dtype=np.float64))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from icon_nephi.core import arrays
 from icon_nephi.space.frames import Array
 
 # Of central differences; shorter where more digits are kept. ICON's is ten times that:
@@ -69,8 +70,21 @@ def _derives_twice() -> bool:
 
 def determinants(jacobian: Tensor) -> Tensor:
     """det of ``[N, d, d, *any]``, as ``[N, 1, *any]``."""
-    matrices = jacobian.movedim((1, 2), (-2, -1))
-    return cast(Tensor, torch.linalg.det(matrices))[:, None]
+    d = jacobian.shape[1]
+    if d not in (2, 3):
+        matrices = jacobian.movedim((1, 2), (-2, -1))
+        return cast(Tensor, torch.linalg.det(matrices))[:, None]
+    derived = torch.is_grad_enabled() and jacobian.requires_grad
+    if not derived and arrays.determine(jacobian):
+        matrices = jacobian.movedim((1, 2), (-2, -1))
+        found = arrays.determinants(matrices.reshape(-1, d, d))
+        return found.reshape(len(jacobian), 1, *jacobian.shape[3:])
+    # Written out: as exact as torch.linalg.det, of many small matrices much quicker.
+    a, b, *c = jacobian.unbind(1)
+    if d == 2:
+        return (a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0])[:, None]
+    minors: Tensor = torch.linalg.cross(b, c[0], dim=1)
+    return (a * minors).sum(1, keepdim=True)
 
 
 def count_folds(determinants: Tensor | Array) -> int:

@@ -2,17 +2,19 @@
 
 Along each axis the code is read by a matrix, so a lattice takes a few products of
 matrices where scattered points would each read their 27 nodes: exact, and cheaper.
+On the compiled core they do so all the same, and are cheaper still.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from icon_nephi.fields import displacement_on_lines
+from icon_nephi.fields import compiled, displacement_on_lines
 from icon_nephi.maps.transforms import (
     Composition,
     Map,
@@ -24,6 +26,8 @@ from icon_nephi.space.frames import points_as_grid, to_rows
 # Points whose lines are prepared together: whole planes of the lattice. A GPU has the
 # memory for more, and takes as long for few.
 _PREPARED, _PREPARED_ON_GPU = 2**18, 2**21
+# Points that the compiled core is handed together.
+_AT_ONCE = 2**16
 
 
 @torch.no_grad()
@@ -64,9 +68,18 @@ def _straight(phi: Map, axes: Sequence[Tensor]) -> list[Tensor] | None:
 
 
 def _on_lines(phi: NeuralTransform, axes: Sequence[Tensor]) -> Iterator[Tensor]:
-    weights, nodes = phi.code.on_lines([x.clamp(0, 1) for x in axes])
     *first, last = axes
     starts = torch.stack(torch.meshgrid(*first, indexing="ij"), -1).flatten(0, -2)
+    probe = last.new_zeros(1, 1, len(axes), dtype=phi.code.global_code.dtype)
+    if compiled.suits(phi.field, phi.code, probe):  # its points cost less than lines
+        for some in starts.split(max(1, _AT_ONCE // len(last))):
+            rows = last.new_empty(len(some), len(last), len(axes))
+            rows[..., :-1], rows[..., -1] = some[:, None], last
+            at, field = rows.flatten(0, 1), cast(nn.Module, phi.field)
+            single = at.to(probe)[None]
+            yield at + compiled.displacements(field, phi.code, False, single)[0][0]
+        return
+    weights, nodes = phi.code.on_lines([x.clamp(0, 1) for x in axes])
     at_once = max(1, phi.at_once(graph=False) // len(last))
     for lines, start in zip(
         nodes.split(at_once, 1), starts.split(at_once), strict=True

@@ -109,7 +109,9 @@ class ItkPair:
             check_outside(outside, values, mode)
         beyond = least_value(values) if outside is None else outside
         channels = values.shape[-1]
-        if mode in ("linear", "nearest") and channels == 1:
+        # Of what is not finite ITK makes the largest number there is.
+        plain = channels == 1 and np.isfinite(values).all()
+        if mode in ("linear", "nearest") and plain:
             return itk_images.resample(image, reference, transform, mode, beyond)
         into = torch.linalg.inv(place.unit_to_physical())
         value_at = reader(values, into, mode, beyond)

@@ -86,6 +86,7 @@ class Registration:
         self.itk, self.images, self.made_with = itk, images, made_with or {}
         self.device = fit.code.global_code.device
         self._inverse = torch.linalg.inv(fit.matrix)
+        self._of_exports: list[str] = []
         with torch.no_grad():
             fields = fit.field_AB, fit.field_BA
             forward, backward = (NeuralTransform(f, fit.code) for f in fields)
@@ -106,8 +107,11 @@ class Registration:
 
     @property
     def warnings(self) -> list[str]:
-        """What the optimisation found doubtful, one sentence each."""
-        return self.fit.warnings
+        """What the optimisation found doubtful, one sentence each.
+
+        And of an ITK transform, once it was asked for, if it is off by much.
+        """
+        return [*self.fit.warnings, *self._of_exports]
 
     @cached_property
     def phi_AB(self) -> Any:
@@ -287,7 +291,11 @@ class Registration:
         way = (self.map_AB, B, A, self.fit.matrix)
         if direction == MOVING_TO_FIXED:
             way = (self.map_BA, A, B, self._inverse)
-        return composite_transform(*way, device=self.device)
+        said: list[str] = []
+        transform = composite_transform(*way, device=self.device, said=said)
+        side = direction.replace("_to_", " -> ")
+        self._of_exports += [f"{side}: {sentence}" for sentence in said]
+        return transform
 
     def _points(self, points: Any) -> Array:
         return check_points("points", points, self.geometry_B.dimension)

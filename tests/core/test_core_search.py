@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icon_nephi.core import arrays
-from icon_nephi.fit.affine import _weighted_ncc
+from icon_nephi.fit.search import _weighted_ncc
 from icon_nephi.losses import compiled as blocks
 from icon_nephi.losses.features import with_features
 from icon_nephi.losses.gradient_icon import compare

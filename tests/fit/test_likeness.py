@@ -89,12 +89,12 @@ def test_a_deformation_that_is_worse_goes_back_to_the_simplest_that_is_as_good()
     def far(x):
         return x + 0.15 * torch.sin(9 * x.flip(1))
 
-    kept, sentence = simpler((far, far), grown, likeness, OPTIONS)
+    kept, sentence = simpler((far, far), grown, likeness)
     lengths = torch.linalg.svdvals(kept[:2, :2])
     torch.testing.assert_close(lengths, torch.ones(2, dtype=torch.float64))
     assert error(kept, matrix, images.geometry_B) < 1.5
     assert "rigid map" in sentence
-    assert simpler(likeness.start(matrix), grown, likeness, OPTIONS) is None
+    assert simpler(likeness.start(matrix), grown, likeness) is None
 
 
 class Shift(torch.nn.Module):
@@ -115,7 +115,13 @@ def test_a_fit_goes_back_to_the_level_that_was_good():
     network = Shift()
     watch = Watch(network, likeness_of(images))
     assert watch.back() is None
-    reached = []
+    with torch.no_grad():
+        network.by.fill_(0.3)
+    watch.look()
+    assert watch.back() == 0
+    assert float(network.by.detach()) == 0
+    watch, reached = Watch(network, likeness_of(images)), []
+    watch.scores[0] = 0.0
     for by in (0.2, 0.01, 0.15):
         with torch.no_grad():
             network.by.fill_(by)
@@ -123,7 +129,7 @@ def test_a_fit_goes_back_to_the_level_that_was_good():
         reached.append(watch.back())
     assert reached == [None, None, 2]
     assert float(network.by.detach()) == pytest.approx(0.01)
-    assert len(watch.scores) == 2
+    assert len(watch.scores) == 3
 
 
 @pytest.mark.parametrize("transform", ["rigid", "affine"])

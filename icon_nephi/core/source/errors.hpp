@@ -42,7 +42,7 @@ inline int64_t product(const int64_t* counts, int64_t n, int64_t most = MOST) {
 
 // No exception leaves the library.
 template <class Work>
-int answered(Work work) {
+Answer answered(Work work) {
     try {
         work();
         return DONE;

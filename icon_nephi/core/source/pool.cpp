@@ -1,18 +1,36 @@
 #include "pool.hpp"
 
+#include <pthread.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
-#include <condition_variable>
-#include <exception>
-#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
 
+#include "errors.hpp"
+
+#if defined(__GLIBCXX__) && _GLIBCXX_RELEASE >= 11
+namespace std {
+// What vectors of impossible lengths call: libstdc++'s own is newer than the systems
+// that a wheel is for.
+[[noreturn]] void __throw_bad_array_new_length() { throw bad_alloc(); }
+}  // namespace std
+#endif
+
 namespace nephi {
 namespace {
+
+// As std's, whose waiting is newer than the systems a wheel is for.
+struct Condition {
+    pthread_cond_t raw = PTHREAD_COND_INITIALIZER;
+
+    void wait(std::unique_lock<std::mutex>& hold) {
+        pthread_cond_wait(&raw, hold.mutex()->native_handle());
+    }
+    void notify_all() { pthread_cond_broadcast(&raw); }
+};
 
 struct Job {
     const std::function<void(int64_t, int)>* work;
@@ -20,15 +38,14 @@ struct Job {
     std::atomic<int64_t> next{0};
     int64_t joined = 1, busy = 0;  // guarded by the pool's lock
     std::mutex failing;
-    std::exception_ptr failure;
+    Answer failure = DONE;
 
     void take(int worker) {
         for (int64_t task; (task = next.fetch_add(1)) < tasks;) {
-            try {
-                (*work)(task, worker);
-            } catch (...) {
+            const Answer answer = answered([&] { (*work)(task, worker); });
+            if (answer != DONE) {
                 std::lock_guard<std::mutex> hold(failing);
-                failure = std::current_exception();
+                failure = answer;
                 next = tasks;
             }
         }
@@ -37,7 +54,7 @@ struct Job {
 
 struct Pool {
     std::mutex lock;
-    std::condition_variable wake, done;
+    Condition wake, done;
     std::vector<Job*> jobs;
     int64_t threads = 0;
     pid_t process = getpid();
@@ -105,8 +122,8 @@ void run(int64_t tasks, int64_t threads, const std::function<void(int64_t, int)>
     job.take(0);
     std::unique_lock<std::mutex> hold(shared.lock);
     shared.jobs.erase(std::find(shared.jobs.begin(), shared.jobs.end(), &job));
-    shared.done.wait(hold, [&] { return job.busy == 0; });
-    if (job.failure) std::rethrow_exception(job.failure);
+    while (job.busy != 0) shared.done.wait(hold);
+    require(job.failure == DONE, job.failure);
 }
 
 }  // namespace nephi
