@@ -189,9 +189,9 @@ def rows_of(kind: str, count: int, names: list[str]) -> list[dict]:
     problem, expected = Problem(kind, count), exact(kind, count)
     errors = {name: error(METHODS[name](problem), expected) for name in names}
     # Torch's products: the core's are the same, but no operators.
-    with mock.patch.object(compiled, "suits", return_value=False):
-        with bench.Products() as noted:
-            ours(problem)
+    by_torch = mock.patch.object(compiled, "suits", return_value=False)
+    with by_torch, bench.Products() as noted:
+        ours(problem)
     shapes = [s for s in noted.shapes if min(s) > 8]  # the few others cost nothing
     works = {name: lambda n=name: METHODS[n](problem) for name in names}
     works["floor"] = bench.products(shapes)
