@@ -34,6 +34,7 @@ class Wishes:
         restrict: along which of image_B's axes i, j(, k) anything moves; None: all.
         stiffness: 2: the map bends half as quickly from place to place.
         notes: what was done with them, in words.
+        begin: with what the deformation begins, see `icon_nephi.fit.learned`.
     """
 
     initial: Tensor | None = None
@@ -44,6 +45,22 @@ class Wishes:
     restrict: Sequence[bool] | None = None
     stiffness: float = 1.0
     notes: tuple[str, ...] = ()
+    begin: str = "scratch"
+
+    @property
+    def beginning(self) -> str:
+        """That, from scratch where "auto" cannot see what else is asked for.
+
+        Raises:
+            ValueError: "learned", and nothing may move along an axis.
+        """
+        if self.begin == "learned" and self.still:
+            raise ValueError(
+                "start='learned' moves things along every axis: with restrict pass "
+                "start='scratch'"
+            )
+        asked = self.binding or self.stiffness != 1
+        return "scratch" if self.begin == "auto" and asked else self.begin
 
     @property
     def start(self) -> Tensor | None:
