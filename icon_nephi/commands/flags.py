@@ -116,6 +116,16 @@ exit codes: 0 done, 1 some pairs of --pairs failed, 2 wrong input or out of memo
     )
     fixed_mask: Path | None = _input(_LOOK)
     moving_mask: Path | None = _input(_LOOK)
+    lesion_mask: Path | None = _input(
+        "where the fixed image has what the moving one has not (a lesion, a "
+        "resection): not matched, the map goes on smoothly there"
+    )
+    moving_lesion_mask: Path | None = _input("the same of the moving image")
+    rigid_mask: Path | None = _input(
+        "where the fixed image is only shifted and turned (bones, an implant): each "
+        "label as one body, or each piece of a mask"
+    )
+    volume_mask: Path | None = _input("where the fixed image keeps its volume")
     fixed_segmentation: Path | None = _input(_SEGMENTATION)
     moving_segmentation: Path | None = _input(_SEGMENTATION)
 
@@ -171,6 +181,19 @@ exit codes: 0 done, 1 some pairs of --pairs failed, 2 wrong input or out of memo
     mass_preserving: bool = _how(
         "CT: what is stretched gets thinner, intensities times the determinant", False
     )
+    initial: Path | None = _how(
+        "start from this affine transform, fixed -> moving "
+        f"({', '.join(TRANSFORMS)}), or from the landmarks: write landmarks"
+    )
+    use_landmarks: bool = _how("lay the landmarks on each other, too", False)
+    landmark_error: float = _how("of the landmarks, in mm", 1.0)
+    restrict: Sequence[int] | None = _how(
+        "0 or 1 for each axis i j (k) of the fixed image: along which things move",
+        type=int,
+        nargs="+",
+        metavar="01",
+    )
+    stiffness: float = _how("2: the map bends half as quickly (default: 1)", 1.0)
     no_affine: bool = _how("trust the headers, no affine start", False)
     allow_mirror: bool = _how(
         "the moving image may be turned over, as a section on its slide", False

@@ -21,6 +21,8 @@ from icon_nephi.registration.saved import load
 from icon_nephi.registration.series import Series
 from icon_nephi.space.frames import Array
 
+PARTS = ("lesion_mask", "moving_lesion_mask", "rigid_mask", "volume_mask")
+
 
 class Inputs:
     """The files of one registration.
@@ -41,6 +43,10 @@ class Inputs:
             for name in (f"moving{end}", f"fixed{end}")
             if (path := getattr(flags, name)) is not None
         }
+        for name in PARTS:
+            if (path := getattr(flags, name)) is not None:
+                image = read_image(f"--{name}", path, said=self.warnings)
+                self.images[name] = itk_images.check_label_map(f"--{name}", image)
         self.original = self.images["moving"]
         for side in SIDES:
             name = f"{side}_mask"

@@ -41,6 +41,10 @@ OUTPUTS = {
     "json": (".json",),
 }
 WINDOWS = ("fixed_window", "moving_window", "quantiles")
+FROM_SCRATCH = (
+    *("initial", "use_landmarks", "restrict", "allow_mirror"),
+    *("lesion_mask", "moving_lesion_mask", "rigid_mask", "volume_mask"),
+)
 COUPLED = (
     ("landmarks_fixed", "landmarks_moving"),
     ("labels_fixed", "labels_moving"),
@@ -77,6 +81,16 @@ def check_flags(flags: RegisterFlags) -> None:
         )
     if flags.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {flags.seeds}")
+    for name in ("landmark_error", "stiffness"):
+        if not getattr(flags, name) > 0:
+            raise ValueError(f"--{name} must be above zero")
+    if flags.landmarks_fixed is None:
+        if flags.use_landmarks:
+            raise ValueError("--use_landmarks needs --landmarks_fixed and _moving")
+        if str(flags.initial) == "landmarks":
+            raise ValueError("--initial landmarks needs --landmarks_fixed and _moving")
+    if flags.initial not in (None, Path("landmarks")) and not flags.initial.is_file():
+        raise ValueError(f"--initial: {flags.initial} does not exist")
     for first, second in COUPLED:
         if (getattr(flags, first) is None) != (getattr(flags, second) is None):
             raise ValueError(f"--{first} and --{second} belong together: give both")
@@ -112,6 +126,11 @@ def _check_model_flags(flags: RegisterFlags) -> None:
             raise ValueError(
                 f"--{name} is for registration from scratch; --model {flags.model} has "
                 "the intensities it was trained with"
+            )
+    for name in FROM_SCRATCH:
+        if getattr(flags, name):
+            raise ValueError(
+                f"--{name} is for registration from scratch, without --model"
             )
     asked = (flags.preset, flags.similarity, flags.seeds, flags.transform)
     if flags.mass_preserving or asked != ("default", None, 1, "deformable"):
@@ -181,7 +200,7 @@ def run(flags: RegisterFlags, command: list[str]) -> dict[str, Any]:
     start = time.perf_counter()
     register = _from_scratch if flags.model == "none" else _through_model
     try:
-        result, *others = register(flags, inputs.images)
+        result, *others = register(flags, inputs)
     except (ValueError, TypeError) as error:
         raise type(error)(in_flags(str(error))) from error
     numbers: dict[str, Any] = {
@@ -223,8 +242,9 @@ def flags_of(flags: RegisterFlags) -> dict[str, str]:
     }
 
 
-def _from_scratch(flags: RegisterFlags, images: dict[str, Any]) -> list[Any]:
+def _from_scratch(flags: RegisterFlags, inputs: Inputs) -> list[Any]:
     """Return a `Registration` of each seed."""
+    images = inputs.images
     from icon_nephi.fit.settings import find_effort
     from icon_nephi.io.itk_images import geometry_of
     from icon_nephi.registration.register import register
@@ -240,6 +260,12 @@ def _from_scratch(flags: RegisterFlags, images: dict[str, Any]) -> list[Any]:
         "modality": (kinds[0], kinds[1]),
         "mask_A": images.get("moving_mask"),
         "mask_B": images.get("fixed_mask"),
+        **_landmarks(flags, inputs),
+        "lesion_mask_A": images.get("moving_lesion_mask"),
+        "lesion_mask_B": images.get("lesion_mask"),
+        "rigid_mask": images.get("rigid_mask"),
+        "volume_mask": images.get("volume_mask"),
+        "initial": None if flags.initial is None else str(flags.initial),
         "segmentation_A": images.get("moving_segmentation"),
         "segmentation_B": images.get("fixed_segmentation"),
         # lncc is what the default compares, with all it does beside.
@@ -258,8 +284,17 @@ def _from_scratch(flags: RegisterFlags, images: dict[str, Any]) -> list[Any]:
     ]
 
 
-def _through_model(flags: RegisterFlags, images: dict[str, Any]) -> list[Any]:
+def _landmarks(flags: RegisterFlags, inputs: Inputs) -> dict[str, Any]:
+    """Return the landmarks that the registration itself is to go by."""
+    if not (flags.use_landmarks or str(flags.initial) == "landmarks"):
+        return {}
+    assert inputs.landmarks is not None  # the flags were checked
+    return dict(zip(("landmarks_B", "landmarks_A"), inputs.landmarks, strict=True))
+
+
+def _through_model(flags: RegisterFlags, inputs: Inputs) -> list[Any]:
     """Return one `ItkPair`, of a pretrained network and instance optimisation."""
+    images = inputs.images
     from icon_nephi import pretrained_models
     from icon_nephi.io.image_input import choose_device
     from icon_nephi.itk_wrapper import register_pair_with_mask
@@ -344,7 +379,9 @@ def in_flags(message: str) -> str:
     """Return the same complaint with the command's names for things."""
     for letter, side in (("A", "moving"), ("B", "fixed")):
         message = message.replace(f"image_{letter}", f"--{side}")
-        for kind in ("mask", "segmentation"):
+        for kind in ("mask", "segmentation", "landmarks"):
+            if kind == "landmarks":
+                message = message.replace(f"{kind}_{letter}", f"--{kind}_{side}")
             message = message.replace(f"{kind}_{letter}", f"--{side}_{kind}")
     for name, flag in (
         *(("device ", "--device: "), ("time_limit ", "--time_limit ")),

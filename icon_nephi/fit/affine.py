@@ -176,20 +176,28 @@ def find_affine(
     generator: torch.Generator,
     options: FitOptions | None = None,
     said: list[str] | None = None,
+    near: Tensor | None = None,
     *,
     rigid: bool = False,
 ) -> Tensor:
     """The affine map in the physical frame, by search and then by refinement.
 
-    A ``rigid`` one turns and shifts, and keeps every length. Where the images are each
-    other's mirror, ``said`` gets a sentence.
+    Where one is known to be ``near``, it is looked for around that only. A ``rigid``
+    one turns and shifts, and keeps every length. Where the images are each other's
+    mirror, ``said`` gets a sentence.
     """
     d = images.geometry_B.dimension
-    starts = [
-        identity(d),
-        _between(images.geometry_A, images.geometry_B, None, None),
-        _between(images.geometry_A, images.geometry_B, images.where_A, images.where_B),
-    ]
+    starts = (
+        [near]
+        if near is not None
+        else [
+            identity(d),
+            _between(images.geometry_A, images.geometry_B, None, None),
+            _between(
+                images.geometry_A, images.geometry_B, images.where_A, images.where_B
+            ),
+        ]
+    )
     smooth = images.blurred(2.7)
     score = MutualInformation(16).counted if choice.contrast else None
     mask = images.where_B.cpu() if images.masked else None
@@ -198,14 +206,16 @@ def find_affine(
         *images.geometries,
         starts,
         angles=range(-180, 180, 15) if d == 2 else (),
+        far=near is None,
         mask_B=mask,
         count=2000,
         score=score,
         generator=generator,
         options=options,
     )
-    best, sentences = _any_turn(images, smooth, best, score, generator, options)
-    if said is not None:
+    if near is None:
+        best, sentences = _any_turn(images, smooth, best, score, generator, options)
+        said = [] if said is None else said
         said += sentences
     return improved(images, best, choice, generator, options, rigid=rigid)
 

@@ -200,6 +200,8 @@ class PairSteps:
         by_owner = {id(p): g for g, group in enumerate(groups) for p in group["params"]}
         self.rates = [float(group.get("lr", 0.0)) for group in groups]
         self.groups = [by_owner.get(id(owner)) for owner in self.owners]
+        last = [*net.field_AB.last.parameters(), *net.field_BA.last.parameters()]
+        self.last = {id(p) for p in last} if self.loss.still else set()
 
     def _plan(self, field: nn.Module, weights: slice, table: Any) -> fields.Plan:
         count = len(self.grids)
@@ -232,7 +234,7 @@ class PairSteps:
         regular = (regular_A + regular_B) / 2
         pairs = zip(self.decays, self.sizes, strict=True)
         prior = sum(decay * size for decay, size in pairs)
-        total = unlike + loss.lmbda * regular + prior
+        total = unlike + loss.lmbda * regular + prior + self._parts()
         flips = folded * self.shapes[1].numel()
         return ICONLoss(total, regular, unlike, magnitude, flips)
 
@@ -299,6 +301,29 @@ class PairSteps:
         self._backward(one, True, at, by_between @ one.post[:, :d], found.by_1)
         return found.term, float((between - x).square().mean()), found.folded
 
+    def _parts(self) -> float:
+        """What else is asked of both maps, by torch but for the fields."""
+        parts, d, total = self.loss.parts, self.dimension, 0.0
+        for side, phi in enumerate(self.maps if parts is not None else ()):
+            assert parts is not None
+            x = parts.places(side).contiguous()
+            if not len(x):
+                continue
+            at = phi.before(x)
+            moves, slopes = phi.plan.forward(True, at)
+            with torch.enable_grad():
+                moves, slopes = (t.clone().requires_grad_() for t in (moves, slopes))
+                jacobian = phi.post[:, :d] @ (torch.eye(d) + slopes)
+                if phi.pre is not None:
+                    jacobian = jacobian @ phi.pre[:, :d]
+                term = parts.of_map(side, _moved(phi.post, at + moves), jacobian)
+                by = torch.autograd.grad(
+                    term, (moves, slopes), allow_unused=True, materialize_grads=True
+                )
+            self._backward(phi, True, at, *(g.contiguous() for g in by))
+            total += float(term.detach())
+        return total
+
     def _backward(
         self,
         phi: _Map,
@@ -329,6 +354,8 @@ class PairSteps:
         )
         for number, arrays in enumerate(all_arrays):
             group = self.groups[number]
+            if id(self.owners[number]) in self.last:
+                arrays[1][list(self.loss.still)] = 0
             if group is None:
                 arrays[1].zero_()
                 arrays[4].copy_(arrays[0])

@@ -62,14 +62,18 @@ class ImagePair:
         }
         self.where_A = self._where("A", image_A)
         self.where_B = self._where("B", image_B)
+        #: Where image_B itself shows something, nothing beside it.
+        self.shown_B = self._where("B", image_B, 0.0)
 
-    def _where(self, side: str, prepared: PreparedImage) -> Tensor:
+    def _where(
+        self, side: str, prepared: PreparedImage, beside: float = BESIDE
+    ) -> Tensor:
         """The mask, or the voxels with something to match around them, or a label."""
         counts = prepared.counts
         if prepared.mask is not None:
             inside = prepared.mask > 0
             return inside if counts is None else inside & counts
-        content = _content(prepared, self.unit)
+        content = _content(prepared, self.unit, beside)
         if self.segmentations:
             content = content | (self.segmentations[f"segmentation_{side}"] > 0)
         if counts is not None:
@@ -142,7 +146,7 @@ def coarser(image: PreparedImage, voxels: int = FEATURED) -> PreparedImage:
     return replace(smaller, mask=mask, counts=counts)
 
 
-def _content(image: PreparedImage, unit: float) -> Tensor:
+def _content(image: PreparedImage, unit: float, beside: float) -> Tensor:
     """Boolean ``[1, 1, *grid]``: where there is local spread, and beside that."""
     values, found = image.values, torch.zeros_like(image.values[:, :1]) > 0
     for units in AROUND:  # on voxels of half that width, or its own
@@ -159,14 +163,14 @@ def _content(image: PreparedImage, unit: float) -> Tensor:
         both = gaussian_blur(both, [units * unit / s for s in spacing])
         mean, squares = both.chunk(2, 1)
         content = (squares - mean.square() > CONTENT**2).any(1, keepdim=True)
-        content = _widened(content, [BESIDE * unit / s for s in spacing])
+        content = _widened(content[0], [beside * unit / s for s in spacing])[None]
         found |= F.interpolate(content.to(values), values.shape[2:]) > 0
     return found
 
 
 def _widened(where: Tensor, voxels: Sequence[float]) -> Tensor:
-    """Where, or within so many voxels along every axis of it."""
-    for axis, reach in enumerate(voxels, 2):
+    """``[1, *grid]``: where, or within so many voxels along every axis of it."""
+    for axis, reach in enumerate(voxels, 1):
         n, count = round(reach), where.shape[axis]
         sums = where.cumsum(axis, dtype=torch.int32)
         at = torch.arange(count, device=where.device)

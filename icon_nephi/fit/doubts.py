@@ -143,7 +143,8 @@ def doubts(numbers: dict[str, float], *, contrast: bool = False) -> list[str]:
     elif numbers["alike"] < ALIKE:
         sentences.append(
             "the images are little alike where they were laid on each other "
-            f"(correlation {numbers['alike']:.2f}): it may have failed"
+            f"(correlation {numbers['alike']:.2f}): it may have failed; if contrasts "
+            "differ, register with similarity 'mind'"
         )
     elif numbers["alike"] < numbers["alike_start"] - LESS:
         sentences.append(

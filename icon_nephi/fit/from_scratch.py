@@ -12,12 +12,7 @@ from torch import Tensor
 
 from icon_nephi._check import check_both
 from icon_nephi._memory import memory_for
-from icon_nephi.fit.affine import (
-    coincide,
-    find_affine,
-    in_unit_boxes,
-    voxel_stride,
-)
+from icon_nephi.fit.affine import coincide, find_affine, in_unit_boxes, voxel_stride
 from icon_nephi.fit.content import ImagePair
 from icon_nephi.fit.contrast import find_contrast
 from icon_nephi.fit.doubts import doubts, evidence, of_images
@@ -27,14 +22,9 @@ from icon_nephi.fit.optimize import Course, FitOptions, Stage, optimize
 from icon_nephi.fit.search import identity
 from icon_nephi.fit.settings import GRID, Fit, Settings, find_settings, make_pair
 from icon_nephi.fit.sharpness import sharpness
-from icon_nephi.fit.simpler import (
-    Simpler,
-    Watch,
-    check_transform,
-    headers_or,
-    simpler,
-)
+from icon_nephi.fit.simpler import Simpler, Watch, check_transform, headers_or, simpler
 from icon_nephi.fit.unfold import unfold
+from icon_nephi.fit.wishes import Wishes
 from icon_nephi.losses.features import FeatureDifference, FeaturesAlone
 from icon_nephi.losses.gradient_icon import GradientICONPoints
 from icon_nephi.losses.regularity import guarded_term
@@ -70,6 +60,7 @@ def fit_pair(
     affine: bool = True,
     transform: str = "deformable",
     mass_preserving: bool = False,
+    wishes: Wishes | None = None,
     options: FitOptions | None = None,
 ) -> Fit:
     """Register one pair from scratch.
@@ -88,6 +79,7 @@ def fit_pair(
         mass_preserving: intensities are densities, of modality "ct": image_A's are
             multiplied by det J before they are compared, and so the other way. "lncc"
             sees only how det J changes within a block, "ncc" sees all of it.
+        wishes: what else is known or asked for.
         options: seed, limit of time, and what else all parts go by; of an interrupt
             that is kept the fit's warnings say so, and folds are still looked for.
 
@@ -96,11 +88,11 @@ def fit_pair(
             label.
         MemoryError: smaller parts did not help either.
     """
-    options = options or FitOptions()
+    options, wishes = options or FitOptions(), wishes or Wishes()
     check_both("segmentation", image_A.labels, image_B.labels)
     modality = image_A.modality if image_A.modality == image_B.modality else None
     finest = image_B.finer[-1].shape[2:] if image_B.finer else image_B.place.size
-    settings = find_settings(field, finest, modality)
+    settings = wishes.suited(find_settings(field, finest, modality))
     deformable = transform == "deformable"
     in_parts = bool(image_A.finer or image_B.finer)
     if in_parts:  # what the corners of the blocks miss is found on the finer levels
@@ -113,20 +105,23 @@ def fit_pair(
         )
     check_transform(transform, affine=affine)
     both = image_A, image_B
-    work = Work.of(*both, choice, settings, options, mass_preserving=mass_preserving)
+    asked: dict[str, Any] = {"mass_preserving": mass_preserving, "wishes": wishes}
+    work = Work.of(*both, choice, settings, options, **asked)
     generator = torch.Generator().manual_seed(options.seed)
-    rigid, said = transform == "rigid", [*image_A.notes, *image_B.notes]
-    aligned = identity(image_B.place.dimension)
+    rigid, said = transform == "rigid", [*image_A.notes, *image_B.notes, *wishes.notes]
+    aligned, affine = wishes.start, affine and not wishes.still
     if affine:
         how = work.images, choice, generator, options, said
-        aligned = find_affine(*how, rigid=rigid)
+        aligned = find_affine(*how, aligned, rigid=rigid)
+    elif aligned is None:
+        aligned = identity(image_B.place.dimension)
     if similarity in (None, AUTO) and not mass_preserving:
         name, aligned = find_contrast(
             work.likeness, aligned, options, search=affine, rigid=rigid
         )
         if name != choice.name:
             choice = find_similarity(name, settings.floor)
-            work = Work.of(*both, choice, settings, options)
+            work = Work.of(*both, choice, settings, options, wishes=wishes)
     start, warnings = work.better_start(aligned, deformable=deformable)
     course, loss = Course([], []), work.still(start)
     if deformable:
@@ -149,7 +144,7 @@ def fit_pair(
     net, images = pair.net, work.images
     with torch.no_grad():
         code = net.net(images.image_A, images.image_B).detached()
-        where, place = images.where_B.cpu(), images.geometry_B
+        where, place = images.shown_B.cpu(), images.geometry_B
         counts = images.counts_on("cpu")
         numbers = evidence(pair, *images.smooth, place, where, generator, counts)
         phi_AB = pair(*images.smooth)[0]
@@ -191,6 +186,7 @@ class Work:
     choice: Comparison
     settings: Settings
     options: FitOptions
+    wishes: Wishes
 
     @classmethod
     def of(
@@ -202,6 +198,7 @@ class Work:
         options: FitOptions,
         *,
         mass_preserving: bool = False,
+        wishes: Wishes | None = None,
     ) -> Work:
         """The work at two images that are compared like that."""
         if choice.features != "beside":
@@ -211,7 +208,7 @@ class Work:
         featured = bool(settings.features) or choice.features == "only"
         both = image_A, image_B
         images = ImagePair(*both, featured=featured, mass_preserving=mass_preserving)
-        return cls(images, choice, settings, options)
+        return cls(images, choice, settings, options, wishes or Wishes())
 
     @cached_property
     def likeness(self) -> Likeness:
@@ -225,13 +222,15 @@ class Work:
         start, none = aligned, identity(self.images.geometry_B.dimension)
         if torch.equal(aligned, none):
             return aligned, []
+        if (known := self.wishes.start) is not None:
+            return self._furthest([known, aligned]) if deformable else aligned, []
         if deformable and coincide(*self.images.geometries):
             start = self._furthest([none, aligned])
         return (start, []) if start is none else headers_or(start, self.likeness)
 
     def simpler(self, loss: GradientICONPoints, start: Tensor) -> Simpler | None:
-        """See there; labels, laid on each other, too, say what images do not show."""
-        if self.images.segmentations:
+        """See there; labels and wishes say what images do not show."""
+        if self.images.segmentations or self.wishes.binding:
             return None
         with torch.no_grad():
             maps = loss.regis_net(*self.images.smooth)
@@ -258,17 +257,16 @@ class Work:
         than none, and its own similarity does not show it. Where the time is over, one
         step of each decides.
         """
-        settings = self.settings
         settings = replace(
-            settings,
+            self.settings,
             steps=TRIAL_STEPS,
-            strides=settings.strides[:1],
+            strides=self.settings.strides[:1],
             shares=(1.0,),
-            exact=settings.exact[:1],
+            exact=self.settings.exact[:1],
             features=0.0,
-            consistency=settings.consistency / 10,  # free to go far in few steps
-            patches=settings.patches // 3,
-            regularity_points=settings.regularity_points // 3,
+            consistency=self.settings.consistency / 10,  # free to go far in few steps
+            patches=self.settings.patches // 3,
+            regularity_points=self.settings.regularity_points // 3,
         )
         options = replace(self.options, progress=False, keep_on_interrupt=False)
         trial = replace(self, settings=settings, options=options)
@@ -290,7 +288,8 @@ class Work:
     ) -> GradientICONPoints:
         """What is minimised, of intensities; its pair is untrained, behind a start."""
         images, settings = self.images, self.settings
-        net = make_pair(settings, images.geometry_B.extent, generator)
+        net: Any = make_pair(settings, images.geometry_B.extent, generator)
+        self.wishes.hold(net)
         matrix = in_unit_boxes(start, images.geometry_B, images.geometry_A)
         pair = AffinePair(net, matrix.to(images.image_B.dtype))
         device = images.image_B.device
@@ -307,6 +306,8 @@ class Work:
             densities=images.densities,
             volumes=images.volumes,
             counts=images.counts,
+            parts=self.wishes.parts(*images.geometries, self.options.seed, device),
+            still=self.wishes.still,
             dice_loss_weight=DICE if images.segmentations else 0.0,
             generator=generator,
         )

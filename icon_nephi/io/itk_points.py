@@ -63,7 +63,7 @@ def _field(transform: Any, d: int) -> Rows:
     from scipy.ndimage import map_coordinates
 
     size, origin, into = _grid(transform, d)
-    values = itk.array_from_vnl_vector(transform.GetParameters())
+    values = itk.array_from_vnl_vector(transform.GetParameters(), itk.D)
     values = np.moveaxis(values.reshape(*other_order(size.tolist()), d), -1, 0)
     last = size - 1.0
 
@@ -94,7 +94,7 @@ def _spline(transform: Any, d: int) -> Rows:
     from scipy.ndimage import map_coordinates
 
     size, origin, into = _grid(transform, d)
-    values = itk.array_from_vnl_vector(transform.GetParameters())
+    values = itk.array_from_vnl_vector(transform.GetParameters(), itk.D)
     values = values.reshape(d, *other_order(size.tolist()))
 
     def rows(points: Array) -> Array:

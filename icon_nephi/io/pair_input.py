@@ -60,6 +60,7 @@ def read_pair(
     memory_limit: int | str | None = None,
     progress: bool = False,
     segmentations: Sequence[Any] = (None, None),
+    lesions: Sequence[Any] = (None, None),
 ) -> tuple[PreparedImage, PreparedImage]:
     """Return both images on one device, None chosen as by `choose_device`.
 
@@ -78,10 +79,16 @@ def read_pair(
     where = choose_device(device, None if is_itk(image_A) else image_A)
     images, masks = (image_A, image_B), (mask_A, mask_B)
     if any(is_volume(i) or (where.type == "cpu" and _is_large(i)) for i in images):
+        for letter, lesion in zip("AB", lesions, strict=True):
+            if lesion is not None:
+                raise ValueError(
+                    f"lesion_mask_{letter} is for images in memory below {LARGE} "
+                    f"voxels; leave the lesion out of mask_{letter}"
+                )
         A, B = _read_volumes(images, masks, modalities, where, memory_limit, progress)
     else:
-        A = read_alone("A", image_A, mask_A, modalities[0], where)
-        B = read_alone("B", image_B, mask_B, modalities[1], where)
+        A = read_alone("A", image_A, mask_A, modalities[0], where, lesions[0])
+        B = read_alone("B", image_B, mask_B, modalities[1], where, lesions[1])
     check_dimension("image_A", A.place.dimension, "image_B is", B.place.dimension)
     if A.values.shape[1] != B.values.shape[1]:
         raise ValueError(
@@ -97,7 +104,12 @@ def read_pair(
 
 
 def read_alone(
-    letter: str, image: Any, mask: Any, modality: str | None, where: torch.device
+    letter: str,
+    image: Any,
+    mask: Any,
+    modality: str | None,
+    where: torch.device,
+    lesion: Any = None,
 ) -> PreparedImage:
     """Return one image in memory as a fit takes it; see `read_pair`.
 
@@ -105,7 +117,13 @@ def read_alone(
         TypeError, ValueError: as `read_pair`, of ``image_`` and the letter.
     """
     placed, (values, inside, place) = is_itk(image), read_input(letter, image, mask)
-    counts, notes = what_counts(f"image_{letter}", values, inside)
+    counts, notes = what_counts(f"image_{letter}", values[0], inside)
+    if lesion is not None:
+        name = f"lesion_mask_{letter}"
+        matched = read_label_map(name, lesion, place, itk=placed) == 0
+        counts = matched if counts is None else matched & counts
+        if not bool(counts.any()):
+            raise ValueError(f"{name} leaves nothing of image_{letter}")
     check_intensities(f"image_{letter}", values, counts)
     values = values.to(where)
     if counts is not None:
@@ -123,19 +141,18 @@ def read_alone(
 
 
 def what_counts(
-    name: str, values: Tensor, mask: Tensor | None
+    name: str, planes: Tensor, mask: Tensor | None
 ) -> tuple[Tensor | None, tuple[str, ...]]:
-    """Return which voxels of ``[1, C, *grid]`` are compared, None for all; sentences.
+    """Return which voxels of ``[C, *grid]`` are compared, None for all; sentences.
 
     Those in the mask, if there is one, that are not padding.
     """
     inside = None if mask is None else mask > 0
-    seen = values
-    if inside is not None:  # what it leaves out may be anything
-        some = values[inside.expand_as(values)][0]
-        seen = torch.where(inside, values, some)
+    if inside is not None:  # what it leaves out may be no number
+        some = planes[inside[0].expand_as(planes)][0]
+        planes = torch.where(inside[0] | planes.isfinite(), planes, some)
         inside = None if bool(inside.all()) else inside
-    padding = find_padding(seen[0])
+    padding = find_padding(planes)
     if padding is None:
         return inside, ()
     counts = ~padding.where if inside is None else inside & ~padding.where
@@ -224,7 +241,7 @@ def _read_volumes(
         inside = None
         if mask is not None:
             inside = _mask_on(f"mask_{letter}", mask, place, voxels)
-        counts, notes = what_counts(f"image_{letter}", values, inside)
+        counts, notes = what_counts(f"image_{letter}", values[0], inside)
         check_intensities(f"image_{letter}", values, counts)
         values = values.to(where)
         if counts is not None:

@@ -13,6 +13,7 @@ from icon_registration.losses import ICONLoss
 from torch import Tensor, nn
 
 from icon_nephi._check import check_grid, check_image
+from icon_nephi.losses.parts import Parts
 from icon_nephi.losses.patches import as_blocks, block_determinants, patch_maps
 from icon_nephi.losses.regularity import inverse_consistency_term
 from icon_nephi.losses.similarities import PatchNCC as PatchNCC
@@ -77,6 +78,9 @@ class GradientICONPoints(RegistrationModule):
         counts: of A and of B ``[1, 1, *grid]``: samples that lie, at either end of a
             map, where one is 0 are left out of a similarity with ``isInterpolated``;
             None: all count.
+        parts: what else is asked of both maps, a term with a weight of its own.
+        still: axes along which the fields of the pair do not move anything; who
+            optimises sees to that.
         generator: source of the sample positions.
     """
 
@@ -96,6 +100,8 @@ class GradientICONPoints(RegistrationModule):
         densities: int = 0,
         volumes: float = 1.0,
         counts: tuple[Tensor | None, Tensor | None] = (None, None),
+        parts: Parts | None = None,
+        still: Sequence[int] = (),
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -106,6 +112,7 @@ class GradientICONPoints(RegistrationModule):
         self.regularity, self.sigma, self.extent = regularity, sigma, extent
         self.dice_loss_weight, self.generator = dice_loss_weight, generator
         self.densities, self.volumes, self.counts = densities, volumes, counts
+        self.parts, self.still = parts, still
         self.image_A: Any = None
         self.image_B: Any = None
         self.phi_AB: Any = None
@@ -165,6 +172,8 @@ class GradientICONPoints(RegistrationModule):
             self.dice = dice_loss(a, b, *to_A[:2], labels)
             self.dice = self.dice + dice_loss(b, a, *to_B[:2], labels)
             loss = loss + self.dice_loss_weight * self.dice
+        if self.parts is not None:
+            loss = loss + self.parts(self.phi_AB, self.phi_BA)
         if self.prior_lmbda:
             self.prior = unlike.new_zeros(())
             codes = {id(part.code): part.code for part in neural_parts(maps)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from icon_nephi.fit.from_scratch import fit_pair
 from icon_nephi.fit.optimize import FitOptions
 from icon_nephi.fit.settings import Settings
 from icon_nephi.io.pair_input import read_pair
+from icon_nephi.io.wish_input import read_wishes
 from icon_nephi.registration.result import Registration
 
 
@@ -28,6 +31,17 @@ def register(
     affine: bool = True,
     transform: str = "deformable",
     allow_mirror: bool = False,
+    initial: Any = None,
+    landmarks_A: Any = None,
+    landmarks_B: Any = None,
+    use_landmarks: bool = True,
+    landmark_error: float = 1.0,
+    rigid_mask: Any = None,
+    volume_mask: Any = None,
+    lesion_mask_A: Any = None,
+    lesion_mask_B: Any = None,
+    restrict: Sequence[int] | None = None,
+    stiffness: float = 1.0,
     mass_preserving: bool = False,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -63,6 +77,24 @@ def register(
             ``"rigid"``: a body that is the same in both images, laid on itself.
         allow_mirror: image_A may be turned over, as a section on its slide; without, a
             pair that fits better so is only named in `warnings`.
+        initial: what is known of the map, fixed -> moving: the start, and part of the
+            result. An ITK transform or its path, of which the affine part is taken, a
+            homogeneous matrix between the physical frames (tensors: the unit boxes), or
+            ``"landmarks"``: what these say. Without ``affine`` it is kept as it is.
+        landmarks_A: points of image_A, LPS millimetres (tensors: ICON frame), that are
+            laid on those of image_B, row by row, beside the images.
+        landmarks_B: the same of image_B.
+        use_landmarks: in the fit; else they only serve an ``initial="landmarks"``.
+        landmark_error: of landmarks, in millimetres: smaller ones weigh more.
+        rigid_mask: above zero in image_B where the map only shifts and turns: each
+            label as one body, or each piece where there is one label.
+        volume_mask: above zero in image_B where the map keeps volumes.
+        lesion_mask_A: above zero where image_A has what image_B has not: it is not
+            matched, and the map goes on smoothly there.
+        lesion_mask_B: the same of image_B.
+        restrict: 0 or 1 for each axis i, j(, k) of image_B: along which things may
+            move; then no affine start is looked for.
+        stiffness: 2 lets the map bend half as quickly from place to place.
         mass_preserving: lung CT: what is stretched gets thinner, see `fit_pair`.
         seed: of every random number.
         device: default: the tensors' own; for ITK images a GPU if there is one.
@@ -80,14 +112,23 @@ def register(
     modalities = modality if isinstance(modality, tuple) else (modality, modality)
     images = (image_A, image_B, mask_A, mask_B)
     labels = (segmentation_A, segmentation_B)
-    A, B = read_pair(*images, modalities, device, memory_limit, progress, labels)
+    lesions = (lesion_mask_A, lesion_mask_B)
+    known = (labels, lesions)
+    A, B = read_pair(*images, modalities, device, memory_limit, progress, *known)
+    asked: dict[str, Any] = {"landmark_error": landmark_error, "stiffness": stiffness}
+    asked |= {"initial": initial, "restrict": restrict}
+    asked |= {"rigid_mask": rigid_mask, "volume_mask": volume_mask}
+    asked |= {"itk": A.placed, "landmarks": (landmarks_A, landmarks_B)}
+    wishes = read_wishes(A.place, B.place, **asked)
+    if not use_landmarks:
+        wishes = replace(wishes, landmarks=None)
     choices: dict[str, Any] = {"similarity": similarity, "field": field}
     choices |= {"affine": affine, "mass_preserving": mass_preserving}
     choices["transform"] = transform
     with torch.enable_grad():
-        fit = fit_pair(A, B, **choices, options=options)
+        fit = fit_pair(A, B, **choices, wishes=wishes, options=options)
     choices |= {"modality": modality, "seed": seed, "time_limit": time_limit}
-    choices["allow_mirror"] = allow_mirror
+    choices |= {"allow_mirror": allow_mirror, "stiffness": stiffness}
     choices |= {"memory_limit": memory_limit, "keep_on_interrupt": keep_on_interrupt}
     choices |= {"peak_memory": peak_memory(), "seconds": options.seconds}
     choices["segmentations"] = A.labels is not None

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from icon_nephi.fields import compiled as core_field
 from icon_nephi.fit.compiled import BETAS, PairSteps, suits
+from icon_nephi.fit.wishes import Wishes
+from icon_nephi.space.frames import Geometry
 from icon_nephi.space.sampling import Points
 from tests.core.core_problems import apart, groups_of, make_loss
 
@@ -73,6 +75,19 @@ def test_any_step_is_as_torch(core):
 @pytest.mark.parametrize("kind", ["plain", "features"])
 def test_a_step_in_its_usual_size(core, dimension, kind):
     check(*make_loss(dimension, kind, masked=True, counted=True, count=300))
+
+
+def test_parts_beside_the_images_are_as_torch(core, dimension, generator):
+    loss, images, masks = make_loss(dimension)
+    labels = torch.zeros(1, 1, *images[1].shape[2:], dtype=torch.long)
+    labels[..., 4:9, 5:11] = 1
+    labels[..., 12:16, 5:11] = 2
+    points = torch.rand(4, dimension, generator=generator).double()
+    wishes = Wishes(landmarks=(points, points + 0.1), rigid=labels, volume=labels)
+    places_of = [Geometry.unit(i.shape[2:]) for i in images]
+    loss.parts = wishes.parts(*places_of)
+    # A shift of a whole part costs nothing: what it derives to cancels, to roundings.
+    check(loss, images, masks, 3e-4)
 
 
 def test_identity_on_the_border(core, dimension):

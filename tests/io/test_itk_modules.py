@@ -4,9 +4,20 @@ import subprocess
 import sys
 
 import itk
+import numpy as np
 import pytest
+import torch
 
 from icon_nephi.io import itk_modules
+from icon_nephi.io.itk_transforms import write_transform
+from icon_nephi.registration.result import Registration
+from icon_nephi.space.frames import Geometry
+from tests.small_fits import small_fit
+
+# Around the origin, 20 mm a side.
+PLACE = Geometry(
+    (11, 11, 11), (2.0,) * 3, (-10.0,) * 3, ((1.0, 0, 0), (0, 1.0, 0), (0, 0, 1.0))
+)
 
 
 def a_transform(kind):
@@ -52,18 +63,24 @@ def test_a_class_is_that_of_itk():
     )
 
 
-def test_reading_a_transform_does_not_load_the_filters(tmp_path):
-    itk.transformwrite(a_transform("both"), str(tmp_path / "T.h5"))
-    code = f"""
+def test_points_through_a_transform_need_none_of_itks_filters(tmp_path):
+    # In a process of its own, where nothing else has loaded more of ITK.
+    result = Registration(small_fit(3, torch.eye(4).double()), PLACE, PLACE, itk=True)
+    write_transform(result.phi_AB, tmp_path / "T.h5")
+    points = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    (tmp_path / "p.csv").write_text("x,y,z\n1,2,3\n4,5,6\n")
+    code = """
 import sys
-from pathlib import Path
-from icon_nephi.io.itk_transforms import read_transform
-transform = read_transform("T", Path({str(tmp_path / "T.h5")!r}))
-assert tuple(transform.TransformPoint([0.0, 0.0, 0.0])) == (1.0, 2.0, 3.0)
+from icon_nephi import cli
+cli.warp(["--transform", "T.h5", "--points", "p.csv", "--out", "o.csv", "--quiet"])
 print(*sys.modules, sep="\\n")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
+    moved = np.loadtxt(tmp_path / "o.csv", delimiter=",", skiprows=1)
+    np.testing.assert_allclose(moved, result.transform_points(points), atol=1e-3)
     loaded = set(done.stdout.split())
     heavy = {"ITKImageIntensity", "ITKThresholding", "ITKImageGrid", "ITKFFT"}
     assert not {f"itk._{name}Python" for name in heavy} & loaded
