@@ -44,7 +44,7 @@ INGREDIENTS = (
 ESTIMATES = {"alone": ("voxel", "consistency")}
 ESTIMATES["sharp"] = ("consistency", "sharp")
 ESTIMATES["ensemble"] = ("voxel", "consistency", "spread")
-# What weights are multiplied with: nine in ten errors are to be below twice the estimate.
+# What weights are multiplied with, so that 9 in 10 errors are below twice the estimate.
 SAFE = {"sharp": 1.4}
 COLUMNS = (
     *("case", "landmarks", "error_mean", "error_median"),
