@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icon_nephi._memory import machine_memory
+from icon_nephi.io import itk_modules
 from icon_nephi.io.atomic import ending_of
 from icon_nephi.io.complete import check_complete
 from icon_nephi.io.dicom import read_series
@@ -30,6 +31,7 @@ from icon_nephi.io.itk_images import (
     no_stderr,
     read_header,
 )
+from icon_nephi.io.itk_modules import PIXELS, itk_class, read_voxels, write_voxels
 from icon_nephi.io.nifti import ENDINGS, NiftiFile, find_nifti
 from icon_nephi.space.frames import Array, Geometry
 
@@ -118,9 +120,12 @@ def _read_file(
                 "convert colours to grey (a segmentation in layers: export its "
                 "segments to one label map)"
             )
+        kind = header.GetComponentTypeAsString(header.GetComponentType())
+        wanted = "float" if as_float else "double" if kind in _UNKNOWN else kind
+        if parts == 1 and wanted in PIXELS and kind not in _WIDE:
+            return read_voxels(named, header, wanted, d)
         if as_float and (grey or parts == 1):
             return itk.imread(str(named), itk.F)
-        kind = header.GetComponentTypeAsString(header.GetComponentType())
         if parts > 1:
             return _read_components(named, kind)
         image = itk.imread(str(named), itk.D if kind in _UNKNOWN else None)
@@ -216,7 +221,7 @@ def _told_place(
     path: Path, size: tuple[int, ...], *, permissive: bool = False
 ) -> Geometry:
     """Return where ITK reads that a NIfTI file lies."""
-    header = itk.NiftiImageIO.New()
+    header = itk_class("NiftiImageIO", "").New()
     header.SetSFORM_Permissive(permissive)
     header.SetFileName(str(path))
     header.ReadImageInformation()
@@ -299,7 +304,7 @@ def write_image(image: Any, path: Path) -> None:
         ValueError: its format cannot hold it.
     """
     try:
-        itk.imwrite(image, str(path), compression=True)
+        itk_modules.write_voxels(image, path)
     except RuntimeError as error:
         raise ValueError(
             f"a {path.suffix} file could not be written: it cannot hold such an image, "
@@ -337,9 +342,7 @@ def check_holds(
     with TemporaryDirectory() as folder, no_stderr():
         tried = Path(folder) / f"tried{ending}"
         try:
-            writer = itk.ImageFileWriter.New(image_of(np.zeros(shape, kind), small))
-            writer.SetFileName(str(tried))
-            writer.Update()
+            write_voxels(image_of(np.zeros(shape, kind), small), tried)
             read = read_header(tried)
         except Exception as error:  # ITK raises RuntimeError, AttributeError, ...
             what = np.dtype(kind).name

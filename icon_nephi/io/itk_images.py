@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from icon_nephi._check import check_labels
-from icon_nephi.io.itk_modules import itk_class
+from icon_nephi.io.itk_modules import image_io, itk_class
 from icon_nephi.space.frames import Array, Geometry, other_order
 
 #: Whole numbers that float64 holds.
@@ -148,8 +148,10 @@ def check_label_map(name: str, image: Any) -> Any:
 
 def read_header(path: Path) -> Any:
     """Return ITK's reader of an image file, which has read its header."""
-    mode = itk.CommonEnums.IOFileMode_ReadMode
-    header = itk.ImageIOFactory.CreateImageIO(str(path), mode)
+    header = image_io(path)
+    if header is None or not header.CanReadFile(str(path)):
+        mode = itk.CommonEnums.IOFileMode_ReadMode
+        header = itk.ImageIOFactory.CreateImageIO(str(path), mode)
     header.SetFileName(str(path))
     header.ReadImageInformation()
     return header

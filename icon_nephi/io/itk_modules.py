@@ -13,6 +13,16 @@ from pathlib import Path
 from typing import Any
 
 _FORMATS = ("HDF5", "Matlab", "Txt")  # of transforms
+_IMAGES = {
+    **{"NiftiImageIO": (".nii", ".nii.gz"), "NrrdImageIO": (".nrrd", ".nhdr")},
+    **{"MetaImageIO": (".mha", ".mhd"), "TIFFImageIO": (".tif", ".tiff")},
+    "PNGImageIO": (".png",),
+}
+#: Pixel types of whole images that ITK's Python has, and its short names for them.
+PIXELS = {
+    **{"unsigned_char": "UC", "short": "SS", "unsigned_short": "US", "int": "SI"},
+    **{"unsigned_int": "UI", "float": "F", "double": "D"},
+}
 
 
 def itk_class(name: str, types: str) -> Any:
@@ -45,6 +55,41 @@ def write_transforms(transform: Any, path: Path) -> None:
     writer.SetFileName(str(path))
     writer.SetUseCompression(True)
     writer.AddTransform(transform)
+    writer.Update()
+
+
+def image_io(path: Path) -> Any:
+    """Return ITK's reader and writer of an image format, None where only ITK knows it.
+
+    Asked for one by one: ITK's own search loads those of all formats, 3 CPU seconds.
+    """
+    name = next((n for n, ends in _IMAGES.items() if path.name.endswith(ends)), None)
+    return None if name is None else itk_class(name, "").New()
+
+
+def read_voxels(path: Path, io: Any, kind: str, dimension: int) -> Any:
+    """Return the scalar image of a file, in one of the types of `PIXELS`."""
+    reader = itk_class("ImageFileReader", f"I{PIXELS[kind]}{dimension}").New()
+    reader.SetFileName(str(path))
+    reader.SetImageIO(io)
+    reader.Update()
+    return reader.GetOutput()
+
+
+def write_voxels(image: Any, path: Path) -> None:
+    """Write an image, compressed, as ``itk.imwrite``."""
+    kind, io = type(image).__name__.removeprefix("itkImage"), image_io(path)
+    known = kind[:-1] in PIXELS.values()
+    if io is None or not known:
+        import itk
+
+        itk.imwrite(image, str(path), compression=True)
+        return
+    writer = itk_class("ImageFileWriter", f"I{kind}").New()
+    writer.SetFileName(str(path))
+    writer.SetImageIO(io)
+    writer.SetInput(image)
+    writer.SetUseCompression(True)
     writer.Update()
 
 

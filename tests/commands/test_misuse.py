@@ -228,7 +228,7 @@ EVERYTHING = {
 }
 
 
-@pytest.mark.parametrize("writer", ["imwrite", "write_transforms", "save"])
+@pytest.mark.parametrize("writer", ["write_voxels", "write_transforms", "save"])
 @pytest.mark.parametrize("kind", [OSError, RuntimeError])
 def test_a_full_disk(writer, kind, folder, monkeypatch, capfd):
     def full(*arguments, **options):
@@ -244,8 +244,7 @@ def test_a_full_disk(writer, kind, folder, monkeypatch, capfd):
             pytest.skip("only ITK says so")
         monkeypatch.setattr(Registration, "save", full)
     else:
-        home = itk if writer == "imwrite" else itk_modules
-        monkeypatch.setattr(home, writer, full)
+        monkeypatch.setattr(itk_modules, writer, full)
     words = "No space left" if kind is OSError else "disk"
     refused(cli.register, [*pair(**EVERYTHING), "--quiet"], words, folder.path, capfd)
     assert not list((folder.path / "out").iterdir())

@@ -178,8 +178,8 @@ def test_the_other_commands_stop_so_too(folder, monkeypatch, capfd, name):
     result().save("pair.nephi")
     start = ["--transform", "pair.nephi", "--out", "out/o.nrrd"]
     module, function, flags = {
-        "warp": (itk, "imwrite", [*start, "--image", "moving.nrrd"]),
-        "jacobian": (itk, "imwrite", start),
+        "warp": (itk_modules, "write_voxels", [*start, "--image", "moving.nrrd"]),
+        "jacobian": (itk_modules, "write_voxels", start),
         "info": (info, "describe", ["pair.nephi"]),
         "compare": (cases, "find_cases", ["--data", ".", "--out", "out/c.csv"]),
     }[name]

@@ -247,6 +247,11 @@ INNER = {
         "measures the refinement of tensors",
     ),
     "training.data": ("io.atomic space.frames space.images", TENSORS),
+    "training.finetune": (
+        "fit.affine fit.content fit.learned fit.optimize io.atomic io.image_files "
+        "io.pair_input losses.similarities",
+        "the network's own view of a pair",
+    ),
     "training.train_general": (
         "fields.pyramid io.atomic space.frames space.images",
         "the network inside, and what its levels say",
