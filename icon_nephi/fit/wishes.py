@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from scipy import ndimage
 from torch import Tensor
 
 from icon_nephi.fit.search import identity
@@ -148,6 +147,8 @@ def _bodies(labels: Tensor, generator: torch.Generator) -> list[Tensor]:
     """Places in each label, or in each piece of the only one."""
     grid = labels[0, 0].cpu()
     if len(grid[grid > 0].unique()) == 1:
+        from scipy import ndimage  # slow to import
+
         grid = torch.from_numpy(ndimage.label(grid.numpy() > 0)[0])
     parts = [grid == number for number in grid[grid > 0].unique().tolist()]
     return [_places(p, generator) for p in parts if int(p.sum()) >= SMALLEST]
