@@ -64,7 +64,7 @@ setup(
     description="NePhi neural deformation fields for icon_registration",
     license="Apache-2.0",
     packages=["icon_nephi", *(f"icon_nephi.{wing}" for wing in WINGS)],
-    package_data={"icon_nephi": ["py.typed", "report/page.html"]},
+    package_data={"icon_nephi": ["py.typed", "report/page.html", "weights/*"]},
     ext_modules=cores(),
     options={} if PURE else {"bdist_wheel": {"py_limited_api": "cp310"}},
     python_requires=">=3.10",

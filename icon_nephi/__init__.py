@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from icon_nephi.proofs.certificate import certify as certify
     from icon_nephi.registration.group import build_template as build_template
     from icon_nephi.registration.group import register_series as register_series
+    from icon_nephi.registration.predict import predict as predict
     from icon_nephi.registration.register import ensemble as ensemble
     from icon_nephi.registration.register import register as register
     from icon_nephi.registration.result import Registration as Registration
@@ -48,6 +49,7 @@ _ROOMS = {
     "models": "make_network",
     "proofs.certificate": "certify",
     "registration.group": "build_template register_series",
+    "registration.predict": "predict",
     "registration.register": "ensemble register",
     "registration.result": "Registration",
     "registration.saved": "load",

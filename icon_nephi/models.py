@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from icon_nephi.fields import make_field
 from icon_nephi.fields.encoders import HybridEncoder
+from icon_nephi.fields.pyramid import reading_fields
+from icon_nephi.fit.learned import general_encoder
 from icon_nephi.fit.settings import PRESETS as PRESETS
 from icon_nephi.fit.settings import Fit as Fit
 from icon_nephi.fit.settings import Settings as Settings
@@ -81,6 +83,7 @@ def make_network(
     prior_lmbda: float | None = None,
     extent: Tensor | None = None,
     generator: torch.Generator | None = None,
+    pretrained: str | None = None,
 ) -> GradientICONPoints:
     """Return a network to train: encoder, two fields, loss; at first the identity.
 
@@ -105,10 +108,15 @@ def make_network(
         extent: see `GradientICONPoints`.
         generator: source of the initial weights (default: torch's own); the loss draws
             its samples from torch's own until its ``generator`` is set.
+        pretrained: "general" for the network that `icon_nephi.predict` asks, with its
+            weights and its own encoder and fields; for images of any shape.
 
     Raises:
-        ValueError: unknown preset.
+        ValueError: unknown preset or pretrained network.
+        FileNotFoundError: the weights are missing.
     """
+    if pretrained not in (None, "general"):
+        raise ValueError(f"pretrained must be None or 'general', got {pretrained!r}")
     if isinstance(preset, str):
         if preset not in NETWORKS:
             raise ValueError(
@@ -120,8 +128,13 @@ def make_network(
     if preset.hinge:
         regularity = partial(guarded_term, consistency=0.0, weight=preset.hinge)
         extent = torch.ones(dimension) if extent is None else extent
+    if pretrained is None:
+        pair = _predicted_pair(input_shape, preset, levels, generator)
+    else:
+        encoder = general_encoder(dimension).train().requires_grad_()
+        pair = NePhi(encoder, *reading_fields(dimension))
     network = GradientICONPoints(
-        _predicted_pair(input_shape, preset, levels, generator),
+        pair,
         similarity or NCC(),
         preset.lmbda if lmbda is None else lmbda,
         prior_lmbda=preset.prior_lmbda if prior_lmbda is None else prior_lmbda,

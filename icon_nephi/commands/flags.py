@@ -194,6 +194,12 @@ exit codes: 0 done, 1 some pairs of --pairs failed, 2 wrong input or out of memo
         metavar="01",
     )
     stiffness: float = _how("2: the map bends half as quickly (default: 1)", 1.0)
+    start: str = _how(
+        "of the deformation: the general network's prediction, nothing, or what fits "
+        "better (default: auto)",
+        "auto",
+        choices=("auto", "scratch", "learned"),
+    )
     no_affine: bool = _how("trust the headers, no affine start", False)
     allow_mirror: bool = _how(
         "the moving image may be turned over, as a section on its slide", False

@@ -132,12 +132,12 @@ def _check_model_flags(flags: RegisterFlags) -> None:
             raise ValueError(
                 f"--{name} is for registration from scratch, without --model"
             )
-    asked = (flags.preset, flags.similarity, flags.seeds, flags.transform)
-    if flags.mass_preserving or asked != ("default", None, 1, "deformable"):
+    asked = (flags.preset, flags.similarity, flags.seeds, flags.transform, flags.start)
+    if flags.mass_preserving or asked != ("default", None, 1, "deformable", "auto"):
         raise ValueError(
-            "--preset, --similarity, --seeds, --transform and --mass_preserving are "
-            "for registration from scratch; with --model give --io_iterations and "
-            "--io_sim"
+            "--preset, --similarity, --seeds, --transform, --start and "
+            "--mass_preserving are for registration from scratch; with --model give "
+            "--io_iterations and --io_sim"
         )
 
 
@@ -386,6 +386,7 @@ def in_flags(message: str) -> str:
     for name, flag in (
         *(("device ", "--device: "), ("time_limit ", "--time_limit ")),
         ("mass_preserving ", "--mass_preserving "),
+        ("start=", "--start "),
         ("weights: ", "--network_weights: "),
     ):
         message = message.replace(name, flag)

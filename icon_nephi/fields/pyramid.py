@@ -21,9 +21,9 @@ from icon_nephi.space.interpolation import axis_matrix
 
 _CONV: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
 _SLOPE = 0.1
-# How much a reading field shrinks a displacement before its sine, so that the sine is
-# linear to within float32.
-_SMALL = 0.02
+# What a code value z says: a displacement of SPAN sin(RATE z). Codes are then about as
+# large as those of other fields, and what moves them moves maps about as much.
+SPAN, RATE = 0.5, 0.1
 # Voxels of the working grid, in all and at most on one side.
 WORKING = {2: (192**2, 320), 3: (96**3, 160)}
 
@@ -35,8 +35,8 @@ class PyramidEncoder(nn.Module):
     laid on the other's by what coarser levels found, compared with those around, and a
     correction is added: a grid of displacement vectors, one for every ``2^level``
     voxels. Both directions are found alike, so swapping the images swaps them, exactly.
-    The code has d channels of phi_AB and d of phi_BA on every grid, in unit-box units;
-    `reading_fields` read them.
+    The code is one grid, as fine as the finest level: d channels of phi_AB and d of
+    phi_BA, see `as_code`; `reading_fields` read them.
 
     Every image is normalised on its own, so scale and offset of the intensities do not
     matter. Sides are resampled to multiples of ``2^levels`` if they are not; several
@@ -69,7 +69,7 @@ class PyramidEncoder(nn.Module):
         #: Convolutions in bfloat16: for training on a GPU.
         self.reduced = False
         #: The number of code values at a point.
-        self.code_size = 2 * d * sum(h > 0 for h in hidden)
+        self.code_size = 2 * d
         before = [1, *widths[:-1]]
         self.down = nn.ModuleList(
             nn.Sequential(_block(d, inputs, outputs, 2), _block(d, outputs, outputs))
@@ -121,15 +121,13 @@ class PyramidEncoder(nn.Module):
         images = torch.cat([image_A, image_B]).mean(1, keepdim=True)
         if tuple(images.shape[2:]) != size:
             images = _on_lattice(images, size)
-        steps = self.displacements(images)
-        batch = len(image_B)
-        scale = images.new_tensor([n - 1.0 for n in size])
-        scale = scale.view(1, -1, *(1,) * self.dimension)
-        codes = [
-            torch.cat([grid[:batch], grid[batch:]], 1) / torch.cat([scale, scale], 1)
-            for grid in steps
-        ]
-        return LatentCode(image_A.new_zeros(batch, 0), tuple(codes))
+        grids = self.displacements(images)
+        last = images.new_tensor([n - 1.0 for n in size])
+        nodes = [torch.linspace(0, 1, n).to(images) for n in grids[-1].shape[2:]]
+        u = sum((read_lattice(grid, nodes) for grid in grids[:-1]), 0 * grids[-1])
+        u = u + read_lattice(grids[-1], nodes)
+        u = u / last.view(1, -1, *(1,) * self.dimension)
+        return as_code(*u.chunk(2))
 
     def working_size(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The grid that images of a shape are looked at on; voxels stay as they are."""
@@ -193,25 +191,72 @@ class PyramidEncoder(nn.Module):
         return torch.autocast(kind, torch.bfloat16, enabled=self.reduced)
 
 
-def reading_fields(dimension: int, grids: int) -> tuple[LatentMLP, LatentMLP]:
-    """The fields of phi_AB and phi_BA that read a `PyramidEncoder`'s code.
+def as_code(u_AB: Tensor, u_BA: Tensor) -> LatentCode:
+    """The code that `reading_fields` read as these displacements, at once exactly.
 
-    Each adds up its d channels of all grids. They are `LatentMLP` as any, so they can
-    be trained on, saved and evaluated on the compiled core.
+    Both ``[B, d, *nodes]``, unit box, on a lattice of it from border to border; the
+    code has as many nodes.
     """
-    d = dimension
+    u = torch.cat([u_AB, u_BA], 1)
+    for axis, n in enumerate(u.shape[2:], 2):
+        at = torch.linspace(0, 1, n, dtype=torch.float64)
+        inverse = torch.linalg.inv(axis_matrix(at, n)).to(u)
+        u = torch.tensordot(u, inverse, ([axis], [1])).movedim(-1, axis)
+    values = torch.asin((u / SPAN).clamp(-0.95, 0.95)) / RATE
+    return LatentCode(u.new_zeros(len(u), 0), (values.contiguous(),))
+
+
+def coarser_code(code: LatentCode, most: int) -> LatentCode:
+    """An `as_code` with at most so many nodes a side, about equally far apart."""
+    (grid,) = code.local_codes
+    longest = max(grid.shape[2:])
+    if longest <= most:
+        return code
+    fewer = [max(4, round(n * most / longest)) for n in grid.shape[2:]]
+    u = SPAN * torch.sin(RATE * grid)
+    at = [torch.linspace(0, 1, n).to(grid) for n in fewer]
+    return as_code(*read_lattice(u, at).chunk(2, 1))
+
+
+def reading_fields(dimension: int) -> tuple[LatentMLP, LatentMLP]:
+    """The fields of phi_AB and phi_BA that read an `as_code`.
+
+    They are `LatentMLP` as any: trained on, saved and evaluated on the compiled core.
+    """
     fields = []
     for side in range(2):
-        field = LatentMLP(d, 2 * d * grids, width=d)
-        layer = cast(nn.Linear, field.hidden[0])
-        with torch.no_grad():
-            layer.weight.zero_()
-            layer.bias.zero_()
-            for grid, axis in itertools.product(range(grids), range(d)):
-                layer.weight[axis, d + (2 * grid + side) * d + axis] = _SMALL
-            field.last.weight.copy_(torch.eye(d) / _SMALL)
+        field = LatentMLP(dimension, 2 * dimension, width=dimension)
+        for parameter in field.parameters():
+            nn.init.zeros_(parameter)
+        teach_to_read(field, side, 0)
         fields.append(field)
     return fields[0], fields[1]
+
+
+def reads_codes(field: object) -> bool:
+    """Whether `teach_to_read` can teach a field."""
+    if not isinstance(field, LatentMLP) or len(field.hidden) != 1:
+        return False
+    return field.last.in_features >= field.last.out_features
+
+
+def teach_to_read(field: LatentMLP, side: int, first: int) -> None:
+    """Let the first d hidden units read an `as_code`, and nothing else.
+
+    Args:
+        field: with one hidden layer; what its other units say is added.
+        side: 0 for phi_AB, 1 for phi_BA.
+        first: number of the code value at which that code begins.
+    """
+    d = field.last.out_features
+    hidden = cast(nn.Linear, field.hidden[0])
+    with torch.no_grad():
+        hidden.weight[:d], hidden.bias[:d] = 0, 0
+        field.last.weight[:, :d] = 0
+        for axis in range(d):
+            # Behind the coordinates come the code's values.
+            hidden.weight[axis, d + first + side * d + axis] = RATE / field.omega
+            field.last.weight[axis, axis] = SPAN
 
 
 # --- where things lie ---------------------------------------------------------------

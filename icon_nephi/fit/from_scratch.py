@@ -12,15 +12,24 @@ from torch import Tensor
 
 from icon_nephi._check import check_both
 from icon_nephi._memory import memory_for
+from icon_nephi.fields.codes import LatentCode
 from icon_nephi.fit.affine import coincide, find_affine, in_unit_boxes, voxel_stride
 from icon_nephi.fit.content import ImagePair
 from icon_nephi.fit.contrast import find_contrast
 from icon_nephi.fit.doubts import doubts, evidence, of_images
+from icon_nephi.fit.learned import begin_with
 from icon_nephi.fit.levels import fit_levels, levels_of
 from icon_nephi.fit.likeness import Likeness
 from icon_nephi.fit.optimize import Course, FitOptions, Stage, optimize
 from icon_nephi.fit.search import identity
-from icon_nephi.fit.settings import GRID, Fit, Settings, find_settings, make_pair
+from icon_nephi.fit.settings import (
+    GRID,
+    Fit,
+    Settings,
+    find_settings,
+    make_pair,
+    suited,
+)
 from icon_nephi.fit.sharpness import sharpness
 from icon_nephi.fit.simpler import Simpler, Watch, check_transform, headers_or, simpler
 from icon_nephi.fit.unfold import unfold
@@ -39,9 +48,6 @@ DRAW = 0.07
 # Where single points are compared: how many for each block there would be, and the
 # blur of the images, in strides that the samples of a block would have.
 POINTS, BLUR = 8, 0.5
-# Noise above which features fade out, and above which larger blocks are compared; real
-# scans have 0.002 to 0.04.
-CLEAN, NOISY = 0.01, 0.06
 # The settings of a registration without a deformation.
 STILL = replace(GRID, grids=(4,), channels=(1,), arguments=(("width", 4),))
 # Part of the rates with which a fit goes on that ran away.
@@ -125,7 +131,10 @@ def fit_pair(
     start, warnings = work.better_start(aligned, deformable=deformable)
     course, loss = Course([], []), work.still(start)
     if deformable:
-        loss = work.loss_from(start, generator)
+        begin = wishes.beginning
+        settings, code = begin_with(begin, work.likeness, start, work.settings, field)
+        work = replace(work, settings=settings)
+        loss = work.loss_from(start, generator, code)
         course = work.watched_fit(loss)
         # Those on disk have no features, and after a warning nothing follows.
         if in_parts and not course.warnings and choice.features != "only":
@@ -168,16 +177,6 @@ def fit_pair(
     )
 
 
-def _suited(settings: Settings, level: float) -> Settings:
-    """The settings for images with noise of that standard deviation."""
-    if level > CLEAN:
-        settings = replace(settings, kept=0.0)
-    if level > NOISY:
-        half = max(1, settings.patches // 2)
-        settings = replace(settings, size=settings.noisy, patches=half)
-    return settings
-
-
 @dataclass(frozen=True)
 class Work:
     """The deformable part of one pair, and by what it is done."""
@@ -204,7 +203,7 @@ class Work:
         if choice.features != "beside":
             settings = replace(settings, features=0.0)
         if not choice.points:
-            settings = _suited(settings, max(image_A.noise, image_B.noise))
+            settings = suited(settings, max(image_A.noise, image_B.noise))
         featured = bool(settings.features) or choice.features == "only"
         both = image_A, image_B
         images = ImagePair(*both, featured=featured, mass_preserving=mass_preserving)
@@ -284,11 +283,14 @@ class Work:
         return starts[results.index(max(results))]
 
     def loss_from(
-        self, start: Tensor, generator: torch.Generator
+        self,
+        start: Tensor,
+        generator: torch.Generator,
+        known: LatentCode | None = None,
     ) -> GradientICONPoints:
         """What is minimised, of intensities; its pair is untrained, behind a start."""
         images, settings = self.images, self.settings
-        net: Any = make_pair(settings, images.geometry_B.extent, generator)
+        net: Any = make_pair(settings, images.geometry_B.extent, generator, known)
         self.wishes.hold(net)
         matrix = in_unit_boxes(start, images.geometry_B, images.geometry_A)
         pair = AffinePair(net, matrix.to(images.image_B.dtype))

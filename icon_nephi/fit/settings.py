@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from icon_nephi.fields import make_field
+from icon_nephi.fields import LatentMLP, make_field
 from icon_nephi.fields.codes import LatentCode, LatentCodeTable
+from icon_nephi.fields.pyramid import reads_codes, teach_to_read
 from icon_nephi.maps.networks import NePhi
 
 
@@ -142,6 +143,21 @@ def find_settings(
     return replace(settings, grids=grids, channels=settings.channels[: len(grids)])
 
 
+# Noise above which features fade out, and above which larger blocks are compared; real
+# scans have 0.002 to 0.04.
+CLEAN, NOISY = 0.01, 0.06
+
+
+def suited(settings: Settings, level: float) -> Settings:
+    """The settings for images with noise of that standard deviation."""
+    if level > CLEAN:
+        settings = replace(settings, kept=0.0)
+    if level > NOISY:
+        half = max(1, settings.patches // 2)
+        settings = replace(settings, size=settings.noisy, patches=half)
+    return settings
+
+
 # How long to work at a pair, by name: whose settings, and times their steps.
 EFFORTS = {"fast": ("grid", 0.5), "default": ("auto", 1.0), "accurate": ("auto", 2.0)}
 
@@ -190,25 +206,47 @@ class Fit:
 
 
 def make_pair(
-    settings: Settings, extent: Sequence[float], generator: torch.Generator
+    settings: Settings,
+    extent: Sequence[float],
+    generator: torch.Generator,
+    begin: LatentCode | None = None,
 ) -> NePhi:
     """An untrained `NePhi` with a learned code, for a box of that extent.
 
     Nodes are spread so that their distance in millimetres is about the same on every
-    tensor axis: a flat box has fewer along its short side.
+    tensor axis: a flat box has fewer along its short side. The maps begin as the
+    identity, or as an `as_code` says, which is then one more local code.
+
+    Raises:
+        ValueError: there is such a code, and the field cannot read it.
     """
     mean = sum(extent) / len(extent)
     grids = [
         tuple(max(4, round(nodes * length / mean)) for length in extent)
         for nodes in settings.grids
     ]
-    known: dict[str, Any] = {"channels": settings.channels, "generator": generator}
-    table = LatentCodeTable(1, grids=grids, global_size=0, **known)
+    channels = settings.channels
+    if begin is not None:
+        (known,) = begin.local_codes
+        grids, channels = [*grids, tuple(known.shape[2:])], (*channels, known.shape[1])
+    table = LatentCodeTable(
+        1, grids=grids, channels=channels, global_size=0, generator=generator
+    )
     arguments = {
         "dimension": len(extent),
-        "code_size": sum(settings.channels),
+        "code_size": sum(channels),
         **dict(settings.arguments),
         "generator": generator,
     }
     field_AB, field_BA = (make_field(settings.field, arguments) for _ in "AB")
+    if begin is not None:
+        with torch.no_grad():
+            table.local_codes[-1].copy_(known)
+        for side, one in enumerate((field_AB, field_BA)):
+            if not reads_codes(one):
+                raise ValueError(
+                    f"field {settings.field!r} cannot start from what the general "
+                    "network predicts; pass field='grid', or start='scratch'"
+                )
+            teach_to_read(cast(LatentMLP, one), side, sum(settings.channels))
     return NePhi(table, field_AB, field_BA)

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from scipy import ndimage
 from torch import Tensor
 
 from icon_nephi.fit.search import identity
@@ -34,6 +33,7 @@ class Wishes:
         restrict: along which of image_B's axes i, j(, k) anything moves; None: all.
         stiffness: 2: the map bends half as quickly from place to place.
         notes: what was done with them, in words.
+        begin: with what the deformation begins, see `icon_nephi.fit.learned`.
     """
 
     initial: Tensor | None = None
@@ -44,6 +44,22 @@ class Wishes:
     restrict: Sequence[bool] | None = None
     stiffness: float = 1.0
     notes: tuple[str, ...] = ()
+    begin: str = "scratch"
+
+    @property
+    def beginning(self) -> str:
+        """That, from scratch where "auto" cannot see what else is asked for.
+
+        Raises:
+            ValueError: "learned", and nothing may move along an axis.
+        """
+        if self.begin == "learned" and self.still:
+            raise ValueError(
+                "start='learned' moves things along every axis: with restrict pass "
+                "start='scratch'"
+            )
+        asked = self.binding or self.stiffness != 1
+        return "scratch" if self.begin == "auto" and asked else self.begin
 
     @property
     def start(self) -> Tensor | None:
@@ -131,6 +147,8 @@ def _bodies(labels: Tensor, generator: torch.Generator) -> list[Tensor]:
     """Places in each label, or in each piece of the only one."""
     grid = labels[0, 0].cpu()
     if len(grid[grid > 0].unique()) == 1:
+        from scipy import ndimage  # slow to import
+
         grid = torch.from_numpy(ndimage.label(grid.numpy() > 0)[0])
     parts = [grid == number for number in grid[grid > 0].unique().tolist()]
     return [_places(p, generator) for p in parts if int(p.sum()) >= SMALLEST]

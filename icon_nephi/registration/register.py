@@ -43,6 +43,7 @@ def register(
     restrict: Sequence[int] | None = None,
     stiffness: float = 1.0,
     mass_preserving: bool = False,
+    start: str = "auto",
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -96,6 +97,9 @@ def register(
             move; then no affine start is looked for.
         stiffness: 2 lets the map bend half as quickly from place to place.
         mass_preserving: lung CT: what is stretched gets thinner, see `fit_pair`.
+        start: of the deformation, behind the affine start: ``"scratch"``, nothing;
+            ``"learned"``, what the general network predicts (see `predict`);
+            ``"auto"``: that, in 2D, where the images agree more with it.
         seed: of every random number.
         device: default: the tensors' own; for ITK images a GPU if there is one.
         progress: show a bar.
@@ -126,7 +130,9 @@ def register(
     choices |= {"affine": affine, "mass_preserving": mass_preserving}
     choices["transform"] = transform
     with torch.enable_grad():
+        wishes = replace(wishes, begin=start)
         fit = fit_pair(A, B, **choices, wishes=wishes, options=options)
+    choices["start"] = start
     choices |= {"modality": modality, "seed": seed, "time_limit": time_limit}
     choices |= {"allow_mirror": allow_mirror, "stiffness": stiffness}
     choices |= {"memory_limit": memory_limit, "keep_on_interrupt": keep_on_interrupt}

@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-import scipy.sparse
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -186,6 +185,8 @@ def _scatter(grad: Tensor, nodes: Tensor, weights: Tensor, size: int) -> Tensor:
     """``[size, C]``: the transposed product, every row's gradient to its nodes."""
     rows, count, near = weights.shape
     if grad.device.type == "cpu" and count:
+        import scipy.sparse  # slow to import
+
         # One column per (row, point): its entries are the nodes it reads.
         ends = torch.arange(0, rows * count * near + 1, near, dtype=torch.int32)
         matrix = scipy.sparse.csc_matrix(

@@ -10,8 +10,6 @@ from typing import cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy import ndimage
-from scipy.spatial import ConvexHull, QhullError
 from torch import Tensor
 
 from icon_nephi.space.frames import Array
@@ -140,6 +138,9 @@ def _steps(image: Tensor, where: Tensor) -> float:
 
 def _is_field(valid: Tensor) -> bool:
     """Whether voxels fill a convex region that reaches the sides of an image."""
+    from scipy import ndimage  # slow to import
+    from scipy.spatial import ConvexHull, QhullError
+
     every = _every(valid.shape[1:])
     coarse: Array = valid[0][tuple(slice(None, None, e) for e in every)].cpu().numpy()
     coarse = ndimage.binary_opening(coarse, iterations=1)

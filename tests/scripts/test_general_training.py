@@ -7,13 +7,17 @@ import sys
 import time
 from pathlib import Path
 
+import itk
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import icon_nephi
+from icon_nephi.fields.pyramid import PyramidEncoder
+from icon_nephi.fit import learned
 from icon_nephi.space.frames import identity_map
 from icon_nephi.space.images import sample_image
-from training import train_general
+from training import finetune, train_general
 from training.synthetic import make_pairs
 
 ROOT = Path(__file__).parents[2]
@@ -92,3 +96,41 @@ def test_training_goes_on_after_a_kill(tmp_path):
     assert said.returncode == 0, said.stderr
     assert f"step {step}" in said.stdout
     assert torch.load(tmp_path / "general2d.pt", weights_only=True)["step"] == step + 2
+
+
+def test_own_pairs_are_trained_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(learned, "WEIGHTS", tmp_path)
+    source = torch.Generator().manual_seed(0)
+    encoder = PyramidEncoder(
+        2, widths=(8, 8), hidden=(8, 8), reach=(1, 1), generator=source
+    )
+    learned.save_encoder(encoder, tmp_path / "general2d.safetensors")
+    made = pairs((48, 40), count=2)
+    lines = ["moving,fixed"]
+    for i in range(2):
+        for name, image in (("a", made.image_A), ("b", made.image_B)):
+            array = image[i, 0].numpy()
+            itk.imwrite(itk.image_from_array(array), str(tmp_path / f"{name}{i}.nii"))
+        lines.append(f"a{i}.nii,b{i}.nii")
+    (tmp_path / "pairs.csv").write_text("\n".join(lines))
+    losses = finetune.main(
+        [
+            *("--pairs", str(tmp_path / "pairs.csv"), "--no_affine", "--steps", "2"),
+            *("--output", str(tmp_path / "run"), "--device", "cpu"),
+        ]
+    )
+    assert len(losses) == 2
+    tuned = learned.general_encoder(2, tmp_path / "run" / "network.safetensors")
+    first = learned.general_encoder(2).state_dict()
+    assert any(not torch.equal(v, first[k]) for k, v in tuned.state_dict().items())
+    A, B = (image[:1] for image in (made.image_A, made.image_B))
+    result = icon_nephi.predict(
+        A, B, affine=False, weights=tmp_path / "run" / "network.safetensors"
+    )
+    assert result.fold_fraction() == 0
+
+
+def test_a_table_without_its_columns_is_refused(tmp_path):
+    (tmp_path / "pairs.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="columns moving and fixed"):
+        finetune.rows(tmp_path / "pairs.csv")

@@ -234,7 +234,10 @@ INNER = {
         "times inner rooms on a device: refinement, lattices, chunks",
     ),
     "evaluation.speed.bench_instance": ("space.intensities", TENSORS),
-    "evaluation.speed.bench_regularizer": ("space.frames", TENSORS),
+    "evaluation.speed.bench_regularizer": (
+        "fields.compiled space.frames",
+        "tensors, and the products of matrices that the core does",
+    ),
     "evaluation.speed.bench_scaling": (
         "fit.settings losses.similarities",
         "times a step of a fit that grows",
@@ -244,6 +247,11 @@ INNER = {
         "measures the refinement of tensors",
     ),
     "training.data": ("io.atomic space.frames space.images", TENSORS),
+    "training.finetune": (
+        "fit.affine fit.content fit.learned fit.optimize io.atomic io.image_files "
+        "io.pair_input losses.similarities",
+        "the network's own view of a pair",
+    ),
     "training.train_general": (
         "fields.pyramid io.atomic space.frames space.images",
         "the network inside, and what its levels say",
