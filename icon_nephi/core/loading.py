@@ -67,7 +67,7 @@ class Blocks(ctypes.Structure):
         ("features", _I64),
         ("stored", _I64),
         ("bits", _I64),
-        ("squared", _I64),
+        ("form", _I64),
         ("centres", _POINTER),
         ("offsets", _POINTER),
         ("corners", _POINTER),

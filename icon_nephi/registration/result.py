@@ -33,9 +33,13 @@ from icon_nephi.maps.two_way import (
     TwoWay,
     direction_of,
 )
-from icon_nephi.report.expected_error import error_estimate, inverse_consistency
+from icon_nephi.report.expected_error import (
+    error_estimate,
+    how_sharp,
+    inverse_consistency,
+)
 from icon_nephi.report.page import write_report
-from icon_nephi.space.frames import Array, Geometry
+from icon_nephi.space.frames import Array, Geometry, apply_affine
 
 
 def load(path: str | os.PathLike[str]) -> Registration:
@@ -260,6 +264,16 @@ class Registration:
             direction: where the points go.
         """
         return error_estimate(self, self._points(points), others, direction)
+
+    def sharp_at(self, points: Any, direction: str = FIXED_TO_MOVING) -> Array | None:
+        """Return `how_sharp` the images are at points, ``[N]``, if that is known."""
+        rows = self._points(points)
+        if direction != FIXED_TO_MOVING:
+            rows = self.two_way.transform_points(rows, direction)
+        if self.itk:
+            frame = torch.linalg.inv(self.geometry_B.unit_to_physical())
+            rows = apply_affine(frame, torch.from_numpy(rows)).numpy()
+        return how_sharp(self.fit.sharp, rows)
 
     def error_image(
         self, reference: Any = None, others: Sequence[Registration] = ()

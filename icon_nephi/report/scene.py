@@ -19,7 +19,12 @@ from icon_nephi.io.pair_input import as_volume, is_volume
 from icon_nephi.io.resampling import reader
 from icon_nephi.maps.two_way import MOVING_TO_FIXED, Mapping, TwoWay
 from icon_nephi.report import pictures
-from icon_nephi.report.expected_error import estimate, scatter, voxel_side
+from icon_nephi.report.expected_error import (
+    estimate,
+    how_sharp,
+    scatter,
+    voxel_side,
+)
 from icon_nephi.space.frames import Array, Geometry, apply_affine
 from icon_nephi.space.intensities import prepare
 
@@ -64,6 +69,7 @@ class Scene:
         self.A, self.B = result.geometry_A, result.geometry_B
         two_way = result.two_way.physical()
         self.forward, self.backward = two_way.forward, two_way.backward
+        self.sharp = getattr(getattr(result, "fit", None), "sharp", None)
         self.others = [r.two_way.physical().forward for r in others]
         out, into = self.A.unit_to_physical(), self.B.unit_to_physical()
         eye = torch.eye(self.B.dimension + 1, dtype=torch.float64)
@@ -94,7 +100,9 @@ class Scene:
         apart = None
         if self.others:
             apart = scatter(np.stack([moved, *(m(points) for m in self.others)]))
-        return missed, estimate(voxel_side(self.B), missed, apart)
+        unit = apply_affine(self.B.physical_to_unit(), torch.from_numpy(points)).numpy()
+        sharp = how_sharp(self.sharp, unit)
+        return missed, estimate(voxel_side(self.B), missed, apart, sharp)
 
     def lengths(self, points: Array, place: Geometry) -> Array:
         """Return points as the user gives them, in this frame."""

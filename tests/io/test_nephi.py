@@ -1,7 +1,7 @@
 """A saved registration is the registration."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -27,11 +27,14 @@ def fit(request, places):
 
 def test_everything_comes_back(tmp_path, fit, places):
     path = tmp_path / "pair.nephi"
+    fit = replace(fit, similarity="mind", sharp=torch.rand(1, 3, 8, 8, 8))
     save_fit(path, fit, *places, itk=True)
     saved = load_fit(path)
     assert (saved.geometry_A, saved.geometry_B, saved.itk) == (*places, True)
     assert saved.fit.losses == fit.losses
     assert saved.fit.warnings == fit.warnings
+    assert saved.fit.similarity == fit.similarity
+    assert torch.equal(saved.fit.sharp, fit.sharp)
     assert torch.equal(saved.fit.matrix, fit.matrix)
     assert saved.fit.matrix.dtype == torch.float64
     assert saved.fit.code.interpolation == fit.code.interpolation

@@ -1,7 +1,10 @@
 """How far off a registration may be: there and back, and other seeds."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
 from evaluation.accuracy import trust as measured
 from icon_nephi.io.image_input import voxel_geometry
@@ -71,6 +74,31 @@ def test_the_estimate_grows_with_each_of_its_parts():
     together = trust.estimate(2.0, missed, np.array([0.5, 0.5]))
     assert (together > trust.estimate(2.0, missed, np.zeros(2))).all()
     assert trust.estimate(4.0, missed)[0] == pytest.approx(2 * alone[0])
+
+
+@pytest.mark.parametrize("itk", [True, False])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_how_sharp_images_are_makes_the_estimate(itk, direction):
+    """Read where the points lie in the fixed image: it grows along its first axis."""
+    result = made(itk=itk)
+    nodes = torch.linspace(0, 1, 8).view(8, 1, 1).expand(1, 3, 8, 8, 8)
+    result.fit = replace(result.fit, sharp=nodes.clone())
+    points = points_of(result, direction)
+    fixed = points
+    if direction != DIRECTIONS[0]:
+        fixed = result.transform_points(points, direction)
+    if itk:
+        inverse = result.geometry_B.physical_to_unit().numpy()
+        fixed = fixed @ inverse[:3, :3].T + inverse[:3, 3]
+    sharp = np.exp(2 * fixed[:, 0].clip(0, 1))
+    np.testing.assert_allclose(result.sharp_at(points, direction), sharp, rtol=0.02)
+    missed = trust.inverse_consistency(result, points, direction)
+    guess = trust.estimate(1.0, missed, None, result.sharp_at(points, direction))
+    np.testing.assert_allclose(
+        result.error_estimate(points, direction=direction), guess
+    )
+    assert (guess > trust.estimate(1.0, missed, None, 0 * sharp)).all()
+    assert made().sharp_at(points_of(made())) is None
 
 
 @pytest.mark.parametrize("itk", [True, False])
