@@ -12,7 +12,7 @@ from pathlib import Path
 VARIABLE = "NEPHI_CORE"
 BUILDS = ("avx512", "avx2", "baseline")  # the quickest first
 # Of the functions below; a library of another version is not used.
-VERSION = 2
+VERSION = 3
 
 _I64, _F32, _F64 = ctypes.c_int64, ctypes.c_float, ctypes.c_double
 _POINTER = ctypes.c_void_p
@@ -67,7 +67,7 @@ class Blocks(ctypes.Structure):
         ("features", _I64),
         ("stored", _I64),
         ("bits", _I64),
-        ("squared", _I64),
+        ("form", _I64),
         ("centres", _POINTER),
         ("offsets", _POINTER),
         ("corners", _POINTER),

@@ -40,6 +40,7 @@ from icon_nephi.space.images import sample_image
 from icon_nephi.space.intensities import (
     PreparedImage,
     check_intensities,
+    distance_reach,
     find_scale,
     prepare,
 )
@@ -129,6 +130,11 @@ def read_alone(
     if counts is not None:
         counts = counts.to(where)
         values = filled(values, counts)
+    reach = None if modality else distance_reach(values, place.tensor_spacing)
+    if reach is not None:
+        values = values.clamp(-reach, reach)
+        said = f"image_{letter} is a signed distance: it is compared up to {reach:g}"
+        notes = (*notes, f"{said} from zero, where it says where the border is")
     return PreparedImage.of(
         prepare(values, modality, counts),
         place,

@@ -196,7 +196,7 @@ def compare(
         moving.count,
         0 if moving.features is None else moving.features.shape[-1],
         moving.bits,
-        measure.correlation.squared,
+        measure.correlation.form,
         address(centres),
         address(layout.offsets),
         address(layout.corners),

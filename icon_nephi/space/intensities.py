@@ -19,6 +19,8 @@ MODALITIES = (None, "ct", "mri")
 _HOUNSFIELD = (-1000.0, 500.0)
 # Share of a slice that has to differ from its middle value to show something.
 FEW = 0.002
+# A distance map's slope is this even, over such a share; looked at in the middle.
+EVEN, MOSTLY, _SIDE = 0.15, 0.8, {2: 400, 3: 64}
 # Quantiles are read from at most this many voxels.
 _VOXELS = 500_000
 
@@ -165,6 +167,29 @@ def fill_missing(image: Tensor) -> Tensor:
         slices[gone[alike]] = torch.lerp(slices[low], slices[high], share)[alike]
         image = slices.movedim(0, axis).contiguous()
     return image
+
+
+def distance_reach(image: Tensor, spacing: Sequence[float]) -> float | None:
+    """How far from zero the values of a signed distance map say where its border is.
+
+    Four voxels; None where ``[1, 1, *grid]``, whose voxels are ``spacing`` long along
+    each axis, is no such map: values of both signs that change everywhere alike.
+    """
+    if image.shape[1] > 1 or min(image.shape[2:]) < 3:
+        return None
+    if not float(image.min()) < 0 < float(image.max()):
+        return None
+    inner = image
+    for axis, n in enumerate(image.shape[2:], 2):
+        most = min(n, _SIDE[len(spacing)])
+        inner = inner.narrow(axis, (n - most) // 2, most)
+    slopes = torch.gradient(inner[0, 0], spacing=list(spacing))
+    steep = torch.stack(slopes).square().sum(0).sqrt()
+    usual = steep.median()
+    alike = ((steep - usual).abs() < EVEN * usual).double().mean()
+    if not usual > 0 or alike < MOSTLY:
+        return None
+    return 4 * float(usual) * max(spacing)
 
 
 def check_intensities(name: str, image: Tensor, counts: Tensor | None = None) -> None:

@@ -105,7 +105,7 @@ def make_loss(
         else None
         for s in shapes
     ]
-    similarity = PatchNCC(1e-3, squared=kind == "squared")
+    similarity = PatchNCC(1e-3, squared=kind == "squared", shared=kind == "shared")
     if kind in ("features", "mind"):
         images = [in_16_bits(with_features(i), channels) for i in images]
         if kind == "mind":

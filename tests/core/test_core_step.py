@@ -52,7 +52,7 @@ def check(loss, images, masks, close=1e-5):
 
 @given(
     dimension=st.sampled_from([2, 3]),
-    kind=st.sampled_from(["plain", "squared", "features", "mind"]),
+    kind=st.sampled_from(["plain", "squared", "shared", "features", "mind"]),
     channels=st.integers(1, 3),
     corners=st.booleans(),
     masked=st.booleans(),
@@ -72,7 +72,7 @@ def test_any_step_is_as_torch(core):
     any_step()
 
 
-@pytest.mark.parametrize("kind", ["plain", "features"])
+@pytest.mark.parametrize("kind", ["plain", "shared", "features"])
 def test_a_step_in_its_usual_size(core, dimension, kind):
     check(*make_loss(dimension, kind, masked=True, counted=True, count=300))
 

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from scipy import ndimage
 
 from icon_nephi.fit.affine import find_affine
 from icon_nephi.fit.content import ImagePair
 from icon_nephi.fit.optimize import FitOptions
 from icon_nephi.losses.similarities import find_similarity
-from icon_nephi.space.frames import Geometry
+from icon_nephi.maps.jacobians import determinants
+from icon_nephi.maps.transforms import value_and_jacobian
+from icon_nephi.space.frames import Geometry, points_as_grid
 from icon_nephi.space.intensities import PreparedImage, prepare
 from tests.fit.bodies import (
     Body,
@@ -78,6 +81,37 @@ def test_what_both_masks_leave_out_may_be_anything(artefact):
     masks = {"mask_A": mask * body[0], "mask_B": body[1]}
     error = error_of(go(*ruined, **masks), motion, y[y.norm(dim=1) < 0.6], SIZE)
     assert error.mean() < 0.4
+
+
+def test_an_image_keeps_its_volume_when_laid_on_itself():
+    body, at = Body(blobs=140), places(SIZE)
+    image = drawn(body(at), SIZE)
+    result = go(image, image.clone(), affine=False, similarity="lncc")
+    inside = points_as_grid(((at[body.inside(at) > 0.5] + 1) / 2).float()[None])
+    for phi in (result.phi_AB, result.phi_BA):
+        with torch.no_grad():
+            slopes = value_and_jacobian(phi, inside)[1]
+        assert abs(float(determinants(slopes).log().mean())) < 1e-3
+
+
+def test_signed_distances_are_laid_on_each_other_by_their_values():
+    at = places(SIZE)
+    angle = torch.atan2(at[:, 1], at[:, 0])
+    shapes = [
+        at.norm(dim=1) < 0.4 * (1 + 0.15 * torch.cos(2 * angle)),
+        at.norm(dim=1) < 0.55 * (1 + 0.2 * torch.sin(3 * angle)),
+    ]
+    images = []
+    for shape in shapes:
+        inside = shape.reshape(SIZE).numpy()
+        away = ndimage.distance_transform_edt
+        images.append(drawn(torch.from_numpy(away(~inside) - away(inside)), SIZE))
+    result = go(*images)
+    assert any("signed distance" in warning for warning in result.warnings)
+    warped = result.warp_labels(drawn(shapes[0], SIZE).long()) > 0
+    fixed = shapes[1].reshape(1, 1, *SIZE)
+    both = (warped & fixed).sum()
+    assert 2 * both / (warped.sum() + fixed.sum()) > 0.97
 
 
 def test_padding_is_left_out_and_said():

@@ -219,6 +219,19 @@ def test_patch_ncc_of_constant_patches_is_finite(precision):
     assert warped.grad.isfinite().all()
 
 
+def test_a_shared_floor_has_equal_patches_at_its_best():
+    """However faint they are; with the variances' alone more contrast is better."""
+    faint = 0.02 * torch.rand(4, 1, 3, 3, dtype=DOUBLE)
+    gain = torch.ones((), dtype=DOUBLE, requires_grad=True)
+    for shared in (True, False):
+        (slope,) = torch.autograd.grad(
+            PatchNCC(1e-3, shared=shared)(tagged(gain * faint), faint), gain
+        )
+        assert (abs(float(slope)) < 1e-12) == shared
+    flat = torch.zeros(4, 1, 3, 3)
+    assert float(PatchNCC(shared=True)(tagged(flat), flat)) == pytest.approx(0)
+
+
 def test_patch_ncc_leaves_out_samples_outside():
     fixed = torch.rand(4, 1, 3, 3, dtype=DOUBLE)
     warped = torch.rand(4, 1, 3, 3, dtype=DOUBLE)

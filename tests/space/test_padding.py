@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from icon_nephi.space import padding
-from icon_nephi.space.intensities import check_intensities, missing_slices, prepare
+from icon_nephi.space.intensities import (
+    check_intensities,
+    distance_reach,
+    missing_slices,
+    prepare,
+)
 from icon_nephi.space.padding import filled
 
 SIZE = 60
@@ -126,6 +131,18 @@ def test_what_a_mask_leaves_out_does_not_set_the_scale(generator):
         prepare(ruined, None, counts)[counts > 0],
         prepare(image, None, counts)[counts > 0],
     )
+
+
+def test_signed_distances_are_told_from_images(dimension, generator):
+    grid = torch.stack(torch.meshgrid(*[torch.arange(30.0)] * dimension, indexing="ij"))
+    steps = torch.linspace(1.0, 2.0, dimension).view(-1, *(1,) * dimension)
+    away = ((grid - 14.3) * steps).square().sum(0).sqrt()[None, None]
+    spacing = steps.flatten().tolist()
+    assert distance_reach(away - 9, spacing) == pytest.approx(8.0, rel=0.03)
+    assert distance_reach(0.1 * (away - 9), spacing) == pytest.approx(0.8, rel=0.03)
+    noise = torch.randn(away.shape, generator=generator)
+    for image in (away, noise, (away < 9).float() - 0.5, torch.cos(away / 5)):
+        assert distance_reach(image, spacing) is None
 
 
 def test_hot_voxels_in_empty_slices_make_no_gaps(generator):

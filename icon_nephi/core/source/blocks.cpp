@@ -24,7 +24,7 @@ struct NephiBlocks {
     int64_t dimension, count, samples;  // of a block
     int64_t places;                     // of a block, where the map is evaluated
     int64_t channels, features, stored, bits;
-    int64_t squared;
+    int64_t form;  // of the correlation: 0 plain, 1 squared, 2 with the floor shared
     const float* centres;  // [count, D]
     const float* offsets;  // [D, samples]: from the centre
     const float* corners;  // [D, places]: those of the places; null: the samples
@@ -133,10 +133,11 @@ void leave_out(const NephiImage& image, const Spots<D>& spots, int count, float*
     }
 }
 
-// a and b become their differences from their means inside; returns the correlation, and
-// in `by` what makes its derivatives by a: by[0] b + by[1] a.
-inline float correlate(const float* tag, int count, float inside, float floor_, float* a,
-                       float* b, float* by) {
+// a and b become their differences from their means inside; returns the correlation, the
+// floor added to both variances and `shared` to the covariance, and in `by` what makes its
+// derivatives by a: by[0] b + by[1] a.
+inline float correlate(const float* tag, int count, float inside, float floor_, float shared,
+                       float* a, float* b, float* by) {
     vec sum_a{}, sum_b{}, aa{}, bb{}, ab{};
     for (int k = 0; k < count; k += LANES) {
         sum_a += load(a + k) * load(tag + k);
@@ -154,7 +155,7 @@ inline float correlate(const float* tag, int count, float inside, float floor_, 
         ab += x * y;
     }
     const float va = sum_of(aa) / n + floor_, vb = sum_of(bb) / n + floor_;
-    const float scale = 1.0f / std::sqrt(va * vb), found = sum_of(ab) / n * scale;
+    const float scale = 1.0f / std::sqrt(va * vb), found = (sum_of(ab) / n + shared) * scale;
     by[0] = scale / n;
     by[1] = -found / va / n;
     return found;
@@ -173,9 +174,10 @@ void compare_intensities(const NephiBlocks& s, Scratch<D>& w, float inside, Tota
         read_channel<D>(s.fixed.intensities + c * fixed, s.fixed.size, w.fixed, n, w.b,
                         nullptr);
         float by[2];
-        const float found = correlate(w.tag, n, inside, s.floor, w.a, w.b, by);
-        const float factor = s.squared ? 2.0f * found * share : share;
-        sums.agreement += (s.squared ? found * found : found) * share;
+        const float shared = s.form == 2 ? s.floor : 0.0f;
+        const float found = correlate(w.tag, n, inside, s.floor, shared, w.a, w.b, by);
+        const float factor = s.form == 1 ? 2.0f * found * share : share;
+        sums.agreement += (s.form == 1 ? found * found : found) * share;
         for (int k = 0; k < n; k += LANES) {
             const vec of = (by[0] * load(w.b + k) + by[1] * load(w.a + k)) *
                            (load(w.tag + k) * factor);

@@ -10,7 +10,7 @@
 #include "features.cpp"
 
 // Of the functions and structs that Python calls; see icon_nephi/core/loading.py.
-NEPHI_API int nephi_version() { return 2; }
+NEPHI_API int nephi_version() { return 3; }
 
 // Asked of the baseline build, which runs on any processor.
 NEPHI_API int nephi_has_avx2() {
