@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch import Tensor
 from icon_nephi.core import arrays, which
 from icon_nephi.fields import LatentMLP, ModulatedSiren
 from icon_nephi.fields import compiled as core_field
-from icon_nephi.fields.codes import LatentCode
+from icon_nephi.fields.codes import LatentCode, LatentCodeTable
 from icon_nephi.fit.compiled import PairSteps
 from icon_nephi.fit.settings import PRESETS, make_pair
 from icon_nephi.losses.features import FeatureDifference, with_features
@@ -29,6 +30,7 @@ from icon_nephi.losses.regularity import guarded_term
 from icon_nephi.losses.similarities import PatchNCC
 from icon_nephi.maps.networks import AffinePair
 from icon_nephi.maps.transforms import NeuralTransform
+from icon_nephi.models import make_network
 from icon_nephi.space.images import gaussian_blur
 from icon_nephi.space.sampling import Patches, Points
 
@@ -130,6 +132,37 @@ def step_works(name: str) -> tuple[Work, Work]:
     return by_torch, by_core
 
 
+def training_works(preset: str) -> tuple[Work, Work]:
+    """Return torch's and the core's way to one training step beside the encoder.
+
+    Of `make_network` at 175^3: loss and gradients, of a code as the encoder's.
+    """
+    g, shape = torch.Generator().manual_seed(0), [1, 1, 175, 175, 175]
+    images = [torch.rand(shape, generator=g) for _ in "AB"]
+    network = make_network(shape, preset=preset, generator=g)
+    pair: Any = network.regis_net
+    with torch.no_grad():
+        code = pair.net(*images)
+    pair.net = LatentCodeTable(
+        grids=[tuple(c.shape[2:]) for c in code.local_codes],
+        channels=[c.shape[1] for c in code.local_codes],
+        global_size=code.global_code.shape[1],
+        interpolation=code.interpolation,
+        generator=g,
+    )
+    for field in (pair.field_AB, pair.field_BA):
+        field.last.weight.data.normal_(0, 1e-3, generator=g)
+
+    def by_core() -> None:
+        network(*images).all_loss.backward()
+
+    def by_torch() -> None:
+        with mock.patch.object(core_field, "suits", return_value=False):
+            by_core()
+
+    return by_torch, by_core
+
+
 def time_both(works: tuple[Work, Work], repeats: int) -> list[float]:
     """Return median CPU seconds of each, run in turns."""
     found: list[list[float]] = [[], []]
@@ -170,6 +203,11 @@ def main() -> None:
     works["features, 96^3"] = 1e-3, "ms", lambda: both
     for name in STEPS:
         works[name] = 1e-3, "ms", partial(step_works, name)
+    for name in ("default", "paper"):
+        works[f"training step, {name} network"] = (
+            *(1e-3, "ms"),
+            partial(training_works, name),
+        )
     torch.set_num_threads(1)
     kind = "torch -> core" if options.threads == 1 else "one thread -> two"
     print(f"core: {which()}; {kind}")

@@ -50,8 +50,8 @@ HALVINGS = {2: 5, 3: 4}
 PASSES = 1
 # How often its two maps are brought nearer to each other's inverse.
 AGREEING = 6
-# Voxels a side (their mean) from which "auto" asks it, by dimension: in 3D a fit from
-# scratch is as good, and a prediction takes as long as a third of it.
+# Voxels a side (their mean) from which "auto" asks it, by dimension: in 3D it has not
+# been shown to pay (docs/general_network.md).
 PAYS = {2: 96, 3: math.inf}
 # By how much that has to be better for a fit to begin with it.
 BETTER = 0.02

@@ -23,8 +23,9 @@ from icon_nephi.maps.transforms import (
 )
 from icon_nephi.space.frames import points_as_grid, to_rows
 
-# Points whose lines are prepared together: whole planes of the lattice.
-_PREPARED = 2**18
+# Points whose lines are prepared together: whole planes of the lattice. A GPU has the
+# memory for more, and takes as long for few.
+_PREPARED, _PREPARED_ON_GPU = 2**18, 2**21
 # Points that the compiled core is handed together.
 _AT_ONCE = 2**16
 
@@ -45,7 +46,8 @@ def on_lattice(phi: Map, axes: Sequence[Tensor]) -> Iterator[Tensor]:
                 yield to_rows(phi.phi(points_as_grid(rows[None])))[0]
         return
     size = math.prod(len(x) for x in axes[1:])
-    for first in axes[0].split(max(1, _PREPARED // size)):
+    most = _PREPARED if axes[0].device.type == "cpu" else _PREPARED_ON_GPU
+    for first in axes[0].split(max(1, most // size)):
         part = [first, *axes[1:]]
         if isinstance(phi, NeuralTransform):
             yield from _on_lines(phi, part)
@@ -78,7 +80,7 @@ def _on_lines(phi: NeuralTransform, axes: Sequence[Tensor]) -> Iterator[Tensor]:
             yield at + compiled.displacements(field, phi.code, False, single)[0][0]
         return
     weights, nodes = phi.code.on_lines([x.clamp(0, 1) for x in axes])
-    at_once = max(1, phi.chunk_size // len(last))
+    at_once = max(1, phi.at_once(graph=False) // len(last))
     for lines, start in zip(
         nodes.split(at_once, 1), starts.split(at_once), strict=True
     ):

@@ -32,7 +32,10 @@ from icon_nephi.space.frames import from_rows, to_rows, within
 
 Map = Callable[[Tensor], Tensor]
 CHUNK_SIZE = 2**13  # its layers fit the caches of a core (docs/performance.md)
-GPU_CHUNK_SIZE = 2**15  # enough work for a GPU: `evaluation.speed.gpu` tries others
+# On a GPU a chunk takes as long as its calls whatever its size; what a graph keeps of
+# one is a third of a GiB (`evaluation.speed.gpu` tries others). Without a graph a chunk
+# may be so many times larger, also where points lie on a lattice.
+GPU_CHUNK_SIZE, GPU_WITHOUT_GRAPH = 2**15, 16
 _LEAST = 2**8  # points at once, however little memory there is
 _TWICE = (
     b"autograd cannot derive a neural map twice: get its exact Jacobian from "
@@ -136,7 +139,8 @@ class NeuralTransform(Composed):
         if compiled.suits(self.field, self.code, rows):
             field = cast(nn.Module, self.field)
             return compiled.displacements(field, self.code, jets, rows)
-        live, chunks = torch.is_grad_enabled(), self._split(jets, rows)
+        live = torch.is_grad_enabled()
+        chunks = self._split(jets, rows, graph=live)
         ours = fields.knows_its_jet(self.field)
         if live and ours and not getattr(self.field, "_is_replica", False):
             codes = self.code.global_code, *self.code.local_codes
@@ -148,9 +152,14 @@ class NeuralTransform(Composed):
             work = partial(checkpoint, work, use_reentrant=False)
         return _joined(list(map(work, chunks)))
 
-    def _split(self, jets: bool, rows: Tensor) -> Any:
+    def at_once(self, *, graph: bool) -> int:
+        """How many points are evaluated at once, with a graph kept of them or none."""
+        on_cpu = self.code.global_code.device.type == "cpu"
+        return self.chunk_size * (1 if graph or on_cpu else GPU_WITHOUT_GRAPH)
+
+    def _split(self, jets: bool, rows: Tensor, graph: bool = True) -> Any:
         cost = max(1, rows.shape[0] * (1 + jets * rows.shape[2]))
-        return rows.split(max(1, self.chunk_size // cost), dim=1)
+        return rows.split(max(1, self.at_once(graph=graph) // cost), dim=1)
 
     def _evaluate(self, jets: bool, rows: Tensor) -> tuple[Tensor, ...]:
         x = rows.clamp(0, 1)

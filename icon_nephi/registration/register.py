@@ -99,7 +99,7 @@ def register(
         mass_preserving: lung CT: what is stretched gets thinner, see `fit_pair`.
         start: of the deformation, behind the affine start: ``"scratch"``, nothing;
             ``"learned"``, what the general network predicts (see `predict`);
-            ``"auto"``: learned where the images agree more with it.
+            ``"auto"``: that, in 2D, where the images agree more with it.
         seed: of every random number.
         device: default: the tensors' own; for ITK images a GPU if there is one.
         progress: show a bar.

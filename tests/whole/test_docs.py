@@ -8,7 +8,7 @@ optimisation.
 
 import re
 import shlex
-from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
 
 import itk
@@ -16,11 +16,15 @@ import numpy as np
 import pytest
 
 from icon_nephi import cli
+from icon_nephi.fit.group import fit_group
 from icon_nephi.io import itk_images
+from icon_nephi.io.itk_frames import write_frames
+from icon_nephi.registration import group
 from icon_nephi.registration import register as registration
 from icon_nephi.report import page as report_page
 from icon_nephi.report import scene
 from tests.commands.command_files import write_points
+from tests.fit.small_runs import SMALL
 from tests.small_fits import geometry, small_fit, unit_matrix
 
 ROOT = Path(__file__).parents[2]
@@ -71,7 +75,11 @@ def folder(tmp_path, monkeypatch):
         d = image_A.place.dimension
         return small_fit(d, unit_matrix(d))
 
+    def fit_many(sources, **choices):
+        return fit_group(sources, **choices | {"field": replace(SMALL, steps=8)})
+
     monkeypatch.setattr(registration, "fit_pair", fit)
+    monkeypatch.setattr(group, "fit_group", fit_many)
     for name in ("PICTURE", "FLAT", "MAP"):
         monkeypatch.setattr(scene, name, 12)
     monkeypatch.setattr(report_page, "SLICES", 2)
@@ -82,7 +90,11 @@ def folder(tmp_path, monkeypatch):
 def make_file(path):
     """A small file such as its name says."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    name, generator = path.name, np.random.default_rng(len(path.name))
+    if path.name.startswith("4d"):
+        noise = np.random.default_rng(0).normal(size=(3, 9, 10, 11))
+        frames = [itk_images.image_of(n, geometry(n.shape, 3)) for n in noise]
+        return write_frames(frames, path)
+    name, generator = path.name, np.random.default_rng(list(path.name.encode()))
     size = (9, 10) if name.endswith(".tif") else (9, 10, 11)
     if name.endswith((".nii.gz", ".nrrd", ".tif")):
         kind = np.uint8 if re.search("mask|lungs|labels", name) else np.int16
@@ -117,13 +129,15 @@ OUTPUTS = re.compile(r"--(out|save|report|json|\w+_out)$")
 
 def run(words):
     """The command, with the files that it reads; its outputs are there after it."""
-    written = []
-    for before, word in pairwise(words):
-        if OUTPUTS.match(before):
+    written, flag = [], ""
+    for word in words[1:]:
+        if word.startswith("--"):
+            flag = word
+        elif OUTPUTS.match(flag):
             written.append(Path(word))
-        elif before == "--out_dir":
+        elif flag == "--out_dir":
             Path(word).mkdir(exist_ok=True)
-        elif before.startswith("--") and "." in word and not Path(word).exists():
+        elif flag and re.search("[.][a-z]", word) and not Path(word).exists():
             make_file(Path(word))
     getattr(cli, words[0].removeprefix("nephi-"))(words[1:])
     for path in written:

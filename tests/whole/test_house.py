@@ -234,7 +234,10 @@ INNER = {
         "times inner rooms on a device: refinement, lattices, chunks",
     ),
     "evaluation.speed.bench_instance": ("space.intensities", TENSORS),
-    "evaluation.speed.bench_regularizer": ("space.frames", TENSORS),
+    "evaluation.speed.bench_regularizer": (
+        "fields.compiled space.frames",
+        "tensors, and the products of matrices that the core does",
+    ),
     "evaluation.speed.bench_scaling": (
         "fit.settings losses.similarities",
         "times a step of a fit that grows",

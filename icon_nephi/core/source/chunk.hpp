@@ -19,6 +19,21 @@ struct Sums {
           shared(size_t(m.spec->shared), 0.0f) {
         for (const Layer& layer : m.layers) layers.emplace_back(layer);
     }
+
+    void operator+=(const Sums& other) {
+        for (size_t l = 0; l < layers.size(); l++) {
+            add_all(layers[l].weight, other.layers[l].weight);
+            add_all(layers[l].bias, other.layers[l].bias);
+        }
+        add_all(last, other.last);
+        add_all(last_bias, other.last_bias);
+        add_all(shared, other.shared);
+    }
+
+   private:
+    static void add_all(std::vector<float>& to, const std::vector<float>& from) {
+        for (size_t k = 0; k < to.size(); k++) to[k] += from[k];
+    }
 };
 
 struct Inputs {

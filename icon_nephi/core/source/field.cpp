@@ -178,23 +178,24 @@ void add_to_tables(const Call& call, const Gradients& g, int64_t begin, int64_t 
     });
 }
 
+// Adds them up in their order, into the first; what is packed is then taken apart once.
 void add_sums(const Model& m, const std::vector<std::unique_ptr<Sums>>& all,
               const Gradients& g) {
     const int d = m.dimension, layers = int(m.layers.size());
     const float factor = m.kind == SINES ? 0.5f : 1.0f;
-    for (const std::unique_ptr<Sums>& part : all) {
-        if (g.shared)
-            for (size_t k = 0; k < part->shared.size(); k++) g.shared[k] += part->shared[k];
-        if (!g.weights) continue;
-        for (int l = 0; l < layers; l++)
-            part->layers[l].add_to(m.layers[l], m.width, g.weights[2 * l],
-                                   g.weights[2 * l + 1]);
-        for (int i = 0; i < d; i++) {
-            g.weights[2 * layers + 1][i] += factor * part->last_bias[i];
-            for (int h = 0; h < m.width; h++)
-                g.weights[2 * layers][i * m.width + h] +=
-                    factor * part->last[size_t(i) * m.hidden + h];
-        }
+    Sums& total = *all.front();
+    for (size_t s = 1; s < all.size(); s++) total += *all[s];
+    if (g.shared)
+        for (size_t k = 0; k < total.shared.size(); k++) g.shared[k] += total.shared[k];
+    if (!g.weights) return;
+    for (int l = 0; l < layers; l++)
+        total.layers[l].add_to(m.layers[l], m.width, g.weights[2 * l],
+                               g.weights[2 * l + 1]);
+    for (int i = 0; i < d; i++) {
+        g.weights[2 * layers + 1][i] += factor * total.last_bias[i];
+        for (int h = 0; h < m.width; h++)
+            g.weights[2 * layers][i * m.width + h] +=
+                factor * total.last[size_t(i) * m.hidden + h];
     }
 }
 
