@@ -7,6 +7,7 @@ that large motions need few steps.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,8 +36,9 @@ from icon_nephi.space.interpolation import axis_matrix
 # Of the learning rate, what is left at the end of a level.
 LEFT = 0.1
 BETAS = (0.9, 0.99)
-# Determinants below it are mended, in that many rounds at most.
+# Determinants below it are mended, in that many rounds at most, at so many places.
 NEAR, ROUNDS = 0.1, 40
+LOOKED_AT = 1_500_000
 # What windows without content count: enough to keep things calm there.
 ELSEWHERE = 1e-3
 
@@ -173,7 +175,10 @@ def fit_dense(
     if coarse:
         return whole, Course(history, warnings)
     scale = extent.max() / extent
-    return mended(whole, levels[-1].size, scale), Course(history, warnings)
+    # Between places, too, where they are few.
+    size, twice = levels[-1].size, tuple(2 * n - 1 for n in levels[-1].size)
+    size = twice if math.prod(twice) <= LOOKED_AT else size
+    return mended(whole, size, scale), Course(history, warnings)
 
 
 def _descend(
@@ -226,7 +231,7 @@ def mended(code: Tensor, size: Sequence[int], scale: Tensor) -> Tensor:
             ]
             jacobians = torch.stack(columns, -1)[0].movedim(0, -2)
             jacobians = jacobians * scale[:, None] + torch.eye(d)
-            bad = (determinants(jacobians.flatten(0, d - 1)) < NEAR).reshape(size)
+            bad = _folding(jacobians)
             if not bad.any():
                 continue
             clean = False
@@ -237,6 +242,27 @@ def mended(code: Tensor, size: Sequence[int], scale: Tensor) -> Tensor:
         if clean:
             break
     return code
+
+
+def _folding(jacobians: Tensor) -> Tensor:
+    """``[*size]``: where determinants of ``[*size, d, d]`` are too low.
+
+    On the border, those beyond it too: there nothing changes across it.
+    """
+    size, d = jacobians.shape[:-2], jacobians.shape[-1]
+    bad = (determinants(jacobians.flatten(0, d - 1)) < NEAR).reshape(size)
+    ends = []
+    for axis, n in enumerate(size):
+        end = torch.zeros(n, dtype=torch.bool)
+        end[[0, -1]] = True
+        ends.append(end.reshape(-1, *(1,) * (d - 1 - axis)).expand(size))
+    for count in range(1, d):
+        for axes in itertools.combinations(range(d), count):
+            border = torch.stack([ends[a] for a in axes]).all(0)
+            beyond = jacobians[border]
+            beyond[..., axes] = torch.eye(d)[:, axes]
+            bad[border] |= (determinants(beyond) < NEAR).flatten()
+    return bad
 
 
 def _along(values: Tensor, matrices: Sequence[Tensor]) -> Tensor:

@@ -70,8 +70,9 @@ def register(
         field: ``"siren"`` (the modulated sine field), ``"grid"`` (a smaller one,
             about twice as fast, less exact on large motion), ``"detail"`` (the small
             one with finer codes), ``"ct"`` (the small one, comparing self-similarity
-            features too), ``"auto"`` (3D CT: ct, else large 3D images: detail, else
-            siren), or `icon_nephi.models.Settings`.
+            features too), ``"lattices"`` (splines, every voxel at every step: the
+            quickest), ``"auto"`` (3D CT: ct; large 3D images: detail; slabs and middle
+            sizes: siren; else lattices), or `icon_nephi.models.Settings`.
         affine: start from an affine map. Without, from where the headers (tensors:
             the unit boxes) put the images.
         transform: ``"deformable"``, or without a deformation ``"affine"`` or
