@@ -103,12 +103,54 @@ class Consistency(ctypes.Structure):
     ]
 
 
+class Side(ctypes.Structure):
+    """NephiSide of source/dense.cpp."""
+
+    _fields_ = [
+        ("moving", _POINTER),
+        ("reachable", _POINTER),
+        ("grid", _I64 * 3),
+        ("to_moving", _F32 * 12),
+        ("fixed", _POINTER),
+        ("samples", _POINTER),
+        ("centres", _POINTER),
+    ]
+
+
+class Dense(ctypes.Structure):
+    """NephiDense of source/dense.cpp."""
+
+    _fields_ = [
+        ("bytes", _I64),
+        ("dimension", _I64),
+        ("channels", _I64),
+        ("radius", _I64),
+        ("squared", _I64),
+        ("order", _I64),
+        ("size", _I64 * 3),
+        ("between", _I64 * 3),
+        ("nodes", _I64 * 3),
+        ("code", _POINTER),
+        ("scale", _F32 * 3),
+        ("extent", _F32 * 3),
+        ("sides", Side * 2),
+        ("floor", _F32),
+        ("lmbda", _F32),
+        ("drift", _F32),
+        ("hinge", _F32),
+        ("goal", _F32),
+        ("tension", _F32),
+    ]
+
+
 # i: int64, f: float, d: double, p: a pointer. All answer with a code.
 _SIGNATURES = {
     "nephi_field_forward": "pipiipp",
     "nephi_field_backward": "pipiipppppp",
     "nephi_compare": "pppipp",
     "nephi_consistency": "ppppp",
+    "nephi_dense_memory": "pp",
+    "nephi_dense": "pippp",
     "nephi_determinants": "iipp",
     "nephi_adam": "iiddddipppppp",
     "nephi_rate": "iiiipppppip",

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from icon_nephi.losses.features import turned, with_features
+from icon_nephi.losses.similarities import Comparison
 from icon_nephi.space.frames import identity_map, other_order
 from icon_nephi.space.images import gaussian_blur, sample_image
 from icon_nephi.space.intensities import PreparedImage
@@ -188,3 +189,15 @@ def _labels_on(image: Tensor, labels: Tensor) -> Tensor:
         grid = identity_map(size, device=image.device)
         labels = sample_image(labels.float(), grid, mode="nearest")
     return labels.long()
+
+
+def check_densities(modality: str | None, choice: Comparison) -> None:
+    """Raise a ValueError where intensities cannot be taken for densities.
+
+    The modality is that of both images, where it is the same.
+    """
+    if modality != "ct" or choice.contrast:
+        raise ValueError(
+            "mass_preserving takes intensities for densities: both images must be of "
+            "modality ct, and similarity 'lncc', 'ncc' or a callable"
+        )

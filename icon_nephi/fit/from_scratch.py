@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,9 +13,10 @@ from torch import Tensor
 from icon_nephi._check import check_both
 from icon_nephi._memory import memory_for
 from icon_nephi.fields.codes import LatentCode
-from icon_nephi.fit.affine import coincide, find_affine, in_unit_boxes, voxel_stride
-from icon_nephi.fit.content import ImagePair
+from icon_nephi.fit.affine import coincide, find_affine, in_unit_boxes
+from icon_nephi.fit.content import ImagePair, check_densities
 from icon_nephi.fit.contrast import find_contrast
+from icon_nephi.fit.dense import fit_dense, spline_pair, suits
 from icon_nephi.fit.doubts import doubts, evidence, of_images
 from icon_nephi.fit.learned import begin_with
 from icon_nephi.fit.levels import fit_levels, levels_of
@@ -23,33 +24,28 @@ from icon_nephi.fit.likeness import Likeness
 from icon_nephi.fit.optimize import Course, FitOptions, Stage, optimize
 from icon_nephi.fit.search import identity
 from icon_nephi.fit.settings import (
-    GRID,
+    STILL,
     Fit,
     Settings,
     find_settings,
     make_pair,
     suited,
+    trial_of,
 )
 from icon_nephi.fit.sharpness import sharpness
 from icon_nephi.fit.simpler import Simpler, Watch, check_transform, headers_or, simpler
+from icon_nephi.fit.stages import POINTS, compared, stages_of
 from icon_nephi.fit.unfold import unfold
 from icon_nephi.fit.wishes import Wishes
-from icon_nephi.losses.features import FeatureDifference, FeaturesAlone
 from icon_nephi.losses.gradient_icon import GradientICONPoints
 from icon_nephi.losses.regularity import guarded_term
-from icon_nephi.losses.similarities import AUTO, Comparison, find_similarity
-from icon_nephi.maps.networks import AffinePair
+from icon_nephi.losses.similarities import AUTO, Comparison, PatchNCC, find_similarity
+from icon_nephi.maps.networks import AffinePair, NePhi
 from icon_nephi.space.intensities import PreparedImage
-from icon_nephi.space.sampling import Patches, Points
+from icon_nephi.space.sampling import Points
 
-# Steps of the short fits that choose between starts, and the advantage the first has.
-TRIAL_STEPS = 40
+# Of short fits that choose between starts, the advantage the first has.
 DRAW = 0.07
-# Where single points are compared: how many for each block there would be, and the
-# blur of the images, in strides that the samples of a block would have.
-POINTS, BLUR = 8, 0.5
-# The settings of a registration without a deformation.
-STILL = replace(GRID, grids=(4,), channels=(1,), arguments=(("width", 4),))
 # Part of the rates with which a fit goes on that ran away.
 SLOWER = 0.3
 # Weight of the label maps' overlap, where there are label maps.
@@ -104,11 +100,8 @@ def fit_pair(
     if in_parts:  # what the corners of the blocks miss is found on the finer levels
         settings = replace(settings, exact=(False,) * len(settings.exact))
     choice = find_similarity(similarity, settings.floor)
-    if mass_preserving and (modality != "ct" or choice.contrast):
-        raise ValueError(
-            "mass_preserving takes intensities for densities: both images must be of "
-            "modality ct, and similarity 'lncc', 'ncc' or a callable"
-        )
+    if mass_preserving:
+        check_densities(modality, choice)
     check_transform(transform, affine=affine)
     both = image_A, image_B
     asked: dict[str, Any] = {"mass_preserving": mass_preserving, "wishes": wishes}
@@ -132,19 +125,25 @@ def fit_pair(
     course, loss = Course([], []), work.still(start)
     if deformable:
         begin = wishes.beginning
-        settings, code = begin_with(begin, work.likeness, start, work.settings, field)
-        work = replace(work, settings=settings)
-        loss = work.loss_from(start, generator, code)
-        course = work.watched_fit(loss)
+        latticed = work.latticed and not in_parts and begin != "learned"
+        if latticed:
+            course, loss = work.on_lattices(start)
+        else:
+            known = work.likeness, start, work.settings, field
+            settings, code = begin_with(begin, *known)
+            work = replace(work, settings=settings)
+            loss = work.loss_from(start, generator, code)
+            course = work.watched_fit(loss)
         # Those on disk have no features, and after a warning nothing follows.
         if in_parts and not course.warnings and choice.features != "only":
             points = POINTS if choice.points else None
             levels = levels_of(image_A, image_B)
             fitted: Any = loss.regis_net
-            known = fitted.net.net, work.settings, points, options
-            last = fit_levels(loss, levels, work.images, *known)
+            rest = fitted.net.net, work.settings, points, options
+            last = fit_levels(loss, levels, work.images, *rest)
             course = Course(course.losses + last.losses, last.warnings)
-        work.unfold(loss, generator)
+        if not latticed:  # there it is done
+            work.unfold(loss, generator)
         if (kept := work.simpler(loss, start)) is not None:
             start, sentence = kept
             warnings.append(sentence)
@@ -256,19 +255,13 @@ class Work:
         than none, and its own similarity does not show it. Where the time is over, one
         step of each decides.
         """
-        settings = replace(
-            self.settings,
-            steps=TRIAL_STEPS,
-            strides=self.settings.strides[:1],
-            shares=(1.0,),
-            exact=self.settings.exact[:1],
-            features=0.0,
-            consistency=self.settings.consistency / 10,  # free to go far in few steps
-            patches=self.settings.patches // 3,
-            regularity_points=self.settings.regularity_points // 3,
-        )
         options = replace(self.options, progress=False, keep_on_interrupt=False)
-        trial = replace(self, settings=settings, options=options)
+        if self.latticed:
+            trials = [self._dense(s, options, coarse=True)[1] for s in starts]
+            costs = [course.losses[-1]["all_loss"] for course in trials]
+            near = costs[0] * (1 - DRAW) <= min(costs)
+            return starts[0 if near else costs.index(min(costs))]
+        trial = replace(self, settings=trial_of(self.settings), options=options)
         courses = []
         for start in starts:
             generator = torch.Generator().manual_seed(options.seed)
@@ -282,15 +275,36 @@ class Work:
             return starts[0]
         return starts[results.index(max(results))]
 
+    @property
+    def latticed(self) -> bool:
+        """Whether it is fitted on lattices."""
+        asked = self.settings.lattices is not None and self.wishes.plain
+        return asked and suits(self.images, self.choice)
+
+    def on_lattices(self, start: Tensor) -> tuple[Course, GradientICONPoints]:
+        """How a fit on lattices went, and a loss with the pair that it made."""
+        code, course = self._dense(start, self.options)
+        pair = spline_pair(code, self.images.geometry_B.extent)
+        return course, self.loss_from(start, torch.Generator(), net=pair)
+
+    def _dense(
+        self, start: Tensor, options: FitOptions, *, coarse: bool = False
+    ) -> tuple[Tensor, Course]:
+        how: Any = self.settings.lattices
+        plain = cast(PatchNCC, self.choice.similarity)
+        return fit_dense(self.images, start, plain, how, options, coarse=coarse)
+
     def loss_from(
         self,
         start: Tensor,
         generator: torch.Generator,
         known: LatentCode | None = None,
+        net: NePhi | None = None,
     ) -> GradientICONPoints:
         """What is minimised, of intensities; its pair is untrained, behind a start."""
         images, settings = self.images, self.settings
-        net: Any = make_pair(settings, images.geometry_B.extent, generator, known)
+        extent = images.geometry_B.extent
+        net = net or make_pair(settings, extent, generator, known)
         self.wishes.hold(net)
         matrix = in_unit_boxes(start, images.geometry_B, images.geometry_A)
         pair = AffinePair(net, matrix.to(images.image_B.dtype))
@@ -372,29 +386,11 @@ class Work:
         )
 
     def similarity(self, step: int) -> Callable[..., Tensor]:
-        """What is compared after so many steps: features fade, or are all there is."""
-        choice, settings = self.choice, self.settings
+        """What is compared after so many steps."""
         channels = self.images.image_A.shape[1]
-        if choice.features == "only":
-            return FeaturesAlone(choice.similarity, channels)
-        if not settings.features:
-            return choice.similarity
-        faded = (1 - settings.kept) * step / settings.steps
-        weight = settings.features * (1 - faded)
-        return FeatureDifference(choice.similarity, channels, weight)
+        return compared(self.choice, self.settings, channels, step)
 
     def stages(self) -> list[Stage]:
-        """Blocks, or single points of smoothed images, coarse to fine."""
-        settings, stages = self.settings, []
-        for stride, share, exact in zip(
-            settings.strides, settings.shares, settings.exact, strict=True
-        ):
-            steps, apart = round(settings.steps * share), stride * self.images.unit
-            if self.choice.points:
-                points = Points(POINTS * settings.patches)
-                stages.append(Stage(steps, points, blur=BLUR * apart))
-                continue
-            strides = voxel_stride(apart, self.images.geometry_B)
-            blocks = settings.patches, settings.size, strides, not exact
-            stages.append(Stage(steps, Patches(*blocks)))
-        return stages
+        """Where it is compared, coarse to fine."""
+        place, unit = self.images.geometry_B, self.images.unit
+        return stages_of(self.choice, self.settings, place, unit)

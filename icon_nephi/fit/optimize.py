@@ -193,10 +193,7 @@ def optimize(
         # small enough for any part of it to be as good.
         if not (options.keep_on_interrupt and history):
             raise
-        warnings.append(
-            f"{STOPPED} after {len(history)} of {total} steps: the map is what was "
-            "reached"
-        )
+        warnings.append(stopped(len(history), total))
     finally:
         lending.close()
         bar.close()
@@ -208,6 +205,11 @@ def optimize(
     if broken:
         warnings.append(_not_finite(len(history)))
     return Course(history, warnings)
+
+
+def stopped(done: int, steps: int) -> str:
+    """The sentence that says that an interrupt was kept."""
+    return f"{STOPPED} after {done} of {steps} steps: the map is what was reached"
 
 
 def _number(value: Tensor | float) -> float:

@@ -16,6 +16,38 @@ from icon_nephi.maps.networks import NePhi
 
 
 @dataclass(frozen=True)
+class Lattices:
+    """How a pair is fitted on lattices, coarse to fine; see `icon_nephi.fit.dense`.
+
+    Attributes:
+        steps: at every level, coarse to fine; those of the last levels where there are
+            fewer.
+        finest: voxels between the places of the finest lattice.
+        coarsest: lattices with no more places along their longest side are left out.
+        places: of a lattice at most, in two and in three dimensions.
+        apart: places between the nodes of the code, in two and in three dimensions.
+        radius: of the windows, in places.
+        rate: Adam's learning rate, in distances between places.
+        lmbda: weight of the gradient inverse consistency.
+        drift: weight of inverse consistency, inside that of lmbda.
+        hinge: weight of determinants near folding, inside that of lmbda.
+        tension: weight of the total variation of the displacements.
+    """
+
+    steps: tuple[int, ...] = (60, 60, 60, 50, 20)
+    finest: float = 1.0
+    coarsest: int = 10
+    places: tuple[int, int] = (1_000_000, 1_000_000)
+    apart: tuple[float, float] = (2.0, 2.0)
+    radius: int = 3
+    rate: float = 0.15
+    lmbda: float = 1.0
+    drift: float = 300.0
+    hinge: float = 1000.0
+    tension: float = 0.0
+
+
+@dataclass(frozen=True)
 class Settings:
     """How a pair is registered from scratch; lengths are in 1/160 of the box.
 
@@ -44,6 +76,8 @@ class Settings:
         features: weight of the difference of self-similarity features (see
             `icon_nephi.losses.features`) at the start, fading to a share; 0: never.
         kept: that share, where the images have hardly any noise; else none.
+        lattices: where it is fitted on lattices: how. The fields are then linear, and
+            what is above says what is done where lattices do not suit.
     """
 
     field: str = "ModulatedSiren"
@@ -71,6 +105,7 @@ class Settings:
     floor: float = 1e-3
     features: float = 0.0
     kept: float = 0.5
+    lattices: Lattices | None = None
 
 
 SIREN = Settings()
@@ -83,6 +118,8 @@ GRID = replace(
     field_rate=3e-3,
     code_rate=3e-2,
 )
+# Of a registration without a deformation.
+STILL = replace(GRID, grids=(4,), channels=(1,), arguments=(("width", 4),))
 # Brains at 1 mm and the like: small structures everywhere, so finer codes, and maps
 # evaluated at every sample, which the small field affords.
 DETAIL = replace(
@@ -101,7 +138,19 @@ DETAIL = replace(
 # they have noise: the features see it, too).
 CT = replace(GRID, strides=(10.0, 5.0, 2.5, 1.2), features=10.0)
 # In 2D points are cheap: finer codes.
+# Images of moderate size: all of their voxels, for there are not many.
+LATTICES = replace(GRID, lattices=Lattices())
+FLAT = replace(GRID, lattices=Lattices(steps=(60, 50, 30), coarsest=40, hinge=300.0))
+# Large images are slides: of neighbouring sections, whose cells are not the same ones.
+# Their larger structures are what agrees, and lies on each other by smooth maps.
+SLIDES = replace(
+    GRID,
+    lattices=Lattices(
+        steps=(60, 60, 60, 50, 15), places=(200_000, 1), apart=(8.0, 1.0), lmbda=30.0
+    ),
+)
 PRESETS = {
+    "lattices": {3: LATTICES, 2: FLAT},
     "siren": {3: SIREN, 2: replace(SIREN, grids=(8, 16, 32))},
     "grid": {3: GRID, 2: GRID},
     "detail": {3: DETAIL, 2: GRID},
@@ -109,6 +158,9 @@ PRESETS = {
 }
 # Voxels a side (their mean) above which "auto" takes "detail".
 DETAILED = 170
+# Voxels along the longest side up to which it takes "lattices" in 3D, where images are
+# no slabs; and above which a 2D image is a slide.
+MODERATE, SLIDE = 128, 512
 # Voxels between nodes of the finest code, at least: finer ones follow the noise.
 APART = {2: 6.0, 3: 2.5}
 
@@ -131,11 +183,15 @@ def find_settings(
         solid = len(size) == 3
         large = solid and sum(size) / 3 > DETAILED
         field = "ct" if solid and modality == "ct" else "detail" if large else "siren"
+        moderate = max(size) <= MODERATE and min(size) >= max(size) / 3
+        field = "lattices" if field == "siren" and (moderate or not solid) else field
     if field not in PRESETS:
         raise ValueError(
             f"field must be 'auto' or one of {sorted(PRESETS)}, got {field!r}"
         )
     settings = PRESETS[field][len(size)]
+    if settings is FLAT and max(size) > SLIDE:
+        return SLIDES
     most = max(4, round(sum(size) / len(size) / APART[len(size)]))
     if settings.grids[-1] <= most:
         return settings
@@ -158,6 +214,8 @@ def suited(settings: Settings, level: float) -> Settings:
     return settings
 
 
+# Steps of the short fits that choose between starts.
+TRIAL_STEPS = 40
 # How long to work at a pair, by name: whose settings, and times their steps.
 EFFORTS = {"fast": ("grid", 0.5), "default": ("auto", 1.0), "accurate": ("auto", 2.0)}
 
@@ -175,6 +233,21 @@ def find_effort(
     field, times = EFFORTS[name]
     settings = find_settings(field, size, modality)
     return replace(settings, steps=round(times * settings.steps))
+
+
+def trial_of(settings: Settings) -> Settings:
+    """Settings of a short coarse fit, one of some that are compared."""
+    return replace(
+        settings,
+        steps=TRIAL_STEPS,
+        strides=settings.strides[:1],
+        shares=(1.0,),
+        exact=settings.exact[:1],
+        features=0.0,
+        consistency=settings.consistency / 10,  # free to go far in few steps
+        patches=settings.patches // 3,
+        regularity_points=settings.regularity_points // 3,
+    )
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,12 @@ class Wishes:
         return any(wish is not None for wish in asked)
 
     @property
+    def plain(self) -> bool:
+        """Whether nothing is asked for within the fit itself."""
+        asked = self.landmarks, self.rigid, self.volume, self.restrict
+        return all(wish is None for wish in asked)
+
+    @property
     def still(self) -> tuple[int, ...]:
         """Tensor axes along which nothing moves."""
         if self.restrict is None:
@@ -96,7 +102,11 @@ class Wishes:
         if self.stiffness == 1:
             return settings
         grids = tuple(max(4, round(n / self.stiffness)) for n in settings.grids)
-        return replace(settings, grids=grids)
+        how = settings.lattices
+        if how is not None:
+            flat, solid = (self.stiffness * apart for apart in how.apart)
+            how = replace(how, apart=(flat, solid))
+        return replace(settings, grids=grids, lattices=how)
 
     def parts(
         self,

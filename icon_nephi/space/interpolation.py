@@ -75,10 +75,17 @@ def read_grids(
     return vectors.permute(0, 2, 3, 1, 4).flatten(3)
 
 
-def axis_matrix(positions: Tensor, nodes: int, order: str = "quadratic") -> Tensor:
+def axis_matrix(
+    positions: Tensor,
+    nodes: int,
+    order: str = "quadratic",
+    *,
+    gradient: bool = False,
+) -> Tensor:
     """``[n, nodes]``: reads an axis of a grid at positions ``[n]`` in the unit box.
 
-    A grid is read on a lattice by one such matrix along each axis, as by `read_grids`.
+    A grid is read on a lattice by one such matrix along each axis, as by `read_grids`;
+    with ``gradient`` it is the derivative along the axis that is read.
 
     Raises:
         ValueError: unknown order, or too few nodes for it.
@@ -86,9 +93,9 @@ def axis_matrix(positions: Tensor, nodes: int, order: str = "quadratic") -> Tens
     shape = torch.Size((nodes,))
     near = torch.arange(_support(shape, order), device=positions.device)
     sizes = torch.tensor(shape, device=positions.device)
-    base, value, _ = _axis_weights(positions[:, None], sizes, order)
+    base, value, slope = _axis_weights(positions[:, None], sizes, order)
     matrix = value.new_zeros(len(positions), nodes)
-    return matrix.scatter_(1, base + near, value[:, 0])
+    return matrix.scatter_(1, base + near, (slope if gradient else value)[:, 0])
 
 
 def _support(shape: torch.Size, order: str) -> int:

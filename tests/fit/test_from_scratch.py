@@ -7,9 +7,18 @@ import pytest
 import torch
 
 from icon_nephi.fields import make_field
-from icon_nephi.fit import from_scratch as fitting
+from icon_nephi.fit import stages
 from icon_nephi.fit.content import ImagePair
-from icon_nephi.fit.settings import CT, DETAIL, GRID, PRESETS, SIREN, find_settings
+from icon_nephi.fit.settings import (
+    CT,
+    DETAIL,
+    FLAT,
+    GRID,
+    LATTICES,
+    SIREN,
+    SLIDES,
+    find_settings,
+)
 from icon_nephi.losses.features import FeatureDifference
 from icon_nephi.losses.regularity import guarded_term
 from icon_nephi.maps.transforms import (
@@ -110,7 +119,7 @@ def test_noisy_images_are_compared_in_larger_blocks(
         taken.add((count, size))
         return Patches(count, size, *others, **options)
 
-    monkeypatch.setattr(fitting, "Patches", patches)
+    monkeypatch.setattr(stages, "Patches", patches)
     fit_with_noise(shapes, sigma, generator, steps=4)
     assert taken == {blocks}
 
@@ -125,7 +134,7 @@ def test_features_of_clean_images_keep_half_of_their_weight(
         made.append(FeatureDifference(*arguments))
         return made[-1]
 
-    monkeypatch.setattr(fitting, "FeatureDifference", difference)
+    monkeypatch.setattr(stages, "FeatureDifference", difference)
     fit_with_noise(shapes, sigma, generator, steps=10, features=10.0)
     assert made[-1].weight == pytest.approx(10 * share, abs=1.1)
 
@@ -169,8 +178,11 @@ def test_presets_are_found_by_name():
     assert find_settings("auto", (160, 192, 224)) is DETAIL
     assert find_settings("auto", (115, 157, 129)) is SIREN
     assert find_settings("auto", (115, 157, 129), "ct") is CT
-    assert find_settings("auto", (512, 512), "ct") is PRESETS["siren"][2]
-    with pytest.raises(ValueError, match="'grid', 'siren'"):
+    assert find_settings("auto", (512, 512), "ct").lattices == FLAT.lattices
+    assert find_settings("auto", (513, 400)) is SLIDES
+    assert find_settings("auto", (100, 128, 50)).lattices == LATTICES.lattices
+    assert find_settings("auto", (100, 128, 40)) is SIREN  # a slab
+    with pytest.raises(ValueError, match="'grid', 'lattices', 'siren'"):
         find_settings("sirren", (9, 9, 9))
     with pytest.raises(ValueError, match="LatentMLP"):
         make_field("MLP", {})

@@ -51,6 +51,7 @@ STEPS = {
     "fit.steps": "torch's steps of the loop",
     "fit.affine": "twelve numbers of an affine map",
     "fit.unfold": "codes, against folds alone",
+    "fit.dense": "spline codes, all places at a step: there is nothing to draw",
     "commands.methods": "the voxel network that NePhi is compared with",
 }
 
@@ -314,6 +315,7 @@ OTHER_REVERSALS = {
     "commands.info": (1, "transforms, of which ITK applies the last first"),
     "fields.encoders": (2, "levels, from the coarsest up"),
     "fields.pyramid": (3, "levels, from the coarsest up"),
+    "fit.dense": (1, "levels, from the finest down"),
     "io.itk_points": (1, "transforms, of which ITK applies the last first"),
     "io.volumes": (1, "levels, from the coarsest up"),
     "maps.networks": (2, "maps still to be looked at, of which the last is next"),

@@ -8,6 +8,7 @@
 #include "adam.cpp"
 #include "search.cpp"
 #include "features.cpp"
+#include "dense.cpp"
 
 // Of the functions and structs that Python calls; see icon_nephi/core/loading.py.
 NEPHI_API int nephi_version() { return 3; }
