@@ -114,7 +114,7 @@ def optimize(
     callback: Callable[[int, ICONLoss], None] | None = None,
     ended: Callable[[], None] | None = None,
     options: FitOptions | None = None,
-    make: Callable[..., Steps] = make_steps,
+    make: Callable[..., Steps] | None = None,
 ) -> Course:
     """The `Course` of the losses; the network is left at its optimum.
 
@@ -128,7 +128,7 @@ def optimize(
     ``patience`` steps without a new lowest moving average of the loss (default: never).
     The callback is called after every step with its number and ICONLoss, and ``ended``
     after every stage, when the network has the weights. The default options have no bar
-    and no limit of time; ``make`` makes the steps, as `make_steps`.
+    and no limit of time; ``make`` makes the steps, by default `make_steps`.
 
     Raises:
         ValueError: the loss was not finite at once.
@@ -149,7 +149,7 @@ def optimize(
                 for image, spacing in ((image_A, spacing_A), (image_B, spacing_B))
             ]
             if steps is None:
-                steps = make(
+                steps = (make or make_steps)(
                     loss,
                     images,
                     masks,
