@@ -12,7 +12,7 @@ from pathlib import Path
 VARIABLE = "NEPHI_CORE"
 BUILDS = ("avx512", "avx2", "baseline")  # the quickest first
 # Of the functions below; a library of another version is not used.
-VERSION = 3
+VERSION = 4
 
 _I64, _F32, _F64 = ctypes.c_int64, ctypes.c_float, ctypes.c_double
 _POINTER = ctypes.c_void_p
@@ -126,6 +126,7 @@ class Dense(ctypes.Structure):
         ("channels", _I64),
         ("radius", _I64),
         ("squared", _I64),
+        ("shared", _I64),
         ("order", _I64),
         ("size", _I64 * 3),
         ("between", _I64 * 3),

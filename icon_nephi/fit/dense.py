@@ -157,6 +157,7 @@ def fit_dense(
                     radius=settings.radius,
                     squared=similarity.squared,
                     floor=similarity.floor,
+                    shared=similarity.shared,
                     lmbda=settings.lmbda,
                     drift=settings.drift,
                     hinge=settings.hinge,

@@ -91,6 +91,7 @@ class DensePair:
         radius: of the windows of local correlation, in places.
         squared: correlations are squared, for contrasts that may be inverted.
         floor: added to variances, see `PatchNCC`.
+        shared: and to covariances.
         lmbda: weight of the regularity.
         drift: weight of inverse consistency, inside.
         hinge: weight of the guard, inside.
@@ -103,6 +104,7 @@ class DensePair:
     radius: int = 2
     squared: bool = False
     floor: float = 1e-3
+    shared: bool = False
     lmbda: float = 1.0
     drift: float = 300.0
     hinge: float = 1.0
@@ -181,6 +183,7 @@ class DensePair:
             for i, m in zip((a, b), means, strict=True)
         ]
         both = self._box(weight * a * b) / count - means[0] * means[1]
+        both = both + self.floor if self.shared else both
         found = both * (spread[0] * spread[1]).rsqrt()
         share = side.centres.to(move) * n / (2 * self.radius + 1) ** d
         share = share.expand_as(found)
@@ -246,6 +249,7 @@ class DensePair:
             channels=self.sides[0].fixed.shape[1],
             radius=self.radius,
             squared=self.squared,
+            shared=self.shared,
             order=3,
             code=address(code),
             sides=sides,

@@ -21,7 +21,9 @@ def smooth(generator, *shape):
     return gaussian_blur(noise, [1.0] * len(shape))
 
 
-def problem(dimension, masked=False, squared=False, seed=0, size=(13, 11, 9)):
+def problem(
+    dimension, masked=False, squared=False, seed=0, size=(13, 11, 9), shared=False
+):
     """A pair with everything in it, and a code that moves by a few places."""
     g = torch.Generator().manual_seed(seed)
     size, grid = size[:dimension], tuple(n + 3 for n in size[:dimension])
@@ -45,6 +47,7 @@ def problem(dimension, masked=False, squared=False, seed=0, size=(13, 11, 9)):
         tuple(n // 2 + 1 for n in size),
         torch.tensor([100.0, 80.0, 120.0][:dimension]),
         squared=squared,
+        shared=shared,
         hinge=3.0,
         tension=0.05,
     )
@@ -71,10 +74,11 @@ def test_the_gradient_of_the_reference_is_that_of_differences(dimension):
     dimension=st.sampled_from([2, 3]),
     masked=st.booleans(),
     squared=st.booleans(),
+    shared=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_the_core_finds_what_torch_finds(dimension, masked, squared, seed):
-    pair, code = problem(dimension, masked, squared, seed)
+def test_the_core_finds_what_torch_finds(dimension, masked, squared, shared, seed):
+    pair, code = problem(dimension, masked, squared, seed, shared=shared)
     found, gradient = pair.derive(code)
     exact = code.double().requires_grad_()
     total, parts = pair.loss(exact)

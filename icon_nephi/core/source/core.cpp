@@ -11,7 +11,7 @@
 #include "dense.cpp"
 
 // Of the functions and structs that Python calls; see icon_nephi/core/loading.py.
-NEPHI_API int nephi_version() { return 3; }
+NEPHI_API int nephi_version() { return 4; }
 
 // Asked of the baseline build, which runs on any processor.
 NEPHI_API int nephi_has_avx2() {

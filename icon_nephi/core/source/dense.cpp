@@ -26,7 +26,8 @@ struct NephiSide {
 
 struct NephiDense {
     int64_t bytes;
-    int64_t dimension, channels, radius, squared, order;  // of the spline's support: 3
+    int64_t dimension, channels, radius, squared, shared;
+    int64_t order;      // of the spline's support: 3
     int64_t size[3];    // of the lattice that is compared, slowest axis first
     int64_t between[3];  // of the lattice where the maps are held together
     int64_t nodes[3];   // of the code
@@ -343,7 +344,7 @@ struct Comparison {
                 const float ma = total_of[1][i] / n, mb = total_of[2][i] / n;
                 const float va = std::max(total_of[3][i] / n - ma * ma, 0.0f) + s.floor;
                 const float vb = std::max(total_of[4][i] / n - mb * mb, 0.0f) + s.floor;
-                const float ab = total_of[5][i] / n - ma * mb;
+                const float ab = total_of[5][i] / n - ma * mb + (s.shared ? s.floor : 0.0f);
                 const float root = 1.0f / std::sqrt(va * vb), found = ab * root;
                 const float share = side.centres[row + i] * total_of[0][i] / window;
                 const float slope_of = s.squared ? 2.0f * found : 1.0f;
