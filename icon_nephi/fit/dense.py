@@ -25,7 +25,7 @@ from icon_nephi.fit.affine import in_unit_boxes
 from icon_nephi.fit.content import ImagePair
 from icon_nephi.fit.optimize import Course, FitOptions, stopped
 from icon_nephi.fit.settings import Lattices
-from icon_nephi.losses.dense import DensePair, Side, refined
+from icon_nephi.losses.dense import DensePair, Side, coarsened, refined
 from icon_nephi.losses.similarities import Comparison, PatchNCC
 from icon_nephi.maps.jacobians import determinants
 from icon_nephi.maps.networks import NePhi
@@ -36,6 +36,8 @@ from icon_nephi.space.interpolation import axis_matrix
 # Of the learning rate, what is left at the end of a level.
 LEFT = 0.1
 BETAS = (0.9, 0.99)
+# Lattices with fewer places than this part of the voxels are not needed.
+SIXTH = 6
 # Determinants below it are mended, in that many rounds at most, at so many places.
 NEAR, ROUNDS = 0.1, 40
 LOOKED_AT = 1_500_000
@@ -76,11 +78,9 @@ def plan(
     finest = voxel * settings.finest
     while math.prod(lattice(finest)) > settings.places[d - 2]:
         finest *= 1.05
+    least = min(settings.coarsest, max(size) // SIXTH)
     count = 1
-    while (
-        count < len(settings.steps)
-        and max(lattice(finest * 2**count)) > settings.coarsest
-    ):
+    while count < len(settings.steps) and max(lattice(finest * 2**count)) > least:
         count += 1
     levels: list[Level] = []
     for number in range(count - 1, -1, -1):
@@ -149,7 +149,7 @@ def fit_dense(
                 levels, _views(images, matrix, levels), strict=True
             ):
                 nodes = [n + 2 for n in level.intervals]
-                parts.append(torch.zeros(1, 2 * d, *nodes, requires_grad=True))
+                parts.append(torch.zeros(1, 2 * d, *nodes))
                 pair = DensePair(
                     sides,
                     tuple(max(4, -(-n // (1 if d == 2 else 2))) for n in level.size),
@@ -171,8 +171,7 @@ def fit_dense(
             if not (options.keep_on_interrupt and history):
                 raise
             warnings.append(stopped(len(history), steps))
-    with torch.no_grad():
-        whole = together(parts)
+    whole = together(parts)
     if coarse:
         return whole, Course(history, warnings)
     scale = extent.max() / extent
@@ -193,11 +192,13 @@ def _descend(
 ) -> None:
     """Adam on all parts of a code, with a cosine decay; adds what each step cost."""
     optimizer = Adam([{"params": parts, "lr": rate}], betas=BETAS)
+    # By hand: torch's own way imports its compiler.
     for step in range(steps):
-        whole = together(parts)
-        loss, gradient = pair.derive(whole)
+        loss, gradient = pair.derive(together(parts))
         optimizer.zero_grad()
-        whole.backward(gradient)
+        for part in parts[::-1]:
+            gradient = coarsened(gradient, part.shape[2:])
+            part.grad = gradient.clone()
         share = 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.param_groups[0]["lr"] = rate * (LEFT + (1 - LEFT) * share)
         optimizer.step()

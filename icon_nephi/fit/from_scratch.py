@@ -166,8 +166,8 @@ def fit_pair(
         losses=course.losses,
         warnings=[
             *said,
-            *warnings,
             *course.warnings,
+            *warnings,
             *doubts(numbers, contrast=choice.contrast),
         ],
         evidence=numbers,
@@ -334,6 +334,8 @@ class Work:
             return self.fit(loss)
         watch = Watch(loss.regis_net, self.likeness)
         course = self.fit(loss, ended=watch.look)
+        if not course.closer:  # by its own measure, too, nothing was to be gained
+            return course
         good = watch.back()
         if good is None or course.warnings or self.options.late:
             return course

@@ -75,6 +75,12 @@ class Course:
     losses: list[dict[str, float]]
     warnings: list[str]
 
+    @property
+    def closer(self) -> bool:
+        """Whether what was compared is more alike in the end than at the start."""
+        first, last = (self.losses[i]["similarity_loss"] for i in (0, -1))
+        return last < first
+
     def complete(self) -> list[dict[str, float]]:
         """The losses; a ValueError where it ended before its time."""
         if self.warnings:

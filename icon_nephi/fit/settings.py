@@ -23,7 +23,8 @@ class Lattices:
         steps: at every level, coarse to fine; those of the last levels where there are
             fewer.
         finest: voxels between the places of the finest lattice.
-        coarsest: lattices with no more places along their longest side are left out.
+        coarsest: lattices with no more places along their longest side are left out;
+            of small images those with no more than a sixth of the voxels.
         places: of a lattice at most, in two and in three dimensions.
         apart: places between the nodes of the code, in two and in three dimensions.
         radius: of the windows, in places.
@@ -140,7 +141,10 @@ CT = replace(GRID, strides=(10.0, 5.0, 2.5, 1.2), features=10.0)
 # In 2D points are cheap: finer codes.
 # Images of moderate size: all of their voxels, for there are not many.
 LATTICES = replace(GRID, lattices=Lattices())
-FLAT = replace(GRID, lattices=Lattices(steps=(60, 50, 30), coarsest=40, hinge=300.0))
+FLAT = replace(
+    GRID,
+    lattices=Lattices(steps=(60, 50, 30), coarsest=40, hinge=300.0, tension=0.1),
+)
 # Large images are slides: of neighbouring sections, whose cells are not the same ones.
 # Their larger structures are what agrees, and lies on each other by smooth maps.
 SLIDES = replace(
@@ -232,7 +236,12 @@ def find_effort(
         raise ValueError(f"preset must be one of {sorted(EFFORTS)}, got {name!r}")
     field, times = EFFORTS[name]
     settings = find_settings(field, size, modality)
-    return replace(settings, steps=round(times * settings.steps))
+    lattices = settings.lattices
+    if lattices is not None:
+        steps = tuple(round(times * n) for n in lattices.steps)
+        lattices = replace(lattices, steps=steps)
+    steps_of_samples = round(times * settings.steps)
+    return replace(settings, steps=steps_of_samples, lattices=lattices)
 
 
 def trial_of(settings: Settings) -> Settings:

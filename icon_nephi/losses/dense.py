@@ -292,6 +292,19 @@ def _cells(differences: Tensor, axis: int) -> Tensor:
     return differences[tuple(cut)]
 
 
+def coarsened(gradient: Tensor, nodes: Sequence[int]) -> Tensor:
+    """The gradient by a code of so many nodes a side, of that by it `refined`."""
+    for axis, n in enumerate(nodes, 2):
+        if gradient.shape[axis] == n:
+            continue
+        even, odd = gradient.movedim(axis, -1).unflatten(-1, (n - 1, 2)).unbind(-1)
+        found = even.new_zeros(*even.shape[:-1], n)
+        found[..., :-1] += 0.75 * even + 0.25 * odd
+        found[..., 1:] += 0.25 * even + 0.75 * odd
+        gradient = found.movedim(-1, axis)
+    return gradient
+
+
 def refined(code: Tensor, nodes: Sequence[int]) -> Tensor:
     """The same maps with so many nodes a side: exact knot insertion.
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icon_nephi.core import loading, threads
-from icon_nephi.losses.dense import DensePair, Side, refined
+from icon_nephi.losses.dense import DensePair, Side, coarsened, refined
 from icon_nephi.losses.similarities import PatchNCC
 from icon_nephi.space.images import gaussian_blur
 
@@ -145,6 +145,17 @@ def test_twice_the_intervals_leave_the_map_as_it_is(dimension):
     assert float((before - after).abs().max()) < 1e-6 * float(before.abs().max())
     with pytest.raises(ValueError, match="nodes"):
         refined(code, [n + 1 for n in code.shape[2:]])
+
+
+@pytest.mark.parametrize("dimension", [2, 3])
+def test_gradients_go_back_to_coarser_nodes(dimension):
+    _, code = problem(dimension)
+    code = code.double().requires_grad_()
+    fine = refined(code, [2 * n - 2 for n in code.shape[2:]])
+    by_fine = torch.linspace(-1, 1, fine.numel(), dtype=torch.float64).view_as(fine)
+    (expected,) = torch.autograd.grad(fine, code, by_fine)
+    found = coarsened(by_fine, code.shape[2:])
+    assert float((found - expected).abs().max()) < 1e-12 * float(expected.abs().max())
 
 
 def test_maps_that_are_each_others_inverse_cost_no_regularity():

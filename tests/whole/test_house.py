@@ -315,7 +315,7 @@ OTHER_REVERSALS = {
     "commands.info": (1, "transforms, of which ITK applies the last first"),
     "fields.encoders": (2, "levels, from the coarsest up"),
     "fields.pyramid": (3, "levels, from the coarsest up"),
-    "fit.dense": (1, "levels, from the finest down"),
+    "fit.dense": (2, "levels, from the finest down"),
     "io.itk_points": (1, "transforms, of which ITK applies the last first"),
     "io.volumes": (1, "levels, from the coarsest up"),
     "maps.networks": (2, "maps still to be looked at, of which the last is next"),
