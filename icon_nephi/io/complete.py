@@ -33,6 +33,8 @@ def check_complete(path: Path, header: Any) -> None:
     kind = path.suffix.lower()
     count = int(header.GetImageSizeInBytes())
     if kind in SUFFIXES:
+        if kind in (".mha", ".mhd"):
+            _check_meta_files(path)
         try:
             raw = find_voxels(path, several=True)
         except ValueError:  # compressed, in many files, ...: ITK misses what it misses
@@ -49,6 +51,31 @@ def check_complete(path: Path, header: Any) -> None:
         whole = _ends_well(path, kind)
     if not whole:
         raise ValueError(_TRUNCATED)
+
+
+def _check_meta_files(path: Path) -> None:
+    """Raise unless the files with the voxels of a MetaImage are there.
+
+    ITK reads memory that is not its own where they are not.
+
+    Raises:
+        ValueError: one is missing.
+    """
+    with path.open("rb") as file:
+        found = re.search(rb"ElementDataFile *= *([^\r\n]*)", file.read(1 << 16))
+    words = found[1].decode("latin-1").split() if found else []
+    if not words or words[0] in ("LOCAL", "LIST"):
+        return
+    name = words[0]
+    if "%" in name:  # of many files, numbered: from, to, every
+        try:
+            name = name % int(words[1])
+        except (IndexError, TypeError, ValueError):
+            name = ""
+    if not name or not (path.parent / name).is_file():
+        raise ValueError(
+            f"names {words[0]!r} for its voxels, which is no file beside it"
+        )
 
 
 def _ends_well(path: Path, kind: str) -> bool:
