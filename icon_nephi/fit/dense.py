@@ -23,7 +23,7 @@ from icon_nephi.fields.codes import LatentCodeTable
 from icon_nephi.fit.adam import Adam
 from icon_nephi.fit.affine import in_unit_boxes
 from icon_nephi.fit.content import ImagePair
-from icon_nephi.fit.optimize import Course, FitOptions, stopped
+from icon_nephi.fit.optimize import Course, FitOptions, not_finite, stopped
 from icon_nephi.fit.settings import Lattices
 from icon_nephi.losses.dense import DensePair, Side, coarsened, refined
 from icon_nephi.losses.similarities import Comparison, PatchNCC
@@ -164,7 +164,9 @@ def fit_dense(
                     tension=settings.tension,
                 )
                 rate = settings.rate * level.apart / max(place.extent)
-                _descend(pair, parts, rate, level.steps, options, bar, history)
+                if not _descend(pair, parts, rate, level.steps, options, bar, history):
+                    warnings.append(not_finite(len(history)))
+                    break
                 if options.late:
                     break
         except KeyboardInterrupt:
@@ -189,12 +191,17 @@ def _descend(
     options: FitOptions,
     bar: tqdm,
     history: list[dict[str, float]],
-) -> None:
-    """Adam on all parts of a code, with a cosine decay; adds what each step cost."""
+) -> bool:
+    """Adam on all parts of a code, with a cosine decay; adds what each step cost.
+
+    False where that is no longer a finite number.
+    """
     optimizer = Adam([{"params": parts, "lr": rate}], betas=BETAS)
     # By hand: torch's own way imports its compiler.
     for step in range(steps):
         loss, gradient = pair.derive(together(parts))
+        if not math.isfinite(loss.total):
+            return False
         optimizer.zero_grad()
         for part in parts[::-1]:
             gradient = coarsened(gradient, part.shape[2:])
@@ -206,6 +213,7 @@ def _descend(
         bar.update()
         if options.late:
             break
+    return True
 
 
 def mended(code: Tensor, size: Sequence[int], scale: Tensor) -> Tensor:

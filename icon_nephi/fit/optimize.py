@@ -175,7 +175,7 @@ def optimize(
                 values = {k: _number(v) for k, v in result._asdict().items()}
                 if not math.isfinite(values["all_loss"]):
                     steps.restore()
-                    return Course(history, [_not_finite(done)])
+                    return Course(history, [not_finite(done)])
                 steps.advance(0.5 * (1 + math.cos(math.pi * done / total)))
                 history.append(values)
                 if callback is not None:
@@ -209,7 +209,7 @@ def optimize(
         if steps is not None:
             steps.write()
     if broken:
-        warnings.append(_not_finite(len(history)))
+        warnings.append(not_finite(len(history)))
     return Course(history, warnings)
 
 
@@ -230,7 +230,7 @@ def _blurred(image: Image, blur: float, spacing: Sequence[float] | None) -> Imag
     return gaussian_blur(cast(Tensor, image), sigma)  # coarse stages are in memory
 
 
-def _not_finite(steps: int) -> str:
+def not_finite(steps: int) -> str:
     """The sentence that says that the loss was finite for these steps only."""
     sentence = (
         f"the loss was not a finite number after {steps} steps: what they reached was "

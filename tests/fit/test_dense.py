@@ -10,7 +10,7 @@ import torch
 import icon_nephi
 from icon_nephi.fit.dense import mended, plan, spline_pair, together
 from icon_nephi.fit.settings import PRESETS, Lattices
-from icon_nephi.losses.dense import refined
+from icon_nephi.losses.dense import DensePair, refined
 from icon_nephi.maps.transforms import value_and_jacobian
 from icon_nephi.space.frames import identity_map
 from icon_nephi.space.images import gaussian_blur, sample_image
@@ -73,8 +73,6 @@ def test_what_was_fitted_is_saved_and_comes_back(tmp_path):
 
 
 def test_an_interrupt_that_is_kept_leaves_what_was_reached(monkeypatch):
-    from icon_nephi.losses.dense import DensePair
-
     A, B, _ = moved_pair()
     derive, done = DensePair.derive, []
 
@@ -135,3 +133,19 @@ def test_folds_are_mended_and_the_rest_stays(dimension):
     assert least(code) < 0 < least(better)
     assert torch.equal(better[:, dimension:], code[:, dimension:])
     assert float(better[(0, 0, *(0,) * dimension)]) == 0.0
+
+
+def test_a_loss_that_is_no_number_ends_it_at_what_was_reached(monkeypatch):
+    A, B, _ = moved_pair()
+    derive, done = DensePair.derive, []
+
+    def broken(self, code):
+        done.append(1)
+        loss, gradient = derive(self, code)
+        return (loss._replace(total=math.nan) if len(done) == 12 else loss), gradient
+
+    monkeypatch.setattr(DensePair, "derive", broken)
+    options = {"field": SMALL, "progress": False, "affine": False}
+    found = icon_nephi.register(A, B, **options)
+    assert any("after 11 steps" in text for text in found.warnings)
+    assert found.phi_AB(identity_map((5, 5))).isfinite().all()
