@@ -118,7 +118,9 @@ def tests_part(job: Job) -> Iterator[Row]:
     command = [sys.executable, "-m", "pytest", *options, *files]
     if job.smallest:
         command.append("--collect-only")
-    process = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    process = subprocess.run(
+        command, cwd=root, capture_output=True, text=True, encoding="utf-8"
+    )
     print(process.stdout[-6000:], process.stderr[-3000:], flush=True)
     lines = [line for line in process.stdout.splitlines() if line.strip()]
     yield {

@@ -39,6 +39,7 @@ def test_nothing_heavy_is_imported(tmp_path, line, said):
         cwd=tmp_path,
         capture_output=True,
         text=True,
+        encoding="utf-8",
     )
     assert said in done.stdout + done.stderr
     assert "Traceback" not in done.stderr

@@ -271,7 +271,9 @@ def test_a_failure_while_writing_leaves_nothing(folder, monkeypatch, capfd):
 @pytest.mark.parametrize("command", ["register", "warp", "jacobian", "info", "compare"])
 def test_the_help_has_examples(command):
     code = f"from icon_nephi.cli import {command}; {command}(['--help'])"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8"
+    )
     assert run.returncode == 0, run.stderr
     assert "examples:" in run.stdout
     assert "fixed image" in run.stdout

@@ -80,6 +80,10 @@ def test_a_process_bound_to_one_processor_and_omp_num_threads():
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "4"}
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env=environment,
     )
     assert done.stdout.split() == ["1"], done.stderr

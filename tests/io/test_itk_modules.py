@@ -76,7 +76,11 @@ cli.warp(["--transform", "T.h5", "--points", "p.csv", "--out", "o.csv", "--quiet
 print(*sys.modules, sep="\\n")
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
     moved = np.loadtxt(tmp_path / "o.csv", delimiter=",", skiprows=1)

@@ -92,7 +92,9 @@ def test_training_goes_on_after_a_kill(tmp_path):
     process.wait()
     step = torch.load(tmp_path / "general2d.pt", weights_only=True)["step"]
     command += ["--resume", "--stop_at", str(step + 2)]
-    said = subprocess.run(command, capture_output=True, text=True, **keywords)
+    said = subprocess.run(
+        command, capture_output=True, text=True, encoding="utf-8", **keywords
+    )
     assert said.returncode == 0, said.stderr
     assert f"step {step}" in said.stdout
     assert torch.load(tmp_path / "general2d.pt", weights_only=True)["step"] == step + 2

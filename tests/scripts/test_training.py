@@ -68,6 +68,7 @@ def subprocess_of(folder, *options, before=()):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        encoding="utf-8",
     )
 
 

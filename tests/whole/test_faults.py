@@ -421,6 +421,7 @@ def test_a_process_that_may_take_little_memory_computes_the_same(core):
         },
         capture_output=True,
         text=True,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
     if core == "torch":
@@ -567,5 +568,6 @@ def test_the_package_is_imported_with_warnings_as_errors():
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
+        encoding="utf-8",
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

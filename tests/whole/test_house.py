@@ -291,7 +291,11 @@ def loaded_by(statement):
     """The modules that are loaded after a statement in a process of its own."""
     code = f"import sys; {statement}; print(*sys.modules, sep='\\n')"
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.split()

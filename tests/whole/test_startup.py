@@ -13,7 +13,11 @@ def loaded_by(code):
     """The modules that a fresh process has imported after some code."""
     code = f"import sys; sys.argv = ['x']\n{code}\nprint(*sys.modules, sep='\\n')"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
