@@ -10,6 +10,7 @@ the compiled core, where that is there, or else by autograd.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -123,6 +124,9 @@ class DensePair:
 
     def derive(self, code: Tensor) -> tuple[DenseLoss, Tensor]:
         """The loss of a code ``[1, 2 d, *nodes]``, and its gradient by it."""
+        if not bool(code.isfinite().all()):  # no places to look at
+            nothing = DenseLoss(*[math.nan] * 6)
+            return nothing, torch.full_like(code, math.nan)
         images = [i for s in self.sides for i in (s.moving, s.fixed)]
         if arrays.suit(code.detach(), *images):
             return self._on_core(code.detach().contiguous())
