@@ -29,9 +29,10 @@ from icon_nephi.losses.dense import DensePair, Side, coarsened, refined
 from icon_nephi.losses.similarities import Comparison, PatchNCC
 from icon_nephi.maps.jacobians import determinants
 from icon_nephi.maps.networks import NePhi
+from icon_nephi.maps.transforms import MatrixTransform
 from icon_nephi.space.frames import identity_map, inside
 from icon_nephi.space.images import gaussian_blur, sample_image
-from icon_nephi.space.interpolation import axis_matrix
+from icon_nephi.space.interpolation import along_axes, axis_matrix
 
 # Of the learning rate, what is left at the end of a level.
 LEFT = 0.1
@@ -237,7 +238,8 @@ def mended(code: Tensor, size: Sequence[int], scale: Tensor) -> Tensor:
         for first in (0, d):
             part = code[:, first : first + d]
             columns = [
-                _along(part, [*reads[:a], slopes[a], *reads[a + 1 :]]) for a in range(d)
+                along_axes(part, [*reads[:a], slopes[a], *reads[a + 1 :]])
+                for a in range(d)
             ]
             jacobians = torch.stack(columns, -1)[0].movedim(0, -2)
             jacobians = jacobians * scale[:, None] + torch.eye(d)
@@ -245,7 +247,7 @@ def mended(code: Tensor, size: Sequence[int], scale: Tensor) -> Tensor:
             if not bad.any():
                 continue
             clean = False
-            near = _along(bad[None, None].float(), [read.T for read in reads])
+            near = along_axes(bad[None, None].float(), [read.T for read in reads])
             near = pool((near > 0).float(), 3, stride=1, padding=1) > 0
             code = code.clone()
             code[:, first : first + d] = torch.where(near, _smoother(part), part)
@@ -273,13 +275,6 @@ def _folding(jacobians: Tensor) -> Tensor:
             beyond[..., axes] = torch.eye(d)[:, axes]
             bad[border] |= (determinants(beyond) < NEAR).flatten()
     return bad
-
-
-def _along(values: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-    """Values ``[1, C, *n]`` times one matrix along each axis."""
-    for matrix in matrices:
-        values = torch.tensordot(values, matrix, ([2], [1]))  # the axis comes last
-    return values
 
 
 def _smoother(code: Tensor) -> Tensor:
@@ -340,8 +335,7 @@ def _views(
         ]
         A, B = _resized(A, size_A), _resized(B, level.size)
         here = identity_map(level.size)
-        there = torch.einsum("ij,bj...->bi...", to_moving[:, :d], here)
-        there = there + to_moving[:, d].reshape(1, -1, *(1,) * d)
+        there = MatrixTransform(to_moving[None])(here)
         reached_A, reached_B = (
             None if count is None else _nearest(count, size)
             for count, size in ((counts_A, size_A), (counts_B, level.size))

@@ -123,8 +123,9 @@ def fit_pair(
             choice = find_similarity(name, settings.floor)
             work = Work.of(*both, choice, settings, options, wishes=wishes)
     start, warnings = work.better_start(aligned, deformable=deformable)
-    course, loss = Course([], []), work.still(start)
-    if deformable:
+    if not deformable:
+        course, loss = Course([], []), work.still(start)
+    else:
         begin = wishes.beginning
         latticed = work.latticed and not in_parts and begin != "learned"
         if latticed:

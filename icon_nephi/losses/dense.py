@@ -22,9 +22,10 @@ from torch import Tensor
 from icon_nephi.core import arrays, loading, threads
 from icon_nephi.core.arrays import address
 from icon_nephi.losses.regularity import GUARD
+from icon_nephi.maps.transforms import MatrixTransform
 from icon_nephi.space.frames import identity_map
 from icon_nephi.space.images import sample_image
-from icon_nephi.space.interpolation import axis_matrix
+from icon_nephi.space.interpolation import along_axes, axis_matrix
 
 # Strains, roughly, from which total variation counts as it is and not by its square.
 _SMALL = 1e-2
@@ -157,20 +158,18 @@ class DensePair:
     def on_lattice(self, code: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
         """``[1, d, *size]`` of both maps: their displacements, unit box."""
         d = len(size)
-        moves = code
-        for axis, n in enumerate(size):
+        reads = []
+        for n, nodes in zip(size, code.shape[2:], strict=True):
             places = torch.linspace(0, 1, n, dtype=code.dtype, device=code.device)
-            matrix = axis_matrix(places, code.shape[2 + axis])
-            moves = torch.tensordot(moves, matrix, ([2], [1]))  # the axis comes last
+            reads.append(axis_matrix(places, nodes))
+        moves = along_axes(code, reads)
         scale = self.scale.to(moves).reshape(-1, *(1,) * d)
         return moves[:, :d] * scale, moves[:, d:] * scale
 
     def _unlike(self, side: Side, move: Tensor) -> Tensor:
         d = move.shape[1]
         at = identity_map(move.shape[2:], dtype=move.dtype, device=move.device) + move
-        matrix = side.to_moving.to(move)
-        place = torch.einsum("ij,bj...->bi...", matrix[:, :d], at)
-        place = place + matrix[:, d].reshape(1, -1, *(1,) * d)
+        place = MatrixTransform(side.to_moving.to(move)[None])(at)
         inside = ((place >= -1e-6) & (place <= 1 + 1e-6)).all(1, keepdim=True)
         weight = inside.to(move)
         if side.reachable is not None:

@@ -98,6 +98,13 @@ def axis_matrix(
     return matrix.scatter_(1, base + near, (slope if gradient else value)[:, 0])
 
 
+def along_axes(values: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """``[B, C, *m]`` of ``[B, C, *n]``: one matrix ``[m, n]`` times each axis."""
+    for matrix in matrices:
+        values = torch.tensordot(values, matrix, ([2], [1]))  # the axis comes last
+    return values
+
+
 def _support(shape: torch.Size, order: str) -> int:
     """Nodes that are read on each axis."""
     if order not in ORDERS:

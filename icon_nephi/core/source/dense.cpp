@@ -245,15 +245,14 @@ struct Comparison {
         float m[D][D + 1];
         for (int i = 0; i < D; i++)
             for (int j = 0; j <= D; j++) m[i][j] = side.to_moving[i * (D + 1) + j];
+        float* along = w.take(nx, 14);
+        const float step = 1.0f / float(nx - 1);
+        for (int64_t i = 0; i < padded_count; i++) along[i] = i < nx ? float(i) * step : 0.0f;
         for (int64_t y = 0; y < size.n[1]; y++) {
             const int64_t row = (plane * size.n[1] + y) * nx;
             float fixed_part[D] = {};
             if (D == 3) fixed_part[0] = float(plane) / float(size.n[0] - 1);
             fixed_part[D - 2] = float(y) / float(size.n[1] - 1);
-            const float step = 1.0f / float(nx - 1);
-            for (int64_t i = 0; i < nx; i++)
-                w.take(nx, 14)[i] = float(i) * step;
-            for (int64_t i = nx; i < padded_count; i++) w.take(nx, 14)[i] = 0.0f;
             for (int64_t k = 0; k < padded_count; k += LANES) {
                 vec at[D];
                 for (int j = 0; j < D; j++) {
@@ -262,7 +261,7 @@ struct Comparison {
                         u = load(move[j] + row + k);
                     else
                         for (int64_t l = 0; l < nx - k; l++) u[l] = move[j][row + k + l];
-                    at[j] = u + (j == D - 1 ? load(w.take(nx, 14) + k) : splat(fixed_part[j]));
+                    at[j] = u + (j == D - 1 ? load(along + k) : splat(fixed_part[j]));
                 }
                 veci in = (veci{} == 0);
                 for (int i = 0; i < D; i++) {
