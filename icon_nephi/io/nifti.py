@@ -175,16 +175,9 @@ def find_nifti(path: Path) -> NiftiFile | None:
         return None
     with header_file.open("rb") as file:
         head = _unpacked(file, 540) if is_packed(file) else bytearray(file.read(540))
-    for order in "<>":
-        version = struct.unpack_from(order + "i", head.ljust(4, b"\0"))[0]
-        if version in _PLACES and len(head) >= version:
-            break
-    else:
+    if (fields := read_fields(head)) is None:
         return None
-    told = {
-        name: struct.unpack_from(order + form, head, place)
-        for name, (place, form) in _PLACES[version].items()
-    }
+    order, version, told = fields
     if told["magic"][0] not in (b"n+1", b"ni1", b"n+2", b"ni2"):
         return None  # Analyze, in which ITK knows its way about
     axes, *dims = told["dim"]
@@ -195,9 +188,6 @@ def find_nifti(path: Path) -> NiftiFile | None:
     kind = TYPES.get(told["type"][0])
     if axes not in (2, 3) or kind is None:
         return None
-    slope, intercept = map(float, told["scale"])
-    if not np.isfinite([slope, intercept]).all() or slope == 0:
-        slope, intercept = 1.0, 0.0
     one_file = told["magic"][0].startswith(b"n+")
     start = float(told["start"][0])
     least = version if one_file else 0
@@ -212,10 +202,35 @@ def find_nifti(path: Path) -> NiftiFile | None:
         int(start),
         other_order(dims[:axes]),
         np.dtype(order + kind),
-        slope,
-        intercept,
+        *scaling(told),
         told,
     )
+
+
+def read_fields(
+    head: bytes | bytearray,
+) -> tuple[str, int, dict[str, tuple[Any, ...]]] | None:
+    """Return byte order, length and numbers of a header, named as in `_PLACES`.
+
+    None where the bytes are none.
+    """
+    for order in "<>":
+        version = struct.unpack_from(order + "i", head.ljust(4, b"\0"))[0]
+        if version in _PLACES and len(head) >= version:
+            told = {
+                name: struct.unpack_from(order + form, head, place)
+                for name, (place, form) in _PLACES[version].items()
+            }
+            return order, version, told
+    return None
+
+
+def scaling(told: dict[str, tuple[Any, ...]]) -> tuple[float, float]:
+    """Return slope and intercept from stored numbers to the values meant."""
+    slope, intercept = map(float, told["scale"])
+    if not np.isfinite([slope, intercept]).all() or slope == 0:
+        return 1.0, 0.0
+    return slope, intercept
 
 
 def _two_files(path: Path) -> tuple[Path, Path]:

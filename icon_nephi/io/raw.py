@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from icon_nephi.io.nifti import TYPES, read_fields, scaling
 from icon_nephi.space.chunks import Box
 from icon_nephi.space.frames import Array, Geometry, other_order
 
 SUFFIXES = (".nii", ".mha", ".mhd", ".nrrd", ".nhdr")
 # Types of numpy, and what each format calls them.
 _TYPES = ("i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8")
-_NIFTI = dict(zip((256, 2, 4, 512, 8, 768, 1024, 1280, 16, 64), _TYPES, strict=True))
 _META_NAMES = "CHAR UCHAR SHORT USHORT INT UINT LONG_LONG ULONG_LONG FLOAT DOUBLE"
 _META = {f"MET_{n}": t for n, t in zip(_META_NAMES.split(), _TYPES, strict=True)}
 _NRRD = {
@@ -176,15 +176,12 @@ def _compressed(path: Path) -> ValueError:
 
 def _nifti(path: Path) -> RawFile:
     with open(path, "rb") as file:
-        header = file.read(352)
-    order = "<" if struct.unpack("<i", header[:4])[0] == 348 else ">"
-    if struct.unpack(order + "i", header[:4])[0] != 348:
+        fields = read_fields(file.read(352))
+    if fields is None:
         raise KeyError("not NIfTI-1")
-    code = struct.unpack(order + "h", header[70:72])[0]
-    offset, slope, intercept = struct.unpack(order + "3f", header[108:120])
-    if not np.isfinite([slope, intercept]).all() or slope == 0:
-        slope, intercept = 1.0, 0.0
-    return RawFile(path, int(offset), np.dtype(order + _NIFTI[code]), slope, intercept)
+    order, _, told = fields
+    stored = np.dtype(order + TYPES[told["type"][0]])
+    return RawFile(path, int(told["start"][0]), stored, *scaling(told))
 
 
 def _lines(path: Path) -> tuple[list[str], int]:

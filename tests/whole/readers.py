@@ -1,6 +1,9 @@
 """What the rules of the house read of source files: imports, calls, what is kept."""
 
 import ast
+import subprocess
+import sys
+from pathlib import Path
 
 
 def nodes(tree, into_functions=True):
@@ -146,3 +149,17 @@ def state(tree, changes, mutable):
             if made in mutable or (container and target in changes):
                 names.add(target)
     return names
+
+
+def loaded_by(code):
+    """The modules that a fresh process has imported after some code."""
+    code = f"import sys; sys.argv = ['x']\n{code}\nprint(*sys.modules, sep='\\n')"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())

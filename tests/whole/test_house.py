@@ -1,8 +1,6 @@
 """The rules of the house: which wing may know which, and what no room may do."""
 
 import functools
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from tests.whole.readers import (
     calls,
     imported,
     kept_between_calls,
+    loaded_by,
     reversals,
     steps,
 )
@@ -285,20 +284,6 @@ def test_scripts_use_public_names(path):
     assert inner_rooms(read(path)) == set(rooms.split()), "INNER has to say so"
     names = [n for n in imported(read(path)) if room_in(n) is not None]
     assert not [n for n in names if n.rpartition(".")[2].startswith("_")]
-
-
-def loaded_by(statement):
-    """The modules that are loaded after a statement in a process of its own."""
-    code = f"import sys; {statement}; print(*sys.modules, sep='\\n')"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout.split()
 
 
 def test_importing_the_package_does_not_import_itk():

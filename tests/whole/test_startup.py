@@ -1,26 +1,9 @@
 """What is imported when: a command or a registration waits for nothing it needs not."""
 
-import subprocess
-import sys
-from pathlib import Path
+from tests.whole.readers import loaded_by
 
-ROOT = Path(__file__).parents[2]
 # Torch's compiler, and the algebra it needs: a second of work at the first use.
 COMPILER = {"torch._dynamo", "torch._inductor", "sympy"}
-
-
-def loaded_by(code):
-    """The modules that a fresh process has imported after some code."""
-    code = f"import sys; sys.argv = ['x']\n{code}\nprint(*sys.modules, sep='\\n')"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-    )
-    assert done.returncode == 0, done.stderr
-    return set(done.stdout.split())
 
 
 def test_a_registration_does_not_import_torchs_compiler():
